@@ -1,0 +1,100 @@
+"""Command line of the benchmarks: ``python -m bench SUITE [options]``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from . import e2e, lora, loss, optim
+from .declare import Options, Suite
+from .records import Record, pick_dtype
+from .report import show
+from .runner import run_suite
+
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (lora.SUITE, loss.SUITE, optim.SUITE)}
+ROUNDS = {"e2e": 3}
+DEFAULT_ROUNDS = 7
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="fastft beside its peers, on the same inputs. A wrong result gives no number.",
+    )
+    parser.add_argument("suite", choices=[*SUITES, e2e.NAME, "all"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--rounds", type=int, help="rounds of each case (7; e2e: 3)")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
+    parser.add_argument("--json", type=Path, help="write one JSON object a line to this file")
+    parser.add_argument("--model", default="default", help="e2e: a folder, or 'random'")
+    parser.add_argument("--batch", type=int, help="e2e: sequences of a step (4)")
+    parser.add_argument("--tokens", type=int, help="e2e: tokens of a sequence (512)")
+    parser.add_argument("--steps", type=int, help="e2e: timed steps of a process (2)")
+    parser.add_argument("--no-optimizer", action="store_true", help="e2e: leave AdamW out")
+    found = parser.parse_args(arguments)
+    for name in ("rounds", "batch", "tokens", "steps"):
+        value = getattr(found, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name}: expected at least 1, got {value}")
+    if found.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here")
+    return found
+
+
+def options_for(name: str, found: argparse.Namespace) -> Options:
+    device = torch.device(found.device)
+    default_rounds = 2 if found.quick else ROUNDS.get(name, DEFAULT_ROUNDS)
+    return Options(
+        device=device,
+        dtype=pick_dtype(found.dtype, device),
+        rounds=found.rounds or default_rounds,
+        quick=found.quick,
+        model=found.model,
+        batch=found.batch or (1 if found.quick else 4),
+        tokens=found.tokens or (128 if found.quick else 512),
+        steps=found.steps or (1 if found.quick else 2),
+        optimizer=not found.no_optimizer,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the suites asked for; 1 if fastft has no number anywhere it should have one."""
+    found = parse(arguments)
+    console = Console(stderr=True)
+    records: list[Record] = []
+
+    def emit(record: Record) -> None:
+        records.append(record)
+        value = "no number" if record.value is None else f"{record.value:,.4g} {record.unit}"
+        console.print(f"{record.case}: {record.impl} {record.metric} {value}", highlight=False)
+        if found.json is None:
+            print(record.to_json(), flush=True)
+
+    for name in [*SUITES, e2e.NAME] if found.suite == "all" else [found.suite]:
+        options = options_for(name, found)
+        if name == e2e.NAME:
+            e2e.run(options, emit)
+        else:
+            run_suite(SUITES[name], options, emit)
+    if found.json is not None:
+        write(found.json, records)
+    show(records, console)
+    return int(any(record.impl == "fastft" and record.value is None for record in records))
+
+
+def write(path: Path, records: list[Record]) -> None:
+    """One JSON object a line, under a temporary name first: a stopped run leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(record.to_json() + "\n" for record in records))
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""SmolLM2-135M end to end: tokens per second and extra memory of a training step.
+
+Every implementation runs in a process of its own, in turn, for a number of rounds. A step is
+forward, loss and backward of one batch and, for adapters, the clip of the gradients' norm and AdamW.
+Before anything is timed each process proves its gradients against PEFT in float64 on a short batch.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checks import FACTOR
+from .declare import Options
+from .peers import missing
+from .records import ROOT, Record, make
+
+NAME = "e2e"
+TIMEOUT = 3600
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One way to train; the worker (bench/e2e_worker.py) reads these facts.
+
+    adapters:  'none' (frozen model), 'float32' (PEFT's default) or 'model' (the model's dtype).
+    """
+
+    name: str
+    adapters: str
+    compile: bool = False
+    fused: bool = False
+    only: torch.dtype | None = None
+    package: str | None = "peft"
+
+
+IMPLS = (
+    Impl("frozen", adapters="none", package="transformers"),
+    Impl("peft", adapters="float32"),
+    Impl("peft-bf16", adapters="model", only=torch.bfloat16),
+    Impl("peft-bf16+torch.compile", adapters="model", compile=True, only=torch.bfloat16),
+    Impl("peft+torch.compile", adapters="float32", compile=True, only=torch.float32),
+    Impl("fastft", adapters="float32", fused=True),
+)
+
+
+@dataclass
+class Results:
+    """What the rounds of one implementation gave, or why there is no number."""
+
+    step_seconds: list[float] = field(default_factory=list)
+    peak_extra_bytes: list[int] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
+    detail: dict[str, Any] = field(default_factory=dict)
+    reason: str | None = None
+
+
+def run(options: Options, emit: Callable[[Record], None]) -> list[Record]:
+    """Measures every implementation and hands its records to `emit`."""
+    records: list[Record] = []
+
+    def out(record: Record) -> None:
+        records.append(record)
+        emit(record)
+
+    model, model_name = _model(options)
+    case = f"{model_name} r=16 all-linear {options.batch}x{options.tokens}"
+    results = {impl.name: Results(reason=_not_here(impl, options)) for impl in IMPLS}
+    with tempfile.TemporaryDirectory(prefix="fastft-bench-") as folder:
+        truth = Path(folder) / "truth.safetensors"
+        _work({"role": "truth", "model": model, "truth": str(truth)}, options)
+        for number in range(options.rounds):
+            for impl in IMPLS:
+                if results[impl.name].reason is None:
+                    _one_round(impl, number == 0, model, truth, options, results[impl.name])
+            if number == 0:
+                _judge(results, options)
+    for impl in IMPLS:
+        _report(impl, results[impl.name], case, options, out)
+    return records
+
+
+def _not_here(impl: Impl, options: Options) -> str | None:
+    if impl.only is not None and impl.only != options.dtype:
+        name = str(impl.only).removeprefix("torch.")
+        return f"does not apply: it is for {name}, this run is {options.dtype_name}"
+    return missing(impl.package)
+
+
+def _model(options: Options) -> tuple[str, str]:
+    """(folder or 'random', name for the case)."""
+    if options.model == "random":
+        return "random", "SmolLM2-135M-shaped, random weights"
+    if options.model != "default":
+        return options.model, Path(options.model).name
+    from fastft.train.models import obtain_default_model
+
+    return str(obtain_default_model()), "SmolLM2-135M"
+
+
+def _one_round(
+    impl: Impl, check: bool, model: str, truth: Path, options: Options, into: Results
+) -> None:
+    job = {
+        "role": "impl",
+        "impl": impl.name,
+        "adapters": impl.adapters,
+        "compile": impl.compile,
+        "fused": impl.fused,
+        "model": model,
+        "check": check,
+        "truth": str(truth),
+        "steps": options.steps,
+        "optimizer": options.optimizer,
+    }
+    try:
+        done = _work(job, options)
+    except RuntimeError as error:
+        into.reason = f"failed: {error}"
+        return
+    into.step_seconds.extend(done["step_seconds"])
+    if done["peak_extra_bytes"] is not None:
+        into.peak_extra_bytes.append(done["peak_extra_bytes"])
+    into.losses.append(done["losses"])
+    into.errors = done["errors"] or into.errors
+    into.detail = done["detail"]
+
+
+def _work(job: dict[str, Any], options: Options) -> dict[str, Any]:
+    job = {
+        **job,
+        "device": str(options.device),
+        "dtype": options.dtype_name,
+        "batch": options.batch,
+        "tokens": options.tokens,
+        "threads": torch.get_num_threads(),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.e2e_worker", json.dumps(job)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else f"exit status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _judge(results: dict[str, Results], options: Options) -> None:
+    """Takes away the numbers of every implementation whose gradients or losses are wrong.
+
+    Gradients: at most 4 times the error of PEFT in the same dtype, both against float64.
+    Losses of the timed steps: as PEFT's, which sees the same batches.
+    """
+    yardstick = results["peft-bf16" if options.dtype == torch.bfloat16 else "peft"]
+    eps = torch.finfo(options.dtype).eps
+    for name, result in results.items():
+        if result.reason is not None:
+            continue
+        for what, error in result.errors.items():
+            limit = FACTOR * max(yardstick.errors.get(what, 0.0), eps)
+            if not error <= limit:
+                result.reason = f"{what} is wrong: relative error {error:.2e}, allowed {limit:.2e}"
+        if result.detail.get("fused_calls") == 0:
+            result.reason = "nothing ran fused"
+        if name == "frozen" or not yardstick.losses or not result.losses:
+            continue
+        pairs = zip(result.losses[0], yardstick.losses[0], strict=True)
+        difference = max(abs(a - b) / abs(b) for a, b in pairs)
+        # The summed error of a mean over thousands of tokens stays below a rounding of its terms.
+        if result.reason is None and not difference <= 8 * eps**0.75:
+            result.reason = f"the losses of the timed steps differ from PEFT's by {difference:.2e}"
+
+
+def _report(
+    impl: Impl, result: Results, case: str, options: Options, out: Callable[[Record], None]
+) -> None:
+    def record(metric: str, value: float | None, unit: str, higher: bool, **more: Any) -> None:
+        out(make(options, NAME, case, impl.name, metric, value, unit, higher, **more))
+
+    if result.reason is not None:
+        record("tokens_per_s", None, "tokens/s", True, reason=result.reason)
+        return
+    tokens = options.batch * options.tokens
+    detail = {
+        **result.detail,
+        "step": "forward+loss+backward"
+        + ("+clip+adamw" if options.optimizer and impl.adapters != "none" else ""),
+        "step_seconds": [round(seconds, 4) for seconds in result.step_seconds],
+        "losses": result.losses[0],
+        "errors": result.errors,
+    }
+    speed = tokens / statistics.median(result.step_seconds)
+    record("tokens_per_s", speed, "tokens/s", True, detail=detail)
+    if result.peak_extra_bytes:
+        extra = float(statistics.median(result.peak_extra_bytes))
+        record("peak_extra_bytes", extra, "bytes", False)

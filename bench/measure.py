@@ -1,0 +1,112 @@
+"""Clocks and memory meters for CPU and CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+# A CPU step shorter than this is repeated until it lasts as long: the clock and the scheduler are
+# coarser than a small step.
+SHORTEST = 0.02
+
+
+class Clock:
+    """Times one call of a step, in seconds.
+
+    CPU: wall time, repeated to at least 20 ms. CUDA: events on the current stream, with the L2
+    cache overwritten before each call so that every call reads its inputs from memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._repeats: dict[int, int] = {}
+        self._flush: torch.Tensor | None = None
+        if device.type == "cuda":
+            l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+            self._flush = torch.empty(4 * l2_bytes, dtype=torch.int8, device=device)
+
+    def __call__(self, run: Callable[[], None]) -> float:
+        return self._cuda(run) if self.device.type == "cuda" else self._cpu(run)
+
+    def _cpu(self, run: Callable[[], None]) -> float:
+        repeats = self._repeats.get(id(run))
+        if repeats is None:
+            start = time.perf_counter()
+            run()
+            repeats = max(1, int(SHORTEST / max(time.perf_counter() - start, 1e-9)))
+            self._repeats[id(run)] = repeats
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.perf_counter() - start) / repeats
+
+    def _cuda(self, run: Callable[[], None]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if self._flush is not None:
+            self._flush.zero_()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+def trim() -> None:
+    """Gives freed memory back to the system, so that resident size means memory in use."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
+
+
+def resident_bytes() -> int | None:
+    """Resident size of this process (VmRSS), None where /proc does not tell."""
+    return _status("VmRSS")
+
+
+def reset_peak() -> bool:
+    """Starts VmHWM anew from the present resident size; False where the kernel does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_resident_bytes() -> int | None:
+    """Largest resident size (VmHWM) since the last `reset_peak`."""
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int | None:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def peak_above(run: Callable[[], None], device: torch.device) -> int | None:
+    """Bytes `run` needs at its peak above what is held before it, or None where it cannot be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    trim()
+    resident = resident_bytes()
+    if resident is None or not reset_peak():
+        return None
+    run()
+    peak = peak_resident_bytes()
+    return None if peak is None else peak - resident

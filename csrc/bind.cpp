@@ -1,0 +1,162 @@
+// The only pybind11 file. Raw addresses and sizes come in, kernels run without the GIL, a wrong
+// status becomes an exception with the operation's name.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#if defined(FASTFT_WITH_CUDA)
+#include "fastft/cuda_api.h"
+#endif
+
+#ifndef FASTFT_CUDA_ARCHITECTURES
+#define FASTFT_CUDA_ARCHITECTURES ""
+#endif
+#ifndef FASTFT_NVCC
+#define FASTFT_NVCC ""
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* at(int64_t address) {
+  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
+}
+
+const fastft::Kernels& kernels(const std::string& isa) {
+  if (isa.empty()) return *fastft::isa().kernels;
+  for (int i = 0; i < fastft::kIsaCount; ++i)
+    if (isa == fastft::kIsas[i].name && fastft::kIsas[i].runs_here())
+      return *fastft::kIsas[i].kernels;
+  throw std::invalid_argument("instruction set '" + isa + "' is not built or does not run here");
+}
+
+py::dict build_info() {
+  std::vector<std::string> built, runs;
+  for (int i = 0; i < fastft::kIsaCount; ++i) {
+    built.push_back(fastft::kIsas[i].name);
+    if (fastft::kIsas[i].runs_here()) runs.push_back(fastft::kIsas[i].name);
+  }
+  py::dict info;
+  info["compiler"] = __VERSION__;
+#if defined(_OPENMP)
+  info["openmp"] = _OPENMP;
+#else
+  info["openmp"] = py::none();
+#endif
+  info["instruction_sets_built"] = built;
+  info["instruction_sets_usable"] = runs;
+  info["instruction_set"] = fastft::isa().name;
+  info["native_bfloat16"] = fastft::has_native_bfloat16();
+#if defined(FASTFT_WITH_CUDA)
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  info["cuda_architectures"] = FASTFT_CUDA_ARCHITECTURES;
+  info["nvcc"] = FASTFT_NVCC;
+  return info;
+}
+
+// Keeps freed memory in the process instead of handing it back to the system after each large
+// tensor, which costs a page fault for every 4 KiB of the next one. True where glibc took it.
+bool keep_heap(int64_t trim_threshold) {
+#if defined(__GLIBC__)
+  // mallopt takes an int; the environment variable of the same name would take more.
+  const int threshold =
+      trim_threshold > 0x7fffffff ? 0x7fffffff : static_cast<int>(trim_threshold);
+  return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, threshold) == 1;
+#else
+  (void)trim_threshold;
+  return false;
+#endif
+}
+
+int64_t max_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of fastft; use fastft.ops, which checks its arguments.";
+  const auto free_gil = py::call_guard<py::gil_scoped_release>();
+
+  m.def("build_info", &build_info);
+  m.def("keep_heap", &keep_heap, py::arg("trim_threshold"));
+  m.def("max_threads", &max_threads);
+
+  m.def(
+      "dropout_mask",
+      [](int64_t mask, int64_t bytes, uint64_t seed, uint32_t threshold, const std::string& isa) {
+        kernels(isa).dropout_mask(at<uint8_t>(mask), bytes, seed, threshold);
+      },
+      py::arg("mask"), py::arg("bytes"), py::arg("seed"), py::arg("threshold"),
+      py::arg("isa") = "", free_gil);
+  m.def(
+      "dropout_apply",
+      [](int64_t dst, int64_t src, int64_t mask, int64_t rows, int64_t cols, float scale, int dtype,
+         const std::string& isa) {
+        kernels(isa).dropout_apply(at<void>(dst), at<const void>(src), at<const uint8_t>(mask),
+                                   rows, cols, scale, dtype);
+      },
+      py::arg("dst"), py::arg("src"), py::arg("mask"), py::arg("rows"), py::arg("cols"),
+      py::arg("scale"), py::arg("dtype"), py::arg("isa") = "", free_gil);
+  m.def(
+      "dropout_add",
+      [](int64_t dst, int64_t src, int64_t mask, int64_t rows, int64_t cols, float scale,
+         int dst_dtype, int src_dtype, const std::string& isa) {
+        kernels(isa).dropout_add(at<void>(dst), at<const void>(src), at<const uint8_t>(mask), rows,
+                                 cols, scale, dst_dtype, src_dtype);
+      },
+      py::arg("dst"), py::arg("src"), py::arg("mask"), py::arg("rows"), py::arg("cols"),
+      py::arg("scale"), py::arg("dst_dtype"), py::arg("src_dtype"), py::arg("isa") = "", free_gil);
+  m.def(
+      "cross_entropy",
+      [](int64_t logits, int64_t bias, int64_t labels, int64_t row_loss, int64_t row_correct,
+         int64_t rows, int64_t vocab, int dtype, bool gradient, const std::string& isa) {
+        std::vector<float> scratch;
+        if (dtype != 0) scratch.resize(static_cast<size_t>(max_threads() * vocab));
+        kernels(isa).cross_entropy(at<void>(logits), at<const float>(bias), at<const int64_t>(labels),
+                                   at<float>(row_loss), at<uint8_t>(row_correct), rows, vocab,
+                                   dtype, gradient, scratch.data());
+      },
+      py::arg("logits"), py::arg("bias"), py::arg("labels"), py::arg("row_loss"),
+      py::arg("row_correct"), py::arg("rows"), py::arg("vocab"), py::arg("dtype"),
+      py::arg("gradient"), py::arg("isa") = "", free_gil);
+  m.def(
+      "adamw",
+      [](int64_t tensors, int64_t steps, int64_t hyper, int64_t count, float max_norm,
+         bool maximize, int64_t stats, const std::string& isa) {
+        const int64_t* rows = at<const int64_t>(tensors);
+        size_t blocks = 0;
+        for (int64_t i = 0; i < count; ++i)
+          blocks += static_cast<size_t>((rows[i * 7 + 4] + fastft::kAdamWBlock - 1) /
+                                        fastft::kAdamWBlock);
+        std::vector<double> partials(blocks);
+        kernels(isa).adamw(rows, at<float>(steps), at<const float>(hyper), count, max_norm,
+                           maximize, at<float>(stats), partials.data());
+      },
+      py::arg("tensors"), py::arg("steps"), py::arg("hyper"), py::arg("count"),
+      py::arg("max_norm"), py::arg("maximize"), py::arg("stats"), py::arg("isa") = "", free_gil);
+#if defined(FASTFT_WITH_CUDA)
+  fastft::bind_cuda(m);
+#endif
+}

@@ -1,0 +1,44 @@
+// All CPU kernels for one instruction set. setup.py compiles this file once per set with
+// -DFASTFT_ISA=<name> and that set's flags. The loops are plain C++ that the compiler vectorises:
+// every instruction set runs the same source, so testing one tests the arithmetic of all.
+// No std:: templates here: their instances would be shared between instruction sets.
+#ifndef FASTFT_ISA
+#error "compile with -DFASTFT_ISA=<instruction set>"
+#endif
+
+#include <cstdint>
+#include <cstring>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "fastft/adamw.h"
+#include "fastft/philox.h"
+#include "kernels.h"
+
+#define FASTFT_CONCAT_(a, b) a##b
+#define FASTFT_CONCAT(a, b) FASTFT_CONCAT_(a, b)
+
+namespace fastft {
+inline namespace FASTFT_ISA {
+
+static inline int64_t thread_index() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+#include "adamw.inc"
+#include "cross_entropy.inc"
+#include "dropout.inc"
+
+}  // namespace FASTFT_ISA
+
+extern const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA);
+const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA) = {
+    dropout_mask, dropout_apply, dropout_add, cross_entropy, adamw,
+};
+
+}  // namespace fastft

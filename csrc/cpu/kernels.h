@@ -1,0 +1,32 @@
+// The CPU kernels of one instruction set, as a table of functions. Each isa.cpp object fills one
+// table; dispatch.cpp picks one at run time. Pointers are raw, sizes int64, dtypes DType codes.
+#pragma once
+
+#include <cstdint>
+
+namespace fastft {
+
+struct Kernels {
+  // mask: (rows, ceil(cols / 8)) bytes; bit k % 8 of byte k / 8 is 1 where column k is kept.
+  void (*dropout_mask)(uint8_t* mask, int64_t bytes, uint64_t seed, uint32_t threshold);
+  // dst[i, k] = src[i, k] * kept(i, k) * scale; rows of dst and src are `cols` long.
+  void (*dropout_apply)(void* dst, const void* src, const uint8_t* mask, int64_t rows, int64_t cols,
+                        float scale, int dtype);
+  // dst[i, k] += src[i, k] * kept(i, k) * scale.
+  void (*dropout_add)(void* dst, const void* src, const uint8_t* mask, int64_t rows, int64_t cols,
+                      float scale, int dst_dtype, int src_dtype);
+  // Row-wise cross-entropy of logits (rows, vocab); with `gradient` the logits become
+  // softmax - onehot. scratch: float32 (max_threads, vocab), used for 16-bit logits.
+  void (*cross_entropy)(void* logits, const float* bias, const int64_t* labels, float* row_loss,
+                        uint8_t* row_correct, int64_t rows, int64_t vocab, int dtype, bool gradient,
+                        float* scratch);
+  // tensors: (count, 7) int64 rows of p, g, m, v, numel, p dtype, g dtype. stats: norm, clip
+  // coefficient, skipped steps.
+  void (*adamw)(const int64_t* tensors, float* steps, const float* hyper, int64_t count,
+                float max_norm, bool maximize, float* stats, double* partials);
+};
+
+// Elements of one AdamW work item; fixed, so that sums do not depend on the thread count.
+constexpr int64_t kAdamWBlock = 16384;
+
+}  // namespace fastft

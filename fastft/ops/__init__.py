@@ -1,0 +1,9 @@
+"""Fused operations: one file each, checked once, differentiable, usable under torch.compile."""
+
+from __future__ import annotations
+
+from fastft.ops.adamw import adamw
+from fastft.ops.linear_cross_entropy import linear_cross_entropy
+from fastft.ops.lora_linear import lora_linear, lora_linear_siblings
+
+__all__ = ["adamw", "linear_cross_entropy", "lora_linear", "lora_linear_siblings"]

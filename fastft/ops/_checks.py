@@ -1,0 +1,59 @@
+"""Checks shared by the operations. Each raises one of fastft.errors, before anything is written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastft.errors import DeviceError, DtypeError, ShapeError
+
+__all__ = ["FLOATS", "autocast_dtype", "check_device", "check_dtype", "check_shape", "check_tensor"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def check_tensor(where: str, name: str, value: object) -> None:
+    """It is a tensor."""
+    if not isinstance(value, Tensor):
+        raise DtypeError(where, name, expected="a torch.Tensor", got=type(value).__name__)
+
+
+def check_dtype(where: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """Its dtype is one of ``allowed``."""
+    if tensor.dtype not in allowed:
+        raise DtypeError(
+            where,
+            name,
+            expected=_names(allowed),
+            got=str(tensor.dtype).removeprefix("torch."),
+            remedy=f"Cast it: {name}.to(torch.{str(allowed[0]).removeprefix('torch.')}).",
+        )
+
+
+def check_shape(where: str, name: str, tensor: Tensor, shape: tuple[int, ...], what: str) -> None:
+    """Its shape is ``shape``; ``what`` names the dimensions."""
+    if tuple(tensor.shape) != shape:
+        raise ShapeError(where, name, expected=f"{what} = {shape}", got=str(tuple(tensor.shape)))
+
+
+def check_device(where: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    """It lies on ``device``."""
+    if tensor.device != device:
+        raise DeviceError(
+            where,
+            name,
+            expected=f"a tensor on {device}, where the first argument is",
+            got=str(tensor.device),
+            remedy=f"Move it: {name}.to({str(device)!r}).",
+        )
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype autocast asks products to run in, or None when it is off."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None

@@ -1,0 +1,291 @@
+"""``linear_cross_entropy``: the language-model head and its loss without the logits.
+
+    z_t = W h_t + bias;   loss = sum_t (logsumexp(z_t) - z_t[label_t]) / normaliser
+
+Logits exist for one slab of tokens at a time; softmax(z) - onehot replaces them there and gives
+dh = slab W and dW = slab^T h on the spot, so the backward only scales what the forward left
+(Wijmans et al. 2024, "Cut Your Losses"; Hsu et al. 2024, Liger).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft import backends
+from fastft.errors import ArgumentError, ShapeError
+from fastft.ops._checks import (
+    FLOATS,
+    autocast_dtype,
+    check_device,
+    check_dtype,
+    check_shape,
+    check_tensor,
+)
+from fastft.ops._library import register
+
+__all__ = ["check", "default_chunk", "linear_cross_entropy"]
+
+_WHERE = "fastft.ops.linear_cross_entropy"
+
+# The slab of logits: at most this many bytes and at most an eighth of all logits.
+_SLAB_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
+
+
+def linear_cross_entropy(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    reduction: str = "mean",
+    num_items_in_batch: Tensor | int | None = None,
+    return_accuracy: bool = False,
+    backend: str | None = None,
+    chunk: int | None = None,
+) -> Any:
+    """Cross-entropy of ``hidden_states @ weight.T + bias`` against ``labels``.
+
+    Args:
+        hidden_states: (..., hidden), float32, bfloat16, float16 or float64; cast to the autocast
+            dtype under autocast.
+        weight: (vocabulary, hidden), the lm_head, in the dtype of ``hidden_states`` (any under
+            autocast). Where it requires a gradient, dW is accumulated in float32.
+        labels: (...) int64, the shape of ``hidden_states`` without its last dimension. Tokens
+            with ``ignore_index`` count nowhere, and cost nothing on the CPU.
+        bias: (vocabulary,) or None; it gets no gradient.
+        shift: position t predicts label t + 1 along the last dimension of ``labels``.
+        reduction: "mean" over the tokens that count, or "sum".
+        num_items_in_batch: divides the sum in place of the mean, as the Trainer does under
+            gradient accumulation.
+        return_accuracy: return (loss, accuracy), accuracy the share of tokens that count whose
+            arg max is the label.
+        chunk: tokens of one slab; None for :func:`default_chunk`.
+
+    Returns:
+        loss, float32 scalar; with no token that counts the mean is NaN, as in torch.
+
+    Raises:
+        DtypeError, ShapeError, DeviceError, ArgumentError: see ``check``; on the CPU also for a
+            label outside the vocabulary.
+    """
+    check(hidden_states, weight, labels, bias, reduction, chunk)
+    if shift:
+        labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    device_type = hidden_states.device.type
+    dtype = autocast_dtype(device_type) or hidden_states.dtype
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype).contiguous()
+    target = labels.reshape(-1).contiguous()
+    if device_type == "cpu":
+        _check_labels(target, weight.shape[0], ignore_index)
+    name, _ = backends.select(
+        "linear_cross_entropy",
+        backend,
+        device_type=device_type,
+        dtype=dtype,
+        weight_requires_grad=weight.requires_grad,
+    )
+    rows = chunk or default_chunk(flat.shape[0], weight.shape[0], flat.element_size(), device_type)
+    arguments = (flat, weight, bias, target, ignore_index, rows, name)
+    if torch.compiler.is_compiling():
+        loss_sum, n_correct, *_ = torch.ops.fastft.linear_cross_entropy_fwd(
+            *arguments, flat.requires_grad, weight.requires_grad
+        )
+    else:
+        loss_sum, n_correct = LinearCrossEntropy.apply(*arguments)
+    n_valid = (target != ignore_index).sum()
+    if num_items_in_batch is not None:
+        loss = loss_sum / num_items_in_batch
+    elif reduction == "mean":
+        loss = loss_sum / n_valid
+    else:
+        loss = loss_sum
+    loss = loss.squeeze(0)
+    return (loss, (n_correct / n_valid).squeeze(0)) if return_accuracy else loss
+
+
+def default_chunk(tokens: int, vocabulary: int, itemsize: int, device_type: str) -> int:
+    """Tokens a slab: an eighth of them, the slab within its limit of bytes, at least 16."""
+    limit = _SLAB_BYTES.get(device_type, _SLAB_BYTES["cpu"])
+    within = limit // max(1, vocabulary * itemsize)
+    return max(16, min(-(-tokens // 8), within))
+
+
+def check(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    reduction: str,
+    chunk: int | None,
+) -> None:
+    """Refuses what the operation is not defined for.
+
+    Raises:
+        DtypeError: no tensor, no floating dtype, labels that are not int64, or weight in another
+            dtype than hidden_states outside autocast.
+        ShapeError: shapes that do not fit.
+        DeviceError: tensors on different devices.
+        ArgumentError: an unknown reduction, chunk < 1, or a bias that requires a gradient.
+    """
+    check_tensor(_WHERE, "hidden_states", hidden_states)
+    check_dtype(_WHERE, "hidden_states", hidden_states, FLOATS)
+    if hidden_states.dim() < 1:
+        raise ShapeError(_WHERE, "hidden_states", expected="(..., hidden)", got="a scalar")
+    device = hidden_states.device
+    autocast = autocast_dtype(device.type)
+    allowed = FLOATS if autocast is not None else (hidden_states.dtype,)
+    check_tensor(_WHERE, "weight", weight)
+    check_device(_WHERE, "weight", weight, device)
+    check_dtype(_WHERE, "weight", weight, allowed)
+    hidden = hidden_states.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != hidden:
+        raise ShapeError(
+            _WHERE, "weight", expected=f"(vocabulary, {hidden})", got=str(tuple(weight.shape))
+        )
+    check_tensor(_WHERE, "labels", labels)
+    check_device(_WHERE, "labels", labels, device)
+    check_dtype(_WHERE, "labels", labels, (torch.int64,))
+    check_shape(_WHERE, "labels", labels, tuple(hidden_states.shape[:-1]), "hidden_states[:-1]")
+    if bias is not None:
+        check_tensor(_WHERE, "bias", bias)
+        check_device(_WHERE, "bias", bias, device)
+        check_shape(_WHERE, "bias", bias, (weight.shape[0],), "(vocabulary,)")
+        if bias.requires_grad and torch.is_grad_enabled():
+            raise ArgumentError(
+                _WHERE,
+                "bias",
+                expected="a frozen bias",
+                got="one that requires a gradient",
+                remedy="Freeze it: bias.requires_grad_(False).",
+            )
+    if reduction not in ("mean", "sum"):
+        raise ArgumentError(_WHERE, "reduction", expected="'mean' or 'sum'", got=repr(reduction))
+    if chunk is not None and chunk < 1:
+        raise ArgumentError(_WHERE, "chunk", expected="at least 1 token", got=str(chunk))
+
+
+def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    if torch.compiler.is_compiling() or labels.numel() == 0:
+        return
+    outside = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    if bool(outside.any()):
+        raise ArgumentError(
+            _WHERE,
+            "labels",
+            expected=f"0 to {vocabulary - 1}, or ignore_index = {ignore_index}",
+            got=str(labels[outside][0].item()),
+        )
+
+
+def _fwd_kernel(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    chunk: int,
+    backend: str,
+    need_d_hidden: bool,
+    need_d_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss_sum, n_correct, d_hidden and d_weight (empty where not needed)."""
+    outputs = _fwd_fake(
+        hidden, weight, bias, labels, ignore_index, chunk, backend, need_d_hidden, need_d_weight
+    )
+    loss_sum, n_correct, d_hidden, d_weight = outputs
+    found = backends.launcher("linear_cross_entropy", backend)
+    if isinstance(found, str):
+        raise ArgumentError(_WHERE, "backend", expected="a backend with this op", got=found)
+    with torch.autocast(hidden.device.type, enabled=False):
+        found.fwd(
+            loss_sum,
+            n_correct,
+            d_hidden if need_d_hidden else None,
+            d_weight if need_d_weight else None,
+            hidden,
+            weight if weight.dtype == hidden.dtype else weight.to(hidden.dtype),
+            None if bias is None else bias.to(hidden.dtype),
+            labels,
+            ignore_index=ignore_index,
+            chunk=chunk,
+        )
+    return outputs
+
+
+def _fwd_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    chunk: int,
+    backend: str,
+    need_d_hidden: bool,
+    need_d_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return (
+        hidden.new_empty(1, dtype=wide),
+        hidden.new_empty(1, dtype=torch.int64),
+        hidden.new_empty(hidden.shape if need_d_hidden else (0,)),
+        hidden.new_empty(weight.shape if need_d_weight else (0,), dtype=wide),
+    )
+
+
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (gradient * scale.to(gradient.dtype)).to(dtype)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Eager autograd of the summed loss; the gradients are made in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        needs = ctx.needs_input_grad
+        loss_sum, n_correct, d_hidden, d_weight = _fwd_kernel(*arguments, needs[0], needs[1])
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight_dtype = arguments[1].dtype
+        ctx.mark_non_differentiable(n_correct)
+        return loss_sum, n_correct
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, _: Any) -> Any:
+        d_hidden, d_weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return (
+            _scaled(d_hidden, d_loss, d_hidden.dtype) if needs[0] else None,
+            _scaled(d_weight, d_loss, ctx.weight_dtype) if needs[1] else None,
+            *[None] * 5,
+        )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[2], output[3])
+    ctx.weight_dtype, ctx.needs = inputs[1].dtype, (inputs[7], inputs[8])
+
+
+def _registered_backward(ctx: Any, d_loss: Tensor, *_: Any) -> Any:
+    d_hidden, d_weight = ctx.saved_tensors
+    return (
+        _scaled(d_hidden, d_loss, d_hidden.dtype) if ctx.needs[0] else None,
+        _scaled(d_weight, d_loss, ctx.weight_dtype) if ctx.needs[1] else None,
+        *[None] * 7,
+    )
+
+
+register(
+    "linear_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+    "int ignore_index, int chunk, str backend, bool need_d_hidden, bool need_d_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _fwd_kernel,
+    _fwd_fake,
+)
+torch.library.register_autograd(
+    "fastft::linear_cross_entropy_fwd", _registered_backward, setup_context=_setup_context
+)

@@ -1,0 +1,152 @@
+"""Callbacks for ``transformers.Trainer``: what happened in each step, Ctrl-C, and a loss that is
+no number."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fastft.errors import FastftError
+
+__all__ = ["Interrupted", "StepEvent", "StepReporter", "StopOnInterrupt", "StopOnNan"]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by Ctrl-C, after writing ``checkpoint``."""
+
+    def __init__(self, step: int, checkpoint: str | None) -> None:
+        super().__init__(f"stopped at step {step}")
+        self.step, self.checkpoint = step, checkpoint
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One optimizer step. ``seconds`` is forward, backward and update; ``tokens`` counts what the
+    model computed, padding included."""
+
+    step: int
+    max_steps: int
+    loss: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+    batch_sha256: str
+
+
+class BatchLog:
+    """What the Trainer trained on since the last step: filled by ``FastftTrainer``."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.digest = ""
+
+
+class StepReporter(TrainerCallback):
+    """Calls ``report`` with a ``StepEvent`` each time the Trainer logs a loss (with
+    ``logging_steps=1``, each step). ``tokens`` and ``seconds`` are sums since the last report."""
+
+    def __init__(self, report: Callable[[StepEvent], None], batches: BatchLog) -> None:
+        self._report, self._batches = report, batches
+        self._started = 0.0
+        self._seconds = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _synchronize()
+        self._started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _synchronize()
+        self._seconds += time.perf_counter() - self._started
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        logs = kwargs.get("logs") or {}
+        if "loss" not in logs:
+            return
+        event = StepEvent(
+            step=state.global_step,
+            max_steps=state.max_steps,
+            loss=float(logs["loss"]),
+            learning_rate=float(logs.get("learning_rate", math.nan)),
+            tokens=self._batches.tokens,
+            seconds=self._seconds,
+            batch_sha256=self._batches.digest,
+        )
+        self._seconds, self._batches.tokens = 0.0, 0
+        self._report(event)
+
+
+def _synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+class StopOnNan(TrainerCallback):
+    """Ends a run whose loss is NaN or infinite: nothing comes back from there."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        loss = (kwargs.get("logs") or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise FastftError(
+                "train",
+                "loss",
+                expected="a finite value",
+                got=f"{loss} at step {state.global_step}",
+                remedy="Lower learning_rate, or set dtype: float32. "
+                "The checkpoints before this step are whole.",
+            )
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Turns the first Ctrl-C (or SIGTERM) into a checkpoint and an orderly end after the step that
+    is running. A second Ctrl-C stops at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, notice: Callable[[str], None] | None = None) -> None:
+        self.requested = False
+        self._notice = notice or (lambda text: None)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Handles the signals inside the block; the handlers that were there come back after."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may set handlers
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._notice("stopping after this step, writing a checkpoint (Ctrl-C again stops at once)")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True

@@ -1,0 +1,218 @@
+"""From a file or the default set to token ids and labels: reading, the chat template, the mask
+that keeps the loss on the response, truncation, and the batch collator."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fastft.errors import DataError
+from fastft.train.config import DEFAULT_DATA, TrainConfig
+from fastft.train.files import Example, read_examples
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["IGNORE_INDEX", "DataSplits", "collator", "load_data", "tokenize_example"]
+
+# The label torch's cross entropy leaves out.
+IGNORE_INDEX = -100
+
+
+@dataclass
+class DataSplits:
+    """Tokenised data. ``notes`` say in words what was cut or left out."""
+
+    train: Dataset
+    eval: Dataset | None
+    eval_examples: list[Example]
+    notes: list[str] = field(default_factory=list)
+
+
+def load_data(cfg: TrainConfig, tokenizer: Any) -> DataSplits:
+    """Reads, splits, tokenises and orders the data of ``cfg``.
+
+    The training examples are shuffled once by ``cfg.seed``; the evaluation examples too, so that
+    ``max_eval_samples`` takes a fair sample. The same seed gives the same order.
+    """
+    train, held_out = _read_splits(cfg)
+    order = random.Random(cfg.seed)
+    order.shuffle(train)
+    order.shuffle(held_out)
+    notes: list[str] = []
+    train_rows, _ = _tokenize(train, cfg, tokenizer, "train", cfg.max_train_samples, notes)
+    if not train_rows:
+        raise DataError(
+            cfg.data,
+            "data",
+            expected=f"at least one example that fits max_length={cfg.max_length}",
+            got=f"{len(train)} examples, none of which fits",
+            remedy="Raise max_length, or set overlong: truncate.",
+        )
+    eval_rows, kept = _tokenize(held_out, cfg, tokenizer, "eval", cfg.max_eval_samples, notes)
+    return DataSplits(
+        _dataset(train_rows), _dataset(eval_rows) if eval_rows else None, kept, notes
+    )
+
+
+def _read_splits(cfg: TrainConfig) -> tuple[list[Example], list[Example]]:
+    if cfg.data == DEFAULT_DATA:
+        from fastft.train.stdlib_data import messages_of, split_items, stdlib_items
+
+        splits = split_items(stdlib_items())
+        train = [Example(messages=messages_of(item)) for item in splits["train"]]
+        held_out = [Example(messages=messages_of(item)) for item in splits["validation"]]
+    else:
+        train, held_out = read_examples(cfg.data), []
+    if cfg.eval_data:
+        return train, read_examples(cfg.eval_data)
+    if cfg.data == DEFAULT_DATA or cfg.eval_fraction == 0:
+        return train, held_out
+    # Held out by the seed; at least one example stays on each side.
+    indices = list(range(len(train)))
+    random.Random(cfg.seed).shuffle(indices)
+    size = min(max(1, round(cfg.eval_fraction * len(train))), len(train) - 1)
+    out = set(indices[:size])
+    return (
+        [example for i, example in enumerate(train) if i not in out],
+        [train[i] for i in sorted(out)],
+    )
+
+
+def _tokenize(
+    examples: list[Example],
+    cfg: TrainConfig,
+    tokenizer: Any,
+    split: str,
+    limit: int | None,
+    notes: list[str],
+) -> tuple[list[dict[str, list[int]]], list[Example]]:
+    rows: list[dict[str, list[int]]] = []
+    kept: list[Example] = []
+    cut = dropped = 0
+    for example in examples:
+        if limit is not None and len(rows) >= limit:
+            break
+        input_ids, labels = tokenize_example(example, tokenizer, cfg.completion_only_loss)
+        if len(input_ids) > cfg.max_length:
+            if cfg.overlong == "drop":
+                dropped += 1
+                continue
+            cut += 1
+            input_ids, labels = input_ids[: cfg.max_length], labels[: cfg.max_length]
+        # The first label is never predicted (the loss shifts by one), so it does not count.
+        if all(label == IGNORE_INDEX for label in labels[1:]):
+            dropped += 1
+            continue
+        rows.append({"input_ids": input_ids, "labels": labels})
+        kept.append(example)
+    if dropped:
+        notes.append(
+            f"{split}: {dropped} of {dropped + len(rows)} examples left out, "
+            f"no room for the response in {cfg.max_length} tokens"
+        )
+    if cut:
+        notes.append(f"{split}: {cut} of {len(rows)} examples cut at {cfg.max_length} tokens")
+    return rows, kept
+
+
+def tokenize_example(
+    example: Example, tokenizer: Any, completion_only_loss: bool = True
+) -> tuple[list[int], list[int]]:
+    """``(input_ids, labels)`` of one example, uncut.
+
+    Labels are the input ids where the model shall learn and -100 elsewhere (not shifted: the
+    model's loss shifts them). With a chat template every assistant turn is learnt, including the
+    token that ends it; without one, the completion and the end-of-sequence token.
+    """
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for text, learnt in _segments(example, tokenizer):
+        # Segments are tokenised apart, so that the prompt's tokens are those seen at generation.
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        input_ids += ids
+        labels += ids if learnt or not completion_only_loss else [IGNORE_INDEX] * len(ids)
+    return input_ids, labels
+
+
+def _segments(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
+    eos = tokenizer.eos_token or ""
+    if example.text is not None:
+        return [(example.text + eos, True)]
+    if tokenizer.chat_template:
+        return _chat_segments(example, tokenizer)
+    if example.messages is None:
+        return [(example.prompt or "", False), ((example.completion or "") + eos, True)]
+    parts: list[tuple[str, bool]] = []
+    for message in example.messages:
+        learnt = message["role"] == "assistant"
+        parts.append((f"{message['role']}: ", False))
+        parts.append((message["content"] + (eos if learnt else "") + "\n", learnt))
+    return parts
+
+
+def _chat_segments(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
+    messages = example.as_messages()
+
+    def render(upto: int, generation: bool = False) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                messages[:upto], tokenize=False, add_generation_prompt=generation
+            )
+        )
+
+    full = render(len(messages))
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    # Some templates rewrite earlier turns (they strip the reasoning): then the beginning of the
+    # conversation is not a prefix of the whole, and only the last answer can be told apart.
+    for chosen in (turns, turns[-1:]):
+        parts: list[tuple[str, bool]] = []
+        done = ""
+        for turn in chosen:
+            before, after = render(turn, generation=True), render(turn + 1)
+            if not (before.startswith(done) and after.startswith(before)):
+                break
+            if not full.startswith(after):
+                break
+            # The line break a template puts behind the end token is not the model's to write.
+            answer = after[len(before) :].rstrip()
+            parts += [(before[len(done) :], False), (answer, True)]
+            done = before + answer
+        else:
+            return [*parts, (full[len(done) :], False)] if full[len(done) :] else parts
+    raise DataError(
+        "chat template",
+        "messages",
+        expected="a template that puts the answer after its own generation prompt",
+        got="one in which the answer cannot be told from the prompt",
+        remedy="Render the conversations yourself and give them as 'text'.",
+    )
+
+
+def _dataset(rows: list[dict[str, list[int]]]) -> Dataset:
+    from datasets import Dataset
+
+    # `length` is what Trainer's length grouping reads.
+    return Dataset.from_dict(
+        {
+            "input_ids": [row["input_ids"] for row in rows],
+            "labels": [row["labels"] for row in rows],
+            "length": [len(row["input_ids"]) for row in rows],
+        }
+    )
+
+
+def collator(cfg: TrainConfig, tokenizer: Any) -> Any:
+    """Pads a batch: ids with the pad token, the attention mask with 0, labels with -100."""
+    from transformers import DataCollatorForSeq2Seq
+
+    fixed = cfg.padding == "max_length"
+    return DataCollatorForSeq2Seq(
+        tokenizer,
+        padding="max_length" if fixed else "longest",
+        max_length=cfg.max_length if fixed else None,
+        # Odd lengths make slow products; 8 is what tensor cores and vector units want.
+        pad_to_multiple_of=None if fixed else 8,
+        label_pad_token_id=IGNORE_INDEX,
+    )

@@ -1,0 +1,108 @@
+"""From ``TrainConfig`` to a PeftModel, plain or fused, with target names checked first."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from fastft.errors import ConfigError, nearest
+from fastft.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from torch import nn
+
+__all__ = ["add_lora", "check_targets", "lora_config"]
+
+ALL_LINEAR = "all-linear"
+
+
+def lora_config(cfg: TrainConfig) -> LoraConfig:
+    """PEFT's own configuration."""
+    from peft import LoraConfig
+
+    alpha = int(cfg.lora_alpha) if float(cfg.lora_alpha).is_integer() else cfg.lora_alpha
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=cfg.r,
+        lora_alpha=alpha,
+        lora_dropout=cfg.lora_dropout,
+        target_modules=cfg.target_modules,
+        modules_to_save=cfg.modules_to_save,
+        use_rslora=cfg.use_rslora,
+    )
+
+
+def check_targets(model: nn.Module, cfg: TrainConfig) -> None:
+    """Refuses names no module of ``model`` has (PEFT passes over them when another one matches)
+    and a rank above the smallest side of a target."""
+    names = [name for name, _ in model.named_modules() if name]
+    last = sorted({name.rpartition(".")[2] for name, module in _matrices(model)})
+    for key in ("target_modules", "modules_to_save"):
+        wanted = getattr(cfg, key)
+        if wanted is None or wanted == ALL_LINEAR:
+            continue
+        for target in [wanted] if isinstance(wanted, str) else wanted:
+            if not any(_matches(target, name, isinstance(wanted, str)) for name in names):
+                raise ConfigError(
+                    "TrainConfig",
+                    key,
+                    expected=f"names of modules of {type(model).__name__}: {', '.join(last)}",
+                    got=repr(target),
+                    remedy=nearest(target, last) or None,
+                )
+    wide = [(min(m.weight.shape), name) for name, m in _matrices(model) if _is_target(name, cfg)]
+    if wide and cfg.r > min(wide)[0]:
+        raise ConfigError(
+            "TrainConfig",
+            "r",
+            expected=f"at most {min(wide)[0]}, the smaller side of {min(wide)[1]}",
+            got=str(cfg.r),
+        )
+
+
+def _matrices(model: nn.Module) -> list[tuple[str, Any]]:
+    """Modules with one plain weight matrix (Linear, Conv1D, Embedding), by name."""
+    found = []
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if name and weight is not None and weight.dim() == 2 and weight.is_floating_point():
+            found.append((name, module))
+    return found
+
+
+def _matches(target: str, name: str, pattern: bool) -> bool:
+    # PEFT's rule: a text is a pattern for the whole name, list entries are names or endings.
+    if pattern:
+        try:
+            return re.fullmatch(target, name) is not None
+        except re.error as error:
+            raise ConfigError(
+                "TrainConfig", "target_modules", expected="a regular expression", got=str(error)
+            ) from error
+    return name == target or name.endswith(f".{target}")
+
+
+def _is_target(name: str, cfg: TrainConfig) -> bool:
+    wanted = cfg.target_modules
+    if wanted == ALL_LINEAR:
+        return not name.endswith(("lm_head", "embed_tokens", "embeddings"))
+    if isinstance(wanted, str):
+        return _matches(wanted, name, True)
+    return any(_matches(target, name, False) for target in wanted)
+
+
+def add_lora(model: nn.Module, cfg: TrainConfig) -> PeftModel:
+    """``model`` with new adapters; fused if ``cfg.fused``. Adapter weights depend on ``cfg.seed``
+    only, so plain and fused start alike."""
+    from transformers import set_seed
+
+    check_targets(model, cfg)
+    set_seed(cfg.seed)
+    if cfg.fused:
+        import fastft
+
+        return fastft.lora(model, lora_config(cfg), strict=cfg.strict)
+    from peft import get_peft_model
+
+    return get_peft_model(model, lora_config(cfg))

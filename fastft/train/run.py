@@ -1,0 +1,355 @@
+"""``train(cfg)``: one LoRA fine-tuning through ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from fastft.errors import ConfigError, FastftError
+from fastft.train.adapters import reload_max_diff, save_adapter
+from fastft.train.callbacks import (
+    BatchLog,
+    Interrupted,
+    StepEvent,
+    StepReporter,
+    StopOnInterrupt,
+    StopOnNan,
+)
+from fastft.train.checkpoints import (
+    MarkComplete,
+    checkpoints,
+    remove_partial,
+    resolve_resume,
+)
+from fastft.train.config import TrainConfig, load_config
+from fastft.train.data import DataSplits, collator, load_data
+from fastft.train.lora_setup import add_lora, check_targets
+from fastft.train.models import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Prepared", "TrainResult", "prepare", "train"]
+
+CONFIG_FILE = "train_config.yaml"
+# A resumed run must be the one that was stopped: these decide its parameters and batches.
+FIXED_ON_RESUME = (
+    "model data eval_data eval_fraction max_train_samples r lora_alpha lora_dropout target_modules "
+    "modules_to_save use_rslora max_length overlong group_by_length completion_only_loss "
+    "per_device_train_batch_size gradient_accumulation_steps max_steps num_train_epochs "
+    "learning_rate lr_scheduler_type warmup_steps weight_decay seed dtype fused"
+).split()
+
+
+class FastftTrainer(Trainer):
+    """The Trainer as it is, which also notes how many tokens a step had and their hash."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.batches = BatchLog()
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
+        ids: torch.Tensor = inputs["input_ids"]
+        self.batches.tokens += ids.numel()
+        digest = hashlib.sha256(self.batches.digest.encode() + ids.cpu().numpy().tobytes())
+        self.batches.digest = digest.hexdigest()
+        return super().training_step(model, inputs, *args, **kw)
+
+
+@dataclass
+class Prepared:
+    """Everything a run needs, loaded and checked, before the first step."""
+
+    cfg: TrainConfig
+    model: Any
+    tokenizer: Any
+    data: DataSplits
+    trainer: FastftTrainer
+    interrupt: StopOnInterrupt
+    resume: Path | None
+
+
+@dataclass
+class TrainResult:
+    """What a run made: the adapter's folder and its figures."""
+
+    adapter: Path
+    steps: int
+    train_loss: float
+    eval_loss: float | None
+    adapter_reload_max_diff: float
+    explanation: dict[str, Any] | None
+    notes: list[str] = field(default_factory=list)
+
+
+def train(
+    cfg: TrainConfig,
+    callbacks: Sequence[TrainerCallback] = (),
+    report: Callable[[StepEvent], None] | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> TrainResult:
+    """Fine-tunes LoRA adapters on ``cfg.model`` and saves them to ``<output_dir>/adapter``.
+
+    Args:
+        cfg: the run.
+        callbacks: ``TrainerCallback`` instances, given to the Trainer as they are.
+        report: called with a ``StepEvent`` each ``cfg.logging_steps``.
+        notice: called with a line of text now and then.
+
+    Raises:
+        ConfigError, DataError, AdapterError: with nothing trained, or with the previous adapter
+            in place.
+        Interrupted: after Ctrl-C, when a whole checkpoint is on the disk.
+    """
+    notice = notice or (lambda text: None)
+    prepared = prepare(cfg, callbacks, report, notice)
+    for note in prepared.data.notes:
+        notice(note)
+    state = run_trainer(prepared)
+    eval_loss = evaluate(prepared)
+    adapter = save_adapter(prepared.model, Path(cfg.output_dir) / "adapter")
+    return TrainResult(
+        adapter=adapter,
+        steps=state.global_step,
+        train_loss=float(state.training_loss),
+        eval_loss=eval_loss,
+        adapter_reload_max_diff=adapter_difference(prepared, adapter),
+        explanation=explanation(prepared),
+        notes=prepared.data.notes,
+    )
+
+
+def prepare(
+    cfg: TrainConfig,
+    callbacks: Sequence[TrainerCallback] = (),
+    report: Callable[[StepEvent], None] | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Prepared:
+    """Loads and checks all there is to check, the cheapest first; writes only to see that
+    ``cfg.output_dir`` can be written."""
+    output = Path(cfg.output_dir)
+    check_writable(output)
+    resume = resolve_resume(cfg.resume_from_checkpoint, output)
+    _check_history(cfg, output, resume)
+    tokenizer = load_tokenizer(cfg)
+    data = load_data(cfg, tokenizer)
+    model = load_model(cfg)
+    check_targets(model, cfg)
+    model.config.use_cache = False  # generation's cache, of no use in training
+    model = add_lora(model, cfg)
+    interrupt = StopOnInterrupt(notice)
+    trainer = FastftTrainer(
+        model=model,
+        args=training_arguments(cfg, len(data.train), data.eval is not None),
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=tokenizer,
+        data_collator=collator(cfg, tokenizer),
+        callbacks=[interrupt, StopOnNan(), MarkComplete(), *callbacks],
+        optimizer_cls_and_kwargs=_optimizer(cfg) if cfg.fused else None,
+    )
+    _quiet(trainer)
+    if report is not None:
+        trainer.add_callback(StepReporter(report, trainer.batches))
+    return Prepared(cfg, model, tokenizer, data, trainer, interrupt, resume)
+
+
+def run_trainer(prepared: Prepared) -> Any:
+    """Trains; returns Transformers' ``TrainOutput``."""
+    cfg, trainer = prepared.cfg, prepared.trainer
+    _write_config(cfg)
+    resume = str(prepared.resume) if prepared.resume else None
+    try:
+        with prepared.interrupt.watching():
+            output = trainer.train(resume_from_checkpoint=resume)
+    except OSError as error:
+        remove_partial(cfg.output_dir)
+        raise _save_failed(cfg, error) from error
+    except Exception as error:
+        # safetensors and torch.save report a full disk as errors of their own.
+        if type(error).__module__.startswith("safetensors") or "PytorchStreamWriter" in str(error):
+            remove_partial(cfg.output_dir)
+            raise _save_failed(cfg, error) from error
+        raise
+    if prepared.interrupt.requested:
+        whole = resolve_resume("last", cfg.output_dir)
+        raise Interrupted(trainer.state.global_step, str(whole))
+    return output
+
+
+def _save_failed(cfg: TrainConfig, error: Exception) -> FastftError:
+    return FastftError(
+        "train",
+        cfg.output_dir,
+        expected="room for a checkpoint on the disk",
+        got=str(error),
+        remedy="Earlier checkpoints are whole: make room and set resume_from_checkpoint: last.",
+    )
+
+
+def evaluate(prepared: Prepared) -> float | None:
+    """Mean loss on the evaluation split, or None without one."""
+    if prepared.data.eval is None:
+        return None
+    return float(prepared.trainer.evaluate()["eval_loss"])
+
+
+def adapter_difference(prepared: Prepared, adapter: Path) -> float:
+    """``reload_max_diff`` on the first example of the data."""
+    rows = prepared.data.eval if prepared.data.eval is not None else prepared.data.train
+    batch = prepared.trainer.data_collator([{"input_ids": rows[0]["input_ids"]}])
+    device = next(prepared.model.parameters()).device
+    return reload_max_diff(
+        prepared.model, adapter, {name: tensor.to(device) for name, tensor in batch.items()}
+    )
+
+
+def explanation(prepared: Prepared) -> dict[str, Any] | None:
+    """What is fused and what is not, or None for plain PEFT."""
+    if not prepared.cfg.fused:
+        return None
+    import fastft
+
+    return dict(fastft.explain(prepared.model).to_dict())
+
+
+def _optimizer(cfg: TrainConfig) -> tuple[type, dict[str, Any]]:
+    import fastft.optim
+
+    kwargs = {
+        "lr": cfg.learning_rate,
+        "betas": (cfg.adam_beta1, cfg.adam_beta2),
+        "eps": cfg.adam_epsilon,
+        "max_grad_norm": cfg.max_grad_norm or None,
+    }
+    return fastft.optim.AdamW, kwargs
+
+
+def training_arguments(cfg: TrainConfig, examples: int, evaluates: bool) -> TrainingArguments:
+    """``cfg`` in Transformers' terms."""
+    batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
+    steps = cfg.max_steps
+    if steps < 0:
+        steps = math.ceil(cfg.num_train_epochs * math.ceil(examples / batch))
+    warmup = cfg.warmup_steps
+    if warmup < 1:
+        # Older Transformers knows whole steps only.
+        warmup = math.ceil(warmup * steps)
+    import torch
+
+    known = inspect.signature(TrainingArguments).parameters
+    grouping: dict[str, Any] = {}
+    if cfg.group_by_length:
+        newer = "train_sampling_strategy" in known
+        grouping = (
+            {"train_sampling_strategy": "group_by_length"} if newer else {"group_by_length": True}
+        )
+    return TrainingArguments(
+        output_dir=cfg.output_dir,
+        per_device_train_batch_size=cfg.per_device_train_batch_size,
+        per_device_eval_batch_size=cfg.per_device_eval_batch_size,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        max_steps=cfg.max_steps,
+        num_train_epochs=cfg.num_train_epochs,
+        learning_rate=cfg.learning_rate,
+        lr_scheduler_type=cfg.lr_scheduler_type,
+        warmup_steps=int(warmup),
+        optim="adamw_torch",
+        weight_decay=cfg.weight_decay,
+        adam_beta1=cfg.adam_beta1,
+        adam_beta2=cfg.adam_beta2,
+        adam_epsilon=cfg.adam_epsilon,
+        # The fused optimizer clips in its own call.
+        max_grad_norm=0.0 if cfg.fused else cfg.max_grad_norm,
+        bf16=cfg.autocast and cfg.dtype != "float16",
+        fp16=cfg.dtype == "float16",
+        gradient_checkpointing=cfg.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+        if cfg.gradient_checkpointing
+        else None,
+        seed=cfg.seed,
+        data_seed=cfg.seed,
+        logging_steps=cfg.logging_steps,
+        logging_first_step=True,
+        # A NaN must be seen, not replaced by the mean so far.
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if cfg.eval_steps and evaluates else "no",
+        eval_steps=cfg.eval_steps or None,
+        save_strategy="steps" if cfg.save_steps else "no",
+        save_steps=cfg.save_steps or 1,
+        save_total_limit=cfg.save_total_limit,
+        prediction_loss_only=True,
+        label_names=["labels"],
+        report_to=cfg.report_to,
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **grouping,
+    )
+
+
+def _quiet(trainer: Trainer) -> None:
+    """Without the callback that prints each log as a dict: ``report`` says it better."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuses a folder that cannot be made or written, before an hour of training."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".fastft-"):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            "TrainConfig",
+            "output_dir",
+            expected="a folder that can be written",
+            got=f"{str(folder)!r}: {error.strerror or error}",
+        ) from error
+
+
+def _check_history(cfg: TrainConfig, output: Path, resume: Path | None) -> None:
+    if resume is None:
+        if left := checkpoints(output):
+            raise ConfigError(
+                "TrainConfig",
+                "output_dir",
+                expected="a folder without checkpoints of another run",
+                got=f"{output} with {left[-1].name}",
+                remedy="Set resume_from_checkpoint: last to go on, or choose another folder.",
+            )
+        return
+    written = resume.parent / CONFIG_FILE
+    if not written.is_file():
+        return
+    before = load_config(written)
+    for name in FIXED_ON_RESUME:
+        if getattr(before, name) != getattr(cfg, name):
+            raise ConfigError(
+                "TrainConfig",
+                name,
+                expected=f"{getattr(before, name)!r}, as in the run that is resumed",
+                got=repr(getattr(cfg, name)),
+            )
+
+
+def _write_config(cfg: TrainConfig) -> None:
+    import yaml
+
+    path = Path(cfg.output_dir) / CONFIG_FILE
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(yaml.safe_dump(cfg.to_dict(), sort_keys=False), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _save_failed(cfg, error) from error

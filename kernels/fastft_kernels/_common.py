@@ -1,0 +1,38 @@
+"""What every Triton launcher needs: the device guard and the shared support predicate."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import triton
+
+__all__ = ["INTERPRETED", "device_guard", "supports_device"]
+
+# Triton decides at decoration time, so this cannot change while the process lives.
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+_OLDEST_CAPABILITY = (8, 0)
+
+
+def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes the tensor's GPU the current one, so that Triton launches on its current stream."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def supports_device(device_type: str) -> str | None:
+    """None where the kernels of this package can run, else the reason why not."""
+    if INTERPRETED:
+        return None if device_type in ("cpu", "cuda") else f"no Triton interpreter for {device_type}"
+    if device_type != "cuda":
+        return f"Triton kernels run on CUDA devices, not on {device_type!r}"
+    if torch.version.hip is not None:
+        return "the launch configurations are for NVIDIA GPUs; this torch is built for ROCm"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability < _OLDEST_CAPABILITY:
+        return f"needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
+    return None

@@ -1,0 +1,332 @@
+"""Triton kernels of ``lora_linear``: dropout mask, shrink, expand-add and the two-stage outer sum.
+
+Each serves up to three siblings, which share the wide operand (x, or dx), in one pass over it.
+A wide row is addressed from an int64 base; inside a tile int32 offsets suffice.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "_dropout_mask_kernel",
+    "_expand_add_kernel",
+    "_outer_partial_kernel",
+    "_outer_reduce_kernel",
+    "_shrink_kernel",
+]
+
+
+@triton.jit(do_not_specialize=["n_bytes", "threshold"])
+def _dropout_mask_kernel(
+    out_ptr,  # uint8 (M, ceil(K / 8))
+    seed_ptr,  # int64 (1,)
+    n_bytes,
+    threshold,  # an element is dropped where its 16 random bits are below this
+    BLOCK: tl.constexpr,
+):
+    """out[m, j] = eight keep bits; Philox-4x32-10 with the byte's index as its counter."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    seed = tl.load(seed_ptr)
+    w0, w1, w2, w3 = tl.randint4x(seed, index)
+    byte = tl.zeros((BLOCK,), tl.int32)
+    # One Philox call makes eight 16-bit numbers: one for each bit of the byte.
+    for bit in tl.static_range(8):
+        if bit < 2:
+            word = w0
+        elif bit < 4:
+            word = w1
+        elif bit < 6:
+            word = w2
+        else:
+            word = w3
+        half = ((word.to(tl.uint32, bitcast=True) >> (16 * (bit % 2))) & 0xFFFF).to(tl.int32)
+        byte = byte | ((half >= threshold).to(tl.int32) << bit)
+    tl.store(out_ptr + index, byte.to(tl.uint8), mask=index < n_bytes)
+
+
+@triton.jit
+def _keep_tile(
+    mask_ptr, row, column, M, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Unpacks the keep bits of a (BLOCK_M, BLOCK_N) tile; each byte is loaded once."""
+    row_bytes = (K + 7) // 8
+    rows = tl.arange(0, BLOCK_M)
+    bytes_ = column // 8 + tl.arange(0, BLOCK_N // 8)
+    packed = tl.load(
+        mask_ptr + row.to(tl.int64) * row_bytes + rows[:, None] * row_bytes + bytes_[None, :],
+        mask=(row + rows < M)[:, None] & (bytes_ < row_bytes)[None, :],
+        other=0,
+    )
+    bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :].to(tl.uint8)) & 1
+    return tl.reshape(bits, (BLOCK_M, BLOCK_N)) != 0
+
+
+@triton.jit
+def _shrink_step(
+    acc, x, a_ptr, mask_ptr, row, k0, r0, M, K, r,
+    MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + drop(x) a^T for one block of the contracted axis; a is cast to x's type on load."""
+    rank = r0 + tl.arange(0, BLOCK_R)
+    k = k0 + tl.arange(0, BLOCK_K)
+    # a^T as (BLOCK_K, BLOCK_R): a is (r, K), or (K, r) where TRANSPOSED.
+    if TRANSPOSED:
+        a_offset = k[:, None] * r + rank[None, :]
+    else:
+        a_offset = rank[None, :] * K + k[:, None]
+    a = tl.load(a_ptr + a_offset, mask=(k < K)[:, None] & (rank < r)[None, :], other=0.0)
+    if MASKED:
+        keep = _keep_tile(mask_ptr, row, k0, M, K, BLOCK_M, BLOCK_K)
+        x = tl.where(keep, x, 0.0).to(x.dtype)
+    return tl.dot(x, a.to(x.dtype), acc, input_precision="ieee")
+
+
+@triton.jit
+def _shrink_store(
+    s_ptr, acc, scale, row, r0, M, r, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    rows = tl.arange(0, BLOCK_M)
+    rank = r0 + tl.arange(0, BLOCK_R)
+    tl.store(
+        s_ptr + row.to(tl.int64) * r + rows[:, None] * r + rank[None, :],
+        (acc * scale).to(s_ptr.dtype.element_ty),
+        mask=(row + rows < M)[:, None] & (rank < r)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["M"])
+def _shrink_kernel(
+    x_ptr,  # (M, K)
+    a0_ptr, a1_ptr, a2_ptr,  # (r_i, K), or (K, r_i) where TRANSPOSED
+    s0_ptr, s1_ptr, s2_ptr,  # (M, r_i)
+    mask0_ptr, mask1_ptr, mask2_ptr,  # uint8 (M, ceil(K / 8))
+    M, K, r0, r1, r2, scale0, scale1, scale2,
+    SIBLINGS: tl.constexpr,
+    MASKED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """s_i = scale_i * drop_i(x) a_i^T for all siblings, reading x once (for each rank block)."""
+    row = tl.program_id(0) * BLOCK_M
+    rank = tl.program_id(1) * BLOCK_R
+    rows = tl.arange(0, BLOCK_M)
+    x_tile = x_ptr + row.to(tl.int64) * K + rows[:, None] * K
+    acc0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if SIBLINGS > 1:
+        acc1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if SIBLINGS > 2:
+        acc2 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        x = tl.load(
+            x_tile + k[None, :], mask=(row + rows < M)[:, None] & (k < K)[None, :], other=0.0
+        )
+        acc0 = _shrink_step(
+            acc0, x, a0_ptr, mask0_ptr, row, k0, rank, M, K, r0,
+            MASKED, TRANSPOSED, BLOCK_M, BLOCK_R, BLOCK_K,
+        )  # fmt: skip
+        if SIBLINGS > 1:
+            acc1 = _shrink_step(
+                acc1, x, a1_ptr, mask1_ptr, row, k0, rank, M, K, r1,
+                MASKED, TRANSPOSED, BLOCK_M, BLOCK_R, BLOCK_K,
+            )  # fmt: skip
+        if SIBLINGS > 2:
+            acc2 = _shrink_step(
+                acc2, x, a2_ptr, mask2_ptr, row, k0, rank, M, K, r2,
+                MASKED, TRANSPOSED, BLOCK_M, BLOCK_R, BLOCK_K,
+            )  # fmt: skip
+    _shrink_store(s0_ptr, acc0, scale0, row, rank, M, r0, BLOCK_M, BLOCK_R)
+    if SIBLINGS > 1:
+        _shrink_store(s1_ptr, acc1, scale1, row, rank, M, r1, BLOCK_M, BLOCK_R)
+    if SIBLINGS > 2:
+        _shrink_store(s2_ptr, acc2, scale2, row, rank, M, r2, BLOCK_M, BLOCK_R)
+
+
+@triton.jit
+def _expand_term(
+    s_ptr, w_ptr, mask_ptr, scale, row, column, M, N, r,
+    MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """keep * scale * s w for one tile, in float32."""
+    rows = tl.arange(0, BLOCK_M)
+    columns = column + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    s_tile = s_ptr + row.to(tl.int64) * r + rows[:, None] * r
+    for r0 in range(0, r, BLOCK_R):
+        rank = r0 + tl.arange(0, BLOCK_R)
+        s = tl.load(
+            s_tile + rank[None, :], mask=(row + rows < M)[:, None] & (rank < r)[None, :], other=0.0
+        )
+        # w as (BLOCK_R, BLOCK_N): w is (r, N), or (N, r) where TRANSPOSED.
+        if TRANSPOSED:
+            w_offset = columns[None, :] * r + rank[:, None]
+        else:
+            w_offset = rank[:, None] * N + columns[None, :]
+        w = tl.load(
+            w_ptr + w_offset, mask=(rank < r)[:, None] & (columns < N)[None, :], other=0.0
+        )
+        acc = tl.dot(s, w.to(s.dtype), acc, input_precision="ieee")
+    acc = acc * scale
+    if MASKED:
+        acc = tl.where(_keep_tile(mask_ptr, row, column, M, N, BLOCK_M, BLOCK_N), acc, 0.0)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def _expand_add_kernel(
+    y_ptr,  # (M, N)
+    bias_ptr,  # (N,)
+    s0_ptr, s1_ptr, s2_ptr,  # (M, r_i)
+    w0_ptr, w1_ptr, w2_ptr,  # (r_i, N), or (N, r_i) where TRANSPOSED
+    mask0_ptr, mask1_ptr, mask2_ptr,  # uint8 (M, ceil(N / 8))
+    M, N, r0, r1, r2, scale0, scale1, scale2,
+    SIBLINGS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    MASKED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """y += bias + sum_i keep_i * scale_i * s_i w_i: one read and one write of y."""
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    row = (tl.program_id(0) // blocks_n) * BLOCK_M
+    column = (tl.program_id(0) % blocks_n) * BLOCK_N
+    rows = tl.arange(0, BLOCK_M)
+    columns = column + tl.arange(0, BLOCK_N)
+    inside = (row + rows < M)[:, None] & (columns < N)[None, :]
+    y_tile = y_ptr + row.to(tl.int64) * N + rows[:, None] * N + columns[None, :]
+    acc = _expand_term(
+        s0_ptr, w0_ptr, mask0_ptr, scale0, row, column, M, N, r0,
+        MASKED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_R,
+    )  # fmt: skip
+    if SIBLINGS > 1:
+        acc += _expand_term(
+            s1_ptr, w1_ptr, mask1_ptr, scale1, row, column, M, N, r1,
+            MASKED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
+    if SIBLINGS > 2:
+        acc += _expand_term(
+            s2_ptr, w2_ptr, mask2_ptr, scale2, row, column, M, N, r2,
+            MASKED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    y = tl.load(y_tile, mask=inside, other=0.0)
+    tl.store(y_tile, (y.to(tl.float32) + acc).to(y.dtype), mask=inside)
+
+
+@triton.jit
+def _outer_step(
+    acc, x, d_ptr, mask_ptr, row, column, r0, end, M, K, r,
+    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + d^T drop(x) for one block of tokens."""
+    rows = tl.arange(0, BLOCK_M)
+    rank = r0 + tl.arange(0, BLOCK_R)
+    # d^T as (BLOCK_R, BLOCK_M).
+    d = tl.load(
+        d_ptr + row.to(tl.int64) * r + rows[None, :] * r + rank[:, None],
+        mask=(row + rows < end)[None, :] & (rank < r)[:, None],
+        other=0.0,
+    )
+    if MASKED:
+        keep = _keep_tile(mask_ptr, row, column, M, K, BLOCK_M, BLOCK_K)
+        x = tl.where(keep, x, 0.0).to(x.dtype)
+    return tl.dot(d, x, acc, input_precision="ieee")
+
+
+@triton.jit
+def _outer_store(
+    p_ptr, acc, split, r0, column, K, r, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    rank = r0 + tl.arange(0, BLOCK_R)
+    columns = column + tl.arange(0, BLOCK_K)
+    tl.store(
+        p_ptr + (split.to(tl.int64) * r + rank[:, None]) * K + columns[None, :],
+        acc,
+        mask=(rank < r)[:, None] & (columns < K)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_split"])
+def _outer_partial_kernel(
+    x_ptr,  # (M, K)
+    d0_ptr, d1_ptr, d2_ptr,  # (M, r_i)
+    p0_ptr, p1_ptr, p2_ptr,  # float32 (splits, r_i, K)
+    mask0_ptr, mask1_ptr, mask2_ptr,  # uint8 (M, ceil(K / 8))
+    M, K, r0, r1, r2, rows_per_split,
+    SIBLINGS: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """p_i[split] = d_i^T drop_i(x) over the split's tokens, reading x once for all siblings."""
+    column = tl.program_id(0) * BLOCK_K
+    rank = tl.program_id(1) * BLOCK_R
+    split = tl.program_id(2)
+    begin = split * rows_per_split
+    end = tl.minimum(begin + rows_per_split, M)
+    rows = tl.arange(0, BLOCK_M)
+    columns = column + tl.arange(0, BLOCK_K)
+    acc0 = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    if SIBLINGS > 1:
+        acc1 = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    if SIBLINGS > 2:
+        acc2 = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for step in range(0, rows_per_split, BLOCK_M):
+        row = begin + step
+        x = tl.load(
+            x_ptr + row.to(tl.int64) * K + rows[:, None] * K + columns[None, :],
+            mask=(row + rows < end)[:, None] & (columns < K)[None, :],
+            other=0.0,
+        )
+        acc0 = _outer_step(
+            acc0, x, d0_ptr, mask0_ptr, row, column, rank, end, M, K, r0,
+            MASKED, BLOCK_M, BLOCK_R, BLOCK_K,
+        )  # fmt: skip
+        if SIBLINGS > 1:
+            acc1 = _outer_step(
+                acc1, x, d1_ptr, mask1_ptr, row, column, rank, end, M, K, r1,
+                MASKED, BLOCK_M, BLOCK_R, BLOCK_K,
+            )  # fmt: skip
+        if SIBLINGS > 2:
+            acc2 = _outer_step(
+                acc2, x, d2_ptr, mask2_ptr, row, column, rank, end, M, K, r2,
+                MASKED, BLOCK_M, BLOCK_R, BLOCK_K,
+            )  # fmt: skip
+    _outer_store(p0_ptr, acc0, split, rank, column, K, r0, BLOCK_R, BLOCK_K)
+    if SIBLINGS > 1:
+        _outer_store(p1_ptr, acc1, split, rank, column, K, r1, BLOCK_R, BLOCK_K)
+    if SIBLINGS > 2:
+        _outer_store(p2_ptr, acc2, split, rank, column, K, r2, BLOCK_R, BLOCK_K)
+
+
+@triton.jit(do_not_specialize=["splits", "r"])
+def _outer_reduce_kernel(
+    out_ptr,  # (r, K), or (K, r) where TRANSPOSED
+    p_ptr,  # float32 (splits, r, K)
+    splits,
+    K,
+    r,
+    scale,
+    TRANSPOSED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = scale * sum over the splits, always in the same order."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = r.to(tl.int64) * K
+    inside = index < size
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for split in range(0, splits):
+        acc += tl.load(p_ptr + split * size + index, mask=inside, other=0.0)
+    target = (index % K) * r + index // K if TRANSPOSED else index
+    tl.store(out_ptr + target, (acc * scale).to(out_ptr.dtype.element_ty), mask=inside)

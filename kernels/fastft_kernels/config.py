@@ -1,0 +1,206 @@
+"""Launch configurations: data, one table per GPU architecture, no autotuning.
+
+A configuration is chosen from the architecture, the element size and the rank block only, so the
+same call on the same kind of GPU always runs the same code and gives the same bits.
+``fastft_kernels.aot`` compiles every entry and holds it under ``Arch.shared_limit``.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = [
+    "ARCHS",
+    "BLOCK_RS",
+    "MAX_SIBLINGS",
+    "AdamWConfig",
+    "Arch",
+    "BlockConfig",
+    "CrossEntropyConfig",
+    "Launch",
+    "TileConfig",
+    "block_r_for",
+    "for_device",
+]
+
+# Siblings (q/k/v, gate/up) that one launch serves in one read of x; more are served in groups.
+MAX_SIBLINGS = 3
+
+# Rank blocks a kernel is built for; a larger rank is walked in blocks of the largest.
+BLOCK_RS: tuple[int, ...] = (16, 32, 64)
+
+
+def block_r_for(r: int) -> int:
+    """The smallest rank block that holds ``r``, or the largest there is."""
+    return next((block for block in BLOCK_RS if r <= block), BLOCK_RS[-1])
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Compiler options of a launch."""
+
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of a launch and of ``triton.compile`` alike.
+
+        Fused multiply-add is named because its default differs between Triton versions, and with
+        it the last bit of results.
+        """
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """A two-dimensional tile: ``block_m`` tokens by ``block_n`` features."""
+
+    block_m: int
+    block_n: int
+    launch: Launch
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """A one-dimensional kernel: ``block`` items for each program."""
+
+    block: int
+    launch: Launch = Launch()
+
+
+@dataclass(frozen=True)
+class CrossEntropyConfig:
+    """Row kernel of the loss: one program for each row, ``block_v`` logits at a time."""
+
+    block_v: int = 4096
+    launch: Launch = Launch(num_warps=8)
+    # Tokens whose label is ignored are dropped before the products when the products cost at
+    # least this many floating-point operations: finding them takes one device synchronisation,
+    # which must stay small against what it saves.
+    compact_flops: float = 1e12
+    # Rows of the vocabulary whose float32 weight gradient is made at a time: bounds the scratch.
+    d_weight_rows: int = 8192
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """Multi-tensor AdamW: a program updates ``chunk`` elements, ``block`` at a time."""
+
+    chunk: int = 8192
+    block: int = 1024
+    launch: Launch = Launch()
+    # The single program between the two passes.
+    prepare: BlockConfig = BlockConfig(1024, Launch(num_warps=8))
+
+
+# Key of a tile table: (bytes of an element of x, rank block).
+TileTable = dict[tuple[int, int], TileConfig]
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One GPU architecture and everything that is launched on it."""
+
+    name: str
+    capability: int
+    # Shared memory that one block may use, in bytes.
+    shared_limit: int
+    # Programs that fill the GPU about twice: the split of reductions over tokens aims at it.
+    target_programs: int
+    # s = x A^T and dS = scaling dY B: tokens by contracted features.
+    shrink: TileTable
+    # y += bias + s B^T and dx += dS A: tokens by output features.
+    expand: TileTable
+    # dA = dS^T x and dB = dY^T s: contracted tokens by features.
+    outer: TileTable
+    # Dropout mask: bytes of eight elements; second stage of dA and dB: elements.
+    mask: BlockConfig = BlockConfig(512)
+    reduce: BlockConfig = BlockConfig(512)
+    cross_entropy: CrossEntropyConfig = CrossEntropyConfig()
+    adamw: AdamWConfig = AdamWConfig()
+
+
+# Consumer parts (99 KiB of shared memory): shallow pipelines.
+_SHRINK_SMALL: TileTable = {
+    (2, 16): TileConfig(64, 64, Launch(4, 3)),
+    (2, 32): TileConfig(64, 64, Launch(4, 3)),
+    (2, 64): TileConfig(64, 32, Launch(4, 3)),
+    (4, 16): TileConfig(64, 32, Launch(4, 3)),
+    (4, 32): TileConfig(64, 32, Launch(4, 2)),
+    (4, 64): TileConfig(32, 32, Launch(4, 2)),
+}
+_EXPAND_SMALL: TileTable = {
+    (2, 16): TileConfig(64, 128, Launch(4, 2)),
+    (2, 32): TileConfig(64, 128, Launch(4, 2)),
+    (2, 64): TileConfig(64, 64, Launch(4, 2)),
+    (4, 16): TileConfig(64, 64, Launch(4, 2)),
+    (4, 32): TileConfig(64, 64, Launch(4, 2)),
+    (4, 64): TileConfig(32, 64, Launch(4, 2)),
+}
+_OUTER_SMALL: TileTable = {
+    (2, 16): TileConfig(64, 64, Launch(4, 3)),
+    (2, 32): TileConfig(64, 64, Launch(4, 3)),
+    (2, 64): TileConfig(32, 64, Launch(4, 3)),
+    (4, 16): TileConfig(32, 64, Launch(4, 3)),
+    (4, 32): TileConfig(32, 64, Launch(4, 2)),
+    (4, 64): TileConfig(32, 32, Launch(4, 2)),
+}
+
+# Data-centre parts: more bytes in flight to cover the latency of their memory.
+_SHRINK_LARGE: TileTable = {
+    **_SHRINK_SMALL,
+    (2, 16): TileConfig(64, 128, Launch(4, 4)),
+    (2, 32): TileConfig(64, 64, Launch(4, 4)),
+    (2, 64): TileConfig(64, 32, Launch(4, 4)),
+}
+_EXPAND_LARGE: TileTable = {**_EXPAND_SMALL, (2, 16): TileConfig(128, 128, Launch(8, 2))}
+_OUTER_LARGE: TileTable = {
+    **_OUTER_SMALL,
+    (2, 16): TileConfig(64, 128, Launch(4, 4)),
+    (2, 64): TileConfig(32, 64, Launch(4, 4)),
+}
+
+_KIB = 1024
+
+ARCHS: dict[int, Arch] = {
+    arch.capability: arch
+    for arch in (
+        Arch("sm_80", 80, 163 * _KIB, 216, _SHRINK_LARGE, _EXPAND_LARGE, _OUTER_LARGE),
+        Arch("sm_86", 86, 99 * _KIB, 168, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL),
+        Arch("sm_89", 89, 99 * _KIB, 256, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL),
+        Arch("sm_90", 90, 227 * _KIB, 264, _SHRINK_LARGE, _EXPAND_LARGE, _OUTER_LARGE),
+        Arch("sm_100", 100, 227 * _KIB, 296, _SHRINK_LARGE, _EXPAND_LARGE, _OUTER_LARGE),
+        Arch("sm_120", 120, 99 * _KIB, 340, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL),
+    )
+}
+
+
+@functools.cache
+def _for_capability(capability: int) -> Arch:
+    known = [c for c in ARCHS if c <= capability]
+    return ARCHS[max(known) if known else min(ARCHS)]
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def for_device(device: torch.device) -> Arch:
+    """The table for ``device``: the newest architecture that is not newer than it.
+
+    A CPU tensor only gets here under Triton's interpreter, which runs the oldest table.
+    """
+    if device.type != "cuda":
+        return ARCHS[min(ARCHS)]
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return _for_capability(_capability(index))
