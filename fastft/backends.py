@@ -19,7 +19,7 @@ from typing import Any
 
 from fastft.errors import ArgumentError, BackendError, nearest
 
-__all__ = ["BACKENDS", "ORDER", "explain_op", "launcher", "select"]
+__all__ = ["BACKENDS", "ORDER", "explain_op", "launcher", "require", "select"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,20 @@ def launcher(op: str, name: str) -> ModuleType | str:
         return importlib.import_module(f"{package}.{op}")
     except ImportError as error:
         return f"could not be imported: {error}"
+
+
+def require(op: str, name: str) -> Any:
+    """The launcher module of ``op`` in backend ``name``.
+
+    Raises:
+        BackendError: there is none.
+    """
+    found = launcher(op, name)
+    if isinstance(found, str):
+        raise BackendError(
+            f"fastft.ops.{op}", "backend", expected=f"a {name} backend", got=f"it {found}"
+        )
+    return found
 
 
 @functools.lru_cache(maxsize=4096)
@@ -127,4 +141,4 @@ def select(op: str, backend: str | None = None, **facts: Any) -> tuple[str, Any]
             got=f"{', '.join(f'{k}={v}' for k, v in key)}: {reason}",
             remedy="Leave backend unset to take the first that can.",
         )
-    return backend, launcher(op, backend)
+    return backend, require(op, backend)

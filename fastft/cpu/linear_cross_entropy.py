@@ -66,7 +66,9 @@ def fwd(
             gradient,
         )
         if d_hidden is not None:
-            target = d_hidden[part] if whole else scratch("dh", (rows, hidden.shape[1]), hidden.dtype)
+            target = (
+                d_hidden[part] if whole else scratch("dh", (rows, hidden.shape[1]), hidden.dtype)
+            )
             _d_hidden(target, slab, weight)
             if not whole:
                 d_hidden.index_copy_(0, kept[part], target)

@@ -198,11 +198,8 @@ def _fwd_kernel(
         hidden, weight, bias, labels, ignore_index, chunk, backend, need_d_hidden, need_d_weight
     )
     loss_sum, n_correct, d_hidden, d_weight = outputs
-    found = backends.launcher("linear_cross_entropy", backend)
-    if isinstance(found, str):
-        raise ArgumentError(_WHERE, "backend", expected="a backend with this op", got=found)
     with torch.autocast(hidden.device.type, enabled=False):
-        found.fwd(
+        backends.require("linear_cross_entropy", backend).fwd(
             loss_sum,
             n_correct,
             d_hidden if need_d_hidden else None,
@@ -247,7 +244,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         needs = ctx.needs_input_grad
-        loss_sum, n_correct, d_hidden, d_weight = _fwd_kernel(*arguments, needs[0], needs[1])
+        loss_sum, n_correct, d_hidden, d_weight = _fwd_kernel(  # type: ignore[call-arg]
+            *arguments, needs[0], needs[1]
+        )
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = arguments[1].dtype
         ctx.mark_non_differentiable(n_correct)

@@ -154,8 +154,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise _error(path, CONFIG, "valid JSON", str(error), "Copy the adapter again.") from error
     made_by = config.get("peft_version") or "an unknown version"
     upgrade = (
-        f"It was saved by PEFT {made_by}, {installed} is installed: "
-        "'pip install --upgrade peft'."
+        f"It was saved by PEFT {made_by}, {installed} is installed: 'pip install --upgrade peft'."
     )
     kind = config.get("peft_type")
     known = {str(getattr(k, "value", k)): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}

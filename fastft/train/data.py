@@ -51,9 +51,7 @@ def load_data(cfg: TrainConfig, tokenizer: Any) -> DataSplits:
             remedy="Raise max_length, or set overlong: truncate.",
         )
     eval_rows, kept = _tokenize(held_out, cfg, tokenizer, "eval", cfg.max_eval_samples, notes)
-    return DataSplits(
-        _dataset(train_rows), _dataset(eval_rows) if eval_rows else None, kept, notes
-    )
+    return DataSplits(_dataset(train_rows), _dataset(eval_rows) if eval_rows else None, kept, notes)
 
 
 def _read_splits(cfg: TrainConfig) -> tuple[list[Example], list[Example]]:

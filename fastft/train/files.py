@@ -113,7 +113,11 @@ def _example(row: Any, where: str) -> Example:
         )
     if row.get("text") is not None:
         return Example(text=_text(row["text"], "text", where, filled=True))
-    hints = [hint for key in row if (hint := nearest(str(key), ("messages", "prompt", "completion", "text")))]
+    hints = [
+        hint
+        for key in row
+        if (hint := nearest(str(key), ("messages", "prompt", "completion", "text")))
+    ]
     raise DataError(
         where,
         "columns",

@@ -42,12 +42,34 @@ __all__ = ["Prepared", "TrainResult", "prepare", "train"]
 
 CONFIG_FILE = "train_config.yaml"
 # A resumed run must be the one that was stopped: these decide its parameters and batches.
-FIXED_ON_RESUME = (
-    "model data eval_data eval_fraction max_train_samples r lora_alpha lora_dropout target_modules "
-    "modules_to_save use_rslora max_length overlong group_by_length completion_only_loss "
-    "per_device_train_batch_size gradient_accumulation_steps max_steps num_train_epochs "
-    "learning_rate lr_scheduler_type warmup_steps weight_decay seed dtype fused"
-).split()
+FIXED_ON_RESUME = [
+    "model",
+    "data",
+    "eval_data",
+    "eval_fraction",
+    "max_train_samples",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "modules_to_save",
+    "use_rslora",
+    "max_length",
+    "overlong",
+    "group_by_length",
+    "completion_only_loss",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "seed",
+    "dtype",
+    "fused",
+]
 
 
 class FastftTrainer(Trainer):
@@ -206,11 +228,12 @@ def evaluate(prepared: Prepared) -> float | None:
 def adapter_difference(prepared: Prepared, adapter: Path) -> float:
     """``reload_max_diff`` on the first example of the data."""
     rows = prepared.data.eval if prepared.data.eval is not None else prepared.data.train
-    batch = prepared.trainer.data_collator([{"input_ids": rows[0]["input_ids"]}])
+    row = {name: rows[0][name] for name in ("input_ids", "labels")}
+    batch = prepared.trainer.data_collator([row])
     device = next(prepared.model.parameters()).device
-    return reload_max_diff(
-        prepared.model, adapter, {name: tensor.to(device) for name, tensor in batch.items()}
-    )
+    # Without labels: the logits are compared, and a fused loss would not make them.
+    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+    return reload_max_diff(prepared.model, adapter, inputs)
 
 
 def explanation(prepared: Prepared) -> dict[str, Any] | None:
@@ -246,13 +269,17 @@ def training_arguments(cfg: TrainConfig, examples: int, evaluates: bool) -> Trai
         warmup = math.ceil(warmup * steps)
     import torch
 
+    # Transformers renamed these two; each version takes its own name without a warning.
     known = inspect.signature(TrainingArguments).parameters
-    grouping: dict[str, Any] = {}
-    if cfg.group_by_length:
-        newer = "train_sampling_strategy" in known
-        grouping = (
-            {"train_sampling_strategy": "group_by_length"} if newer else {"group_by_length": True}
-        )
+    renamed: dict[str, Any] = {}
+    if cfg.group_by_length and "train_sampling_strategy" in known:
+        renamed["train_sampling_strategy"] = "group_by_length"
+    elif cfg.group_by_length:
+        renamed["group_by_length"] = True
+    if cfg.gradient_checkpointing:
+        newer = "activation_checkpointing" in known
+        name = "activation_checkpointing" if newer else "gradient_checkpointing"
+        renamed |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=cfg.output_dir,
         per_device_train_batch_size=cfg.per_device_train_batch_size,
@@ -272,10 +299,6 @@ def training_arguments(cfg: TrainConfig, examples: int, evaluates: bool) -> Trai
         max_grad_norm=0.0 if cfg.fused else cfg.max_grad_norm,
         bf16=cfg.autocast and cfg.dtype != "float16",
         fp16=cfg.dtype == "float16",
-        gradient_checkpointing=cfg.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False}
-        if cfg.gradient_checkpointing
-        else None,
         seed=cfg.seed,
         data_seed=cfg.seed,
         logging_steps=cfg.logging_steps,
@@ -292,7 +315,7 @@ def training_arguments(cfg: TrainConfig, examples: int, evaluates: bool) -> Trai
         report_to=cfg.report_to,
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
-        **grouping,
+        **renamed,
     )
 
 

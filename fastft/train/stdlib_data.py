@@ -26,8 +26,21 @@ PROMPT = "Write the docstring of this Python function.\n\n```python\n{source}\n`
 # Not library code (tests, demos, vendored wheels), generated for one machine, or packages that
 # newer Pythons dropped or distributions split off: without them the set is alike everywhere.
 SKIPPED_FOLDERS = frozenset(
-    "test tests idle_test site-packages dist-packages __pycache__ turtledemo _bundled lib-dynload "
-    "idlelib lib2to3 distutils pydoc_data".split()
+    [
+        "test",
+        "tests",
+        "idle_test",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "turtledemo",
+        "_bundled",
+        "lib-dynload",
+        "idlelib",
+        "lib2to3",
+        "distutils",
+        "pydoc_data",
+    ]
 )
 SKIPPED_PREFIXES = ("config-", "_sysconfigdata", "__phello__")
 

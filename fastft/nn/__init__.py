@@ -1,0 +1,18 @@
+"""Modules with fused forwards: subclasses of PEFT's own layers, swapped in by class."""
+
+from __future__ import annotations
+
+from fastft.nn.calls import CallCounts, call_counts, reset_call_counts
+from fastft.nn.deferred import DeferredLogits
+from fastft.nn.head import FusedHead, causal_lm_loss
+from fastft.nn.lora import FusedLoraLinear
+
+__all__ = [
+    "CallCounts",
+    "DeferredLogits",
+    "FusedHead",
+    "FusedLoraLinear",
+    "call_counts",
+    "causal_lm_loss",
+    "reset_call_counts",
+]

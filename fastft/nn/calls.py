@@ -1,0 +1,90 @@
+"""How often each module ran fused, and how often not and why."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from fastft.errors import BackendError
+
+__all__ = [
+    "CallCounts",
+    "call_counts",
+    "count",
+    "reset_call_counts",
+    "strict_modules",
+    "uncounted",
+]
+
+
+class CallCounts:
+    """fused: number of fused calls; fallback: number of other calls by reason."""
+
+    def __init__(self) -> None:
+        self.fused = 0
+        self.fallback: Counter[str] = Counter()
+
+    def add(self, reason: str | None) -> None:
+        """Counts one call: fused when reason is None."""
+        if reason is None:
+            self.fused += 1
+        else:
+            self.fallback[reason] += 1
+
+
+_TOTAL = CallCounts()
+# Beside the modules, not in them: a deep copy or a saved module carries no counters.
+_BY_MODULE: weakref.WeakKeyDictionary[nn.Module, CallCounts] = weakref.WeakKeyDictionary()
+# Modules accelerated with strict=True.
+strict_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def count(module: nn.Module, reason: str | None) -> None:
+    """Counts one call of ``module``.
+
+    Raises:
+        BackendError: the call cannot be fused and the module is strict.
+    """
+    if reason is not None and module in strict_modules:
+        raise BackendError(
+            f"{type(module).__name__} (strict=True)",
+            "forward",
+            expected="a call that can be fused",
+            got=reason,
+            remedy="Use strict=False to run such calls through PEFT.",
+        )
+    if _paused:
+        return
+    _TOTAL.add(reason)
+    counts = _BY_MODULE.get(module)
+    if counts is None:
+        counts = _BY_MODULE[module] = CallCounts()
+    counts.add(reason)
+
+
+_paused: list[bool] = []
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Calls inside count nowhere: verification is no training."""
+    _paused.append(True)
+    try:
+        yield
+    finally:
+        _paused.pop()
+
+
+def call_counts(module: nn.Module | None = None) -> CallCounts:
+    """The counts of one module, or of the whole process."""
+    return _TOTAL if module is None else _BY_MODULE.get(module, CallCounts())
+
+
+def reset_call_counts() -> None:
+    """Starts all counts at zero."""
+    _TOTAL.__init__()  # type: ignore[misc]
+    _BY_MODULE.clear()

@@ -1,0 +1,257 @@
+"""``accelerate`` and ``restore``: fused forwards into a model and out again, in place."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import nn
+
+from fastft import native
+from fastft.errors import ArgumentError, DtypeError, VerificationError, nearest
+from fastft.nn import head as head_module
+from fastft.nn import siblings
+from fastft.nn.calls import strict_modules
+from fastft.nn.head import CausalLMLoss, FusedHead
+from fastft.nn.lora import FusedLoraLinear
+from fastft.patch.rules import RULES, Site, causal_lm_of
+from fastft.patch.verify import difference, site_key, tolerance, verifiable
+
+__all__ = ["accelerate", "lora", "restore"]
+
+_ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {
+    FusedLoraLinear: PeftLinear,
+    FusedHead: nn.Linear,
+}
+_HOOKS = (
+    siblings.begin_forward,
+    siblings.end_forward,
+    head_module.begin_forward,
+    head_module.end_forward,
+)
+# Freed memory kept by the process (glibc): without it every large tensor is page-faulted anew.
+_HEAP_BYTES = 2**31 - 1
+
+
+# Why a site of an accelerated model was left alone, for explain().
+refusals: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether :func:`accelerate` was called on this model (or on the one it was copied from)."""
+    return siblings.begin_forward in model._forward_pre_hooks.values()
+
+
+def accelerate(
+    model: nn.Module,
+    lora: bool = True,
+    loss: bool = True,
+    strict: bool = False,
+    verify: bool = True,
+) -> nn.Module:
+    """Gives the modules of ``model`` fused forwards, in place; the model stays what it is.
+
+    Args:
+        model: a PeftModel, or any torch model with PEFT LoRA layers in it.
+        lora: fuse LoRA layers over ``nn.Linear`` (:func:`fastft.ops.lora_linear`).
+        loss: fuse a Transformers causal language model's head and loss
+            (:func:`fastft.ops.linear_cross_entropy`); logits are computed only if read.
+        strict: raise where a module or a call cannot be fused, instead of running PEFT's own code.
+        verify: run each distinct site once on a small random input, output and gradients, beside
+            what it replaces; one that differs by more than rounding is not replaced.
+
+    Returns:
+        ``model`` itself.
+
+    Parameters, buffers, state-dict keys, hooks and saving are untouched. On the CPU with glibc the
+    process is told to keep freed memory (mallopt), which spares a page fault for every 4 KiB of
+    every large tensor. :func:`fastft.explain` says what was done.
+
+    Raises:
+        DtypeError: ``model`` is no torch module.
+        ArgumentError: it was accelerated already.
+        VerificationError: with ``strict``, a site that cannot be fused or did not verify.
+    """
+    if not isinstance(model, nn.Module):
+        raise DtypeError(
+            "fastft.accelerate", "model", expected="a torch.nn.Module", got=type(model).__name__
+        )
+    if is_accelerated(model):
+        raise ArgumentError(
+            "fastft.accelerate",
+            "model",
+            expected="a model that is not accelerated",
+            got="one that is",
+            remedy="Call fastft.restore(model) first.",
+        )
+    planned: list[tuple[Site, type[nn.Module]]] = []
+    refused: dict[nn.Module, str] = {}
+    proofs: dict[tuple[Any, ...], str | None] = {}
+    for kind, wanted in (("lora", lora), ("loss", loss)):
+        if not wanted:
+            continue
+        rule = RULES[kind]
+        for site in rule.sites(model):
+            reason = site.refusal
+            if reason is None and verify and verifiable(site.module):
+                key = (kind, *site_key(site.module))
+                if key not in proofs:
+                    proofs[key] = _disproof(site.module, rule.fused)
+                reason = proofs[key]
+            if reason is not None and strict:
+                raise VerificationError(
+                    "fastft.accelerate (strict=True)",
+                    site.name,
+                    expected="a module that can be fused",
+                    got=reason,
+                    remedy="Use strict=False to leave it to PEFT.",
+                )
+            if reason is None or (site.refusal is not None and site.by_state):
+                planned.append((site, rule.fused))
+            else:
+                refused[site.module] = reason
+
+    # Everything above only looked; from here on nothing can fail half way.
+    refusals.update(refused)
+    for site, fused in planned:
+        site.module.__class__ = fused
+        if strict:
+            strict_modules.add(site.module)
+        if fused is FusedHead:
+            _attach_loss(causal_lm_of(model))
+    model.register_forward_pre_hook(siblings.begin_forward, prepend=True)
+    model.register_forward_hook(siblings.end_forward, always_call=True)
+    if native.available() and any(p.device.type == "cpu" for p in model.parameters()):
+        native.module().keep_heap(_HEAP_BYTES)
+    return model
+
+
+def _disproof(module: nn.Module, fused: type[nn.Module]) -> str | None:
+    """Why the fused module must not replace this one; None when it may."""
+    try:
+        found = difference(module, fused)
+    except Exception as error:
+        return f"verification failed: {type(error).__name__}: {error}"
+    bound = tolerance(module)
+    if found <= bound:
+        return None
+    return f"verification: relative difference {found:.2e} above {bound:.2e}"
+
+
+def _attach_loss(owner: Any) -> None:
+    """The fused loss and the hooks that make the head defer, on a causal language model."""
+    owner.loss_function = CausalLMLoss(
+        owner.loss_function, replaced_own="_loss_function" in owner.__dict__
+    )
+    owner.register_forward_pre_hook(head_module.begin_forward, with_kwargs=True)
+    owner.register_forward_hook(head_module.end_forward, always_call=True)
+
+
+def _detach_loss(owner: Any) -> None:
+    loss = owner.loss_function
+    if isinstance(loss, CausalLMLoss):
+        if loss.replaced_own:
+            owner.loss_function = loss.original
+        else:
+            del owner._loss_function
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undoes :func:`accelerate`: classes, loss and hooks are what they were, bit for bit.
+
+    It reads the model, not a record of it, so a deep copy of an accelerated model restores too.
+
+    Raises:
+        ArgumentError: the model is not accelerated.
+    """
+    if not is_accelerated(model):
+        raise ArgumentError(
+            "fastft.restore",
+            "model",
+            expected="a model that fastft.accelerate was called on",
+            got="one that is not accelerated",
+        )
+    siblings.forget(model)
+    owner = causal_lm_of(model)
+    if owner is not None:
+        _detach_loss(owner)
+    for module in model.modules():
+        original = _ORIGINALS.get(type(module))
+        if original is not None:
+            module.__class__ = original
+            strict_modules.discard(module)
+        refusals.pop(module, None)
+        _remove_hooks(module)
+    return model
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    tables: tuple[tuple[Any, ...], ...] = (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (
+            module._forward_hooks,
+            module._forward_hooks_with_kwargs,
+            module._forward_hooks_always_called,
+        ),
+    )
+    for hooks, *flags in tables:
+        for key in [k for k, hook in hooks.items() if hook in _HOOKS]:
+            for table in (hooks, *flags):
+                table.pop(key, None)
+
+
+def lora(
+    model: nn.Module, config: Any, adapter_name: str = "default", **accelerate_options: bool
+) -> Any:
+    """``peft.get_peft_model`` and :func:`accelerate` in one call.
+
+    Args:
+        model: the base model.
+        config: a ``peft.LoraConfig``.
+        adapter_name: the adapter's name.
+        accelerate_options: arguments of :func:`accelerate`.
+
+    Returns:
+        a ``PeftModel`` with fused layers.
+
+    Raises:
+        DtypeError: ``config`` is no LoraConfig.
+        ArgumentError: r < 1, or target modules the model does not have; the message lists those
+            it has and the nearest names.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if not isinstance(config, LoraConfig):
+        raise DtypeError(
+            "fastft.lora", "config", expected="a peft.LoraConfig", got=type(config).__name__
+        )
+    if config.r < 1:
+        raise ArgumentError("fastft.lora", "r", expected="at least 1", got=str(config.r))
+    _check_targets(model, config.target_modules)
+    return accelerate(get_peft_model(model, config, adapter_name), **accelerate_options)
+
+
+def _check_targets(model: nn.Module, targets: Any) -> None:
+    """Refuses a list of target modules of which some match nothing."""
+    if not isinstance(targets, (list, set, tuple)):
+        return  # a regular expression, "all-linear" or PEFT's default for the architecture
+    names = [name for name, _ in model.named_modules() if name]
+    leaves = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_target(m)})
+    for target in sorted(targets):
+        if any(name == target or name.endswith(f".{target}") for name in names):
+            continue
+        guess = nearest(target, leaves)
+        raise ArgumentError(
+            "fastft.lora",
+            "target_modules",
+            expected=f"names of modules in the model: {', '.join(leaves)}",
+            got=repr(target),
+            remedy=guess[0].upper() + guess[1:] if guess else None,
+        )
+
+
+def _is_target(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() >= 2 and not list(module.children())

@@ -1,0 +1,33 @@
+"""``patch_peft``: PEFT makes fused layers by itself, in the whole process, until unpatched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft.tuners.lora.model as peft_lora_model
+from peft.tuners.lora.layer import Linear as PeftLinear
+
+from fastft.nn.lora import FusedLoraLinear
+
+__all__ = ["patch_peft", "unpatch_peft"]
+
+_original = peft_lora_model.dispatch_default
+
+
+def _dispatch_fused(*args: Any, **kwargs: Any) -> Any:
+    """PEFT's ``dispatch_default``; a plain LoRA linear layer comes out fused."""
+    layer = _original(*args, **kwargs)
+    if type(layer) is PeftLinear:
+        layer.__class__ = FusedLoraLinear
+    return layer
+
+
+def patch_peft() -> None:
+    """From now on ``get_peft_model``, ``model.add_adapter`` and TRL's ``peft_config=`` give fused
+    layers. Models made before keep theirs. Calling it twice changes nothing."""
+    peft_lora_model.dispatch_default = _dispatch_fused
+
+
+def unpatch_peft() -> None:
+    """Undoes :func:`patch_peft`; models made meanwhile keep their fused layers."""
+    peft_lora_model.dispatch_default = _original

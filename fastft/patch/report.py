@@ -1,0 +1,165 @@
+"""``explain``: what of a model is fused, by which backend, what is not and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastft import backends
+from fastft.nn.calls import call_counts
+from fastft.nn.siblings import group_of
+from fastft.patch.apply import refusals
+from fastft.patch.rules import RULES, Site
+
+__all__ = ["Explanation", "ModuleReport", "explain"]
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One module a rule speaks of.
+
+    Attributes:
+        kind: "lora" or "loss".
+        fused: whether it has a fused forward and nothing in its state keeps it from running.
+        backend: who runs it, in the dtype of its weights; None when not fused.
+        reason: why it is not fused; None when it is.
+        siblings: how many modules run with it in one call, itself included (known after the
+            first training step).
+        fused_calls: calls that ran fused.
+        fallback_calls: calls that did not, by reason.
+    """
+
+    name: str
+    kind: str
+    fused: bool
+    backend: str | None
+    reason: str | None
+    siblings: int
+    fused_calls: int
+    fallback_calls: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The result of :func:`explain`; prints as a table, ``to_dict`` for programs."""
+
+    modules: tuple[ModuleReport, ...]
+
+    @property
+    def fused(self) -> int:
+        """Number of fused modules."""
+        return sum(m.fused for m in self.modules)
+
+    @property
+    def fallback(self) -> int:
+        """Number of modules that run PEFT's own code."""
+        return len(self.modules) - self.fused
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"modules": [...], "calls": {"fused": n, "fallback": {reason: n}}}"""
+        fallback: Counter[str] = Counter()
+        for m in self.modules:
+            fallback.update(m.fallback_calls)
+        return {
+            "modules": [vars(m) for m in self.modules],
+            "calls": {
+                "fused": sum(m.fused_calls for m in self.modules),
+                "fallback": dict(fallback),
+            },
+        }
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """Equal modules of different layers in one row: count, module, kind, state, calls."""
+        rows: dict[tuple[str, str, str], list[ModuleReport]] = {}
+        for m in self.modules:
+            leaf = m.name.rsplit(".", 1)[-1]
+            state = f"fused ({m.backend})" if m.fused else f"not fused: {m.reason}"
+            rows.setdefault((leaf, m.kind, state), []).append(m)
+        table = []
+        for (leaf, kind, state), members in rows.items():
+            calls = f"{sum(m.fused_calls for m in members)} fused"
+            others: Counter[str] = Counter()
+            for m in members:
+                others.update(m.fallback_calls)
+            calls += "".join(f"; {n} {reason}" for reason, n in others.most_common())
+            if members[0].siblings > 1:
+                calls += f"; {members[0].siblings} siblings a call"
+            table.append((str(len(members)), leaf, kind, state, calls))
+        return table
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table(title=f"{self.fused} modules fused, {self.fallback} not")
+        for heading in ("count", "module", "kind", "state", "calls"):
+            table.add_column(heading)
+        for row in self.rows():
+            table.add_row(*row)
+        return table
+
+    def __str__(self) -> str:
+        rows = [("count", "module", "kind", "state", "calls"), *self.rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]
+        return "\n".join([f"{self.fused} modules fused, {self.fallback} not", *lines])
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Every module of ``model`` that fastft knows how to fuse, and what became of it."""
+    reports = [
+        _report(kind, rule.fused, site, refusals.get(site.module))
+        for kind, rule in RULES.items()
+        for site in rule.sites(model)
+    ]
+    return Explanation(tuple(reports))
+
+
+def _report(kind: str, fused: type[nn.Module], site: Site, refused: str | None) -> ModuleReport:
+    reason = site.refusal or refused
+    if reason is None and type(site.module) is not fused:
+        reason = "not accelerated: call fastft.accelerate(model)"
+    backend = None
+    if reason is None:
+        backend = _backend(kind, site.module)
+        if backend == "reference":
+            reason, backend = "no fused backend for this device and dtype", None
+    counts = call_counts(site.module)
+    group = group_of(site.module)
+    return ModuleReport(
+        name=site.name,
+        kind=kind,
+        fused=reason is None,
+        backend=backend,
+        reason=reason,
+        siblings=len(group.layers()) if group is not None else 1,
+        fused_calls=counts.fused,
+        fallback_calls=dict(counts.fallback),
+    )
+
+
+def _backend(kind: str, module: Any) -> str:
+    """Who serves the module when it is called in the dtype of its weight."""
+    if kind == "loss":
+        weight = module.weight
+        return backends.select(
+            "linear_cross_entropy",
+            device_type=weight.device.type,
+            dtype=weight.dtype,
+            weight_requires_grad=weight.requires_grad,
+        )[0]
+    weight = module.base_layer.weight
+    adapter = next(module.lora_A[n].weight for n in module.active_adapters if n in module.lora_A)
+    if weight.device.type == "meta":
+        return "reference"
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    return backends.select(
+        "lora_linear",
+        device_type=weight.device.type,
+        dtype=dtype,
+        adapter_dtype=adapter.dtype,
+        r=adapter.shape[0],
+    )[0]
