@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from fastft.errors import ArgumentError, BackendError, nearest
 
-__all__ = ["BACKENDS", "ORDER", "explain_op", "launcher", "require", "select"]
+__all__ = ["BACKENDS", "ORDER", "explain_op", "launcher", "require", "select", "select_name"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,12 @@ def _select(op: str, facts: tuple[tuple[str, Hashable], ...]) -> tuple[str, Modu
                 return name, found
     reasons = "; ".join(f"{name}: {_reason(op, name, facts)}" for name in ORDER)
     raise BackendError(f"fastft.ops.{op}", "backend", expected="one that can run", got=reasons)
+
+
+@torch.compiler.assume_constant_result
+def select_name(op: str, backend: str | None, facts: dict[str, Any]) -> str:
+    """:func:`select` for torch.compile: the name alone, a constant of the compiled graph."""
+    return select(op, backend, **facts)[0]
 
 
 def select(op: str, backend: str | None = None, **facts: Any) -> tuple[str, Any]:

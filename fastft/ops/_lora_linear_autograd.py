@@ -24,7 +24,7 @@ class Constants:
     count: int
     scalings: tuple[float, ...]
     dropout_ps: tuple[float, ...]
-    launcher: Any
+    backend: str
 
 
 def new_dropout_mask(x: Tensor, p: float, backend: str) -> Tensor:
@@ -52,7 +52,7 @@ def _outputs(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor]) ->
 
 
 def _forward(
-    launcher: Any,
+    backend: str,
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -66,7 +66,7 @@ def _forward(
     outputs = _outputs(x, weights, lora_as)
     n = len(weights)
     with torch.autocast(x.device.type, enabled=False):
-        launcher.fwd(
+        backends.require("lora_linear", backend).fwd(
             outputs[:n],
             outputs[n:],
             x,
@@ -82,7 +82,7 @@ def _forward(
 
 
 def _backward(
-    launcher: Any,
+    backend: str,
     dys: Sequence[Tensor],
     x: Tensor,
     ss: Sequence[Tensor],
@@ -101,7 +101,7 @@ def _backward(
     das = [torch.empty_like(a) if need else None for a, need in zip(lora_as, need_da, strict=True)]
     dbs = [torch.empty_like(b) if need else None for b, need in zip(lora_bs, need_db, strict=True)]
     with torch.autocast(x.device.type, enabled=False):
-        launcher.bwd(
+        backends.require("lora_linear", backend).bwd(
             dx,
             das,
             dbs,
@@ -126,7 +126,7 @@ class LoraLinear(torch.autograd.Function):
         n = constants.count
         weights, biases, lora_as, lora_bs, masks = (tensors[i * n : (i + 1) * n] for i in range(5))
         outputs = _forward(
-            constants.launcher,
+            constants.backend,
             x,
             weights,  # type: ignore[arg-type]
             biases,
@@ -155,7 +155,7 @@ class LoraLinear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         need = [needs[2 + i * n : 2 + (i + 1) * n] for i in range(4)]
         dx, das, dbs = _backward(
-            constants.launcher,
+            constants.backend,
             dys,
             x,
             ss,
@@ -219,7 +219,7 @@ def _fwd_kernel(
     backend: str,
 ) -> list[Tensor]:
     return _forward(
-        backends.require("lora_linear", backend),
+        backend,
         x,
         weights,
         biases,
@@ -255,7 +255,7 @@ def _bwd_kernel(
 ) -> list[Tensor]:
     every = [True] * len(dys)
     dx, das, dbs = _backward(
-        backends.require("lora_linear", backend),
+        backend,
         dys,
         x,
         ss,
@@ -301,11 +301,23 @@ def _registered_backward(ctx: Any, grads: list[Tensor]) -> Any:
         dys, x, ss, weights, lora_as, lora_bs, masks, scalings, dropout_ps, backend
     )
     dws = [(dy.t() @ x).to(w.dtype) if w.requires_grad else None for dy, w in zip(dys, weights)]
-    dbiases = [
-        dy.sum(0).to(b.dtype) if b is not None and b.requires_grad else None
-        for dy, b in zip(dys, biases)
-    ]
-    return dx, dws, dbiases, adapters[:n], adapters[n:], [None] * n, None, None, None
+    return (
+        dx,
+        dws,
+        _no_gradients(biases),
+        adapters[:n],
+        adapters[n:],
+        _no_gradients(masks),
+        None,
+        None,
+        None,
+    )
+
+
+def _no_gradients(tensors: Sequence[Tensor | None]) -> list[None] | None:
+    """torch takes a list of gradients for a list of tensors, and a bare None for one that holds
+    a None; trained biases are therefore added outside the registered operation."""
+    return None if any(t is None for t in tensors) else [None] * len(tensors)
 
 
 register(

@@ -82,13 +82,12 @@ def linear_cross_entropy(
     target = labels.reshape(-1).contiguous()
     if device_type == "cpu":
         _check_labels(target, weight.shape[0], ignore_index)
-    name, _ = backends.select(
-        "linear_cross_entropy",
-        backend,
-        device_type=device_type,
-        dtype=dtype,
-        weight_requires_grad=weight.requires_grad,
-    )
+    facts = {
+        "device_type": device_type,
+        "dtype": dtype,
+        "weight_requires_grad": weight.requires_grad,
+    }
+    name = backends.select_name("linear_cross_entropy", backend, facts)
     rows = chunk or default_chunk(flat.shape[0], weight.shape[0], flat.element_size(), device_type)
     arguments = (flat, weight, bias, target, ignore_index, rows, name)
     if torch.compiler.is_compiling():

@@ -113,8 +113,8 @@ def lora_linear_siblings(
         "adapter_dtype": lora_as[0].dtype,
         "r": max(a.shape[0] for a in lora_as),
     }
-    name, launcher = backends.select("lora_linear", backend, **facts)
     compiling = torch.compiler.is_compiling()
+    name = backends.select_name("lora_linear", backend, facts)
     masks: list[Tensor | None] = []
     for p in ps:
         if p == 0.0:
@@ -127,7 +127,7 @@ def lora_linear_siblings(
         outputs = torch.ops.fastft.lora_linear_fwd(
             flat,
             list(weights),
-            biases,
+            [None if b is None or b.requires_grad else b for b in biases],
             list(lora_as),
             list(lora_bs),
             masks,
@@ -135,9 +135,12 @@ def lora_linear_siblings(
             ps,
             name,
         )
-        ys = outputs[: len(weights)]
+        ys = [
+            y + b.to(dtype) if b is not None and b.requires_grad else y
+            for y, b in zip(outputs, biases)
+        ]
     else:
-        constants = Constants(len(weights), tuple(scalings), tuple(ps), launcher)
+        constants = Constants(len(weights), tuple(scalings), tuple(ps), name)
         ys = LoraLinear.apply(constants, flat, *weights, *biases, *lora_as, *lora_bs, *masks)
     if x.dim() == 2:
         return tuple(ys)

@@ -23,7 +23,7 @@ def pack_mask(kept: Tensor) -> Tensor:
     rows, columns = kept.shape
     padded = torch.nn.functional.pad(kept.to(torch.uint8), (0, -columns % 8))
     shifts = torch.arange(8, dtype=torch.uint8, device=kept.device)
-    return (padded.view(rows, -1, 8) << shifts).sum(-1, dtype=torch.uint8)
+    return (padded.view(rows, padded.shape[1] // 8, 8) << shifts).sum(-1, dtype=torch.uint8)
 
 
 def drop(x: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:

@@ -45,7 +45,7 @@ class TrainConfig:
         output_dir: gets ``adapter/`` and ``checkpoint-<step>/``.
     LoRA (PEFT's names): r, lora_alpha, lora_dropout, target_modules, modules_to_save, use_rslora.
     Tokens:
-        max_length: examples longer than this are cut (``overlong: truncate``) or left out (``drop``).
+        max_length: longer examples are cut (``overlong: truncate``) or left out (``drop``).
         padding: ``longest`` pads a batch to its longest example, ``max_length`` to a fixed shape.
         group_by_length: put examples of like length in the same batch.
         completion_only_loss: no loss on the prompt.
@@ -58,7 +58,7 @@ class TrainConfig:
         autocast: run the forward under torch autocast in bfloat16 (what TRL does by default).
     Run:
         resume_from_checkpoint: ``last`` or a checkpoint folder.
-        fused: fastft's kernels and optimizer; false trains with plain PEFT and ``torch.optim.AdamW``.
+        fused: fastft's kernels and optimizer; false trains with plain PEFT and torch's AdamW.
         strict: with ``fused``, refuse a model of which a target cannot be fused.
     """
 

@@ -14,7 +14,7 @@ from fastft.train.files import Example, read_examples
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["IGNORE_INDEX", "DataSplits", "collator", "load_data", "tokenize_example"]
+__all__ = ["IGNORE_INDEX", "DataSplits", "collator", "load_data", "prompt_ids", "tokenize_example"]
 
 # The label torch's cross entropy leaves out.
 IGNORE_INDEX = -100
@@ -132,6 +132,21 @@ def tokenize_example(
         input_ids += ids
         labels += ids if learnt or not completion_only_loss else [IGNORE_INDEX] * len(ids)
     return input_ids, labels
+
+
+def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
+    """The token ids up to the last thing the model is to write: what generation starts from. Of
+    plain text, the first half."""
+    parts = _segments(example, tokenizer)
+    if example.text is not None:
+        ids = tokenizer(example.text, add_special_tokens=False)["input_ids"]
+        return list(ids[: max(1, len(ids) // 2)])
+    last = max(i for i, (_, learnt) in enumerate(parts) if learnt)
+    return [
+        token
+        for text, _ in parts[:last]
+        for token in tokenizer(text, add_special_tokens=False)["input_ids"]
+    ]
 
 
 def _segments(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:

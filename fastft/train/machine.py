@@ -7,7 +7,6 @@ import ctypes
 import functools
 import gc
 import platform
-import resource
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,6 +185,10 @@ def _status_bytes(key: str) -> int | None:
 
 
 def _lifetime_peak() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Kilobytes on Linux, bytes on macOS.
     return peak if sys.platform == "darwin" else peak * 1024

@@ -256,7 +256,8 @@ def _clear_model_errors(name: str) -> Iterator[None]:
 
 
 def load_tokenizer(cfg: TrainConfig) -> Any:
-    """The tokenizer of ``cfg.model``, with a pad token (its end-of-sequence token if it has none)."""
+    """The tokenizer of ``cfg.model``, with a pad token: its end-of-sequence token if it has
+    none."""
     from transformers import AutoTokenizer
 
     place = _place(cfg)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -171,7 +170,7 @@ def prepare(
     interrupt = StopOnInterrupt(notice)
     trainer = FastftTrainer(
         model=model,
-        args=training_arguments(cfg, len(data.train), data.eval is not None),
+        args=training_arguments(cfg, data.eval is not None),
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,
@@ -257,29 +256,16 @@ def _optimizer(cfg: TrainConfig) -> tuple[type, dict[str, Any]]:
     return fastft.optim.AdamW, kwargs
 
 
-def training_arguments(cfg: TrainConfig, examples: int, evaluates: bool) -> TrainingArguments:
+def training_arguments(cfg: TrainConfig, evaluates: bool) -> TrainingArguments:
     """``cfg`` in Transformers' terms."""
-    batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
-    steps = cfg.max_steps
-    if steps < 0:
-        steps = math.ceil(cfg.num_train_epochs * math.ceil(examples / batch))
-    warmup = cfg.warmup_steps
-    if warmup < 1:
-        # Older Transformers knows whole steps only.
-        warmup = math.ceil(warmup * steps)
     import torch
 
-    # Transformers renamed these two; each version takes its own name without a warning.
-    known = inspect.signature(TrainingArguments).parameters
     renamed: dict[str, Any] = {}
-    if cfg.group_by_length and "train_sampling_strategy" in known:
-        renamed["train_sampling_strategy"] = "group_by_length"
-    elif cfg.group_by_length:
-        renamed["group_by_length"] = True
     if cfg.gradient_checkpointing:
-        newer = "activation_checkpointing" in known
+        # Transformers is renaming it; each version takes its own name without a warning.
+        newer = "activation_checkpointing" in inspect.signature(TrainingArguments).parameters
         name = "activation_checkpointing" if newer else "gradient_checkpointing"
-        renamed |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+        renamed = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=cfg.output_dir,
         per_device_train_batch_size=cfg.per_device_train_batch_size,
@@ -289,8 +275,7 @@ def training_arguments(cfg: TrainConfig, examples: int, evaluates: bool) -> Trai
         num_train_epochs=cfg.num_train_epochs,
         learning_rate=cfg.learning_rate,
         lr_scheduler_type=cfg.lr_scheduler_type,
-        warmup_steps=int(warmup),
-        optim="adamw_torch",
+        warmup_steps=cfg.warmup_steps,
         weight_decay=cfg.weight_decay,
         adam_beta1=cfg.adam_beta1,
         adam_beta2=cfg.adam_beta2,
@@ -312,6 +297,7 @@ def training_arguments(cfg: TrainConfig, examples: int, evaluates: bool) -> Trai
         save_total_limit=cfg.save_total_limit,
         prediction_loss_only=True,
         label_names=["labels"],
+        train_sampling_strategy="group_by_length" if cfg.group_by_length else "random",
         report_to=cfg.report_to,
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -1,0 +1,165 @@
+"""The commands: ``fastft train``, ``fastft demo``, ``fastft doctor``. Nothing heavy is imported
+before a command runs, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="fastft",
+    help="LoRA fine-tuning with fused kernels: PEFT's adapters and files.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+@contextmanager
+def clean_errors() -> Iterator[None]:
+    """Errors fastft raises on purpose become one line and exit code 2; Ctrl-C becomes 130."""
+    from fastft.errors import FastftError
+
+    try:
+        yield
+    except FastftError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(BAD_INPUT) from error
+    except KeyboardInterrupt as error:
+        # Ctrl-C during training carries the checkpoint it left.
+        checkpoint = getattr(error, "checkpoint", None)
+        text = f"{error}" if str(error) else "interrupted"
+        if checkpoint:
+            text += f"; {checkpoint} is whole. To go on: fastft train CONFIG --resume last"
+        typer.echo(text, err=True)
+        raise typer.Exit(INTERRUPTED) from error
+
+
+def _quiet_libraries() -> None:
+    """Without the libraries' own notices: fastft says what matters. PYTHONWARNINGS brings the
+    warnings back."""
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file; its keys are those of TrainConfig.")],
+    resume: Annotated[
+        str | None,
+        typer.Option(help="'last' or a checkpoint folder; overrides resume_from_checkpoint."),
+    ] = None,
+) -> None:
+    """Fine-tune LoRA adapters as CONFIG says and save them to OUTPUT_DIR/adapter."""
+    with clean_errors():
+        # The configuration is checked before torch is imported: its errors come at once.
+        from fastft.train.config import load_config
+
+        cfg = load_config(config)
+        if resume is not None:
+            cfg = cfg.replace(resume_from_checkpoint=resume)
+        _quiet_libraries()
+        from fastft.train.console import TrainView
+        from fastft.train.run import train as run
+
+        with TrainView() as view:
+            result = run(cfg, report=view.step, notice=view.notice)
+        view.finish(result)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or folder; default: SmolLM2-135M-Instruct.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help=".jsonl, .json or .csv; default: docstrings of Python's own library."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("out/demo"),
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each side.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens an example is padded to.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto, bfloat16, float32 or float16: of the frozen model.")
+    ] = "auto",
+) -> None:
+    """Fine-tune with plain PEFT and with fastft side by side, and write OUT/report.html."""
+    with clean_errors():
+        _quiet_libraries()
+        import time
+
+        from rich.console import Console
+
+        from fastft.train.demo import DemoSettings, read_report, run_demo, shell_command
+        from fastft.train.view import demo_view, summary
+
+        given: dict[str, Any] = {
+            "model": model,
+            "data": data,
+            "steps": steps,
+            "batch": batch,
+            "length": length,
+        }
+        settings = DemoSettings(
+            out=out,
+            dtype=dtype,
+            command=shell_command(sys.argv),
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        console = Console()
+        started = time.perf_counter()
+        with demo_view(console, settings.steps) as view:
+            page = run_demo(settings, view)
+        console.print(summary(read_report(page), str(page), time.perf_counter() - started))
+
+
+@app.command()
+def doctor(
+    json_output: Annotated[
+        bool, typer.Option("--json", help="One JSON object instead of a table.")
+    ] = False,
+) -> None:
+    """Say what this machine and installation can do, and what to change."""
+    with clean_errors():
+        from fastft.doctor import examine, show
+
+        findings = examine()
+        if json_output:
+            import json
+
+            typer.echo(json.dumps(findings, indent=2))
+        else:
+            show(findings)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fastft._version import __version__
+
+        typer.echo(f"fastft {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """LoRA fine-tuning with fused kernels: PEFT's adapters and files."""

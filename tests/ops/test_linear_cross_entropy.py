@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from harness import Rejected, assert_as_good_as_torch, assert_rejected, poisoned
+from torch import Tensor
+
+from fastft import errors, native, ops
+from fastft.ops.linear_cross_entropy import default_chunk
+from fastft.reference import linear_cross_entropy as reference
+
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+
+
+@dataclass(frozen=True)
+class Case:
+    tokens: int
+    hidden: int
+    vocabulary: int
+    ignored: float
+    bias: bool = False
+    chunk: int | None = None
+
+
+CASES = [
+    Case(1, 8, 5, 0.0),
+    Case(37, 45, 29, 0.0, bias=True),
+    Case(37, 45, 29, 0.4, chunk=7),
+    Case(130, 33, 1001, 0.5, chunk=64),
+    Case(64, 64, 4096, 0.1, bias=True, chunk=16),
+    Case(50, 16, 3, 0.98),
+]
+
+
+def inputs(
+    case: Case, dtype: torch.dtype, head: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    hidden = torch.randn(case.tokens, case.hidden).to(dtype).requires_grad_()
+    weight = (3 * torch.randn(case.vocabulary, case.hidden) / case.hidden**0.5).to(dtype)
+    bias = torch.randn(case.vocabulary).to(dtype) if case.bias else None
+    labels = torch.randint(case.vocabulary, (case.tokens,))
+    labels[torch.rand(case.tokens) < case.ignored] = -100
+    labels[0] = 1
+    return hidden, weight.requires_grad_(head), bias, labels
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_as_good_as_torch(backend: str, case: Case, dtype: torch.dtype, head: bool) -> None:
+    hidden, weight, bias, labels = inputs(case, dtype, head)
+
+    def gradients(loss: Tensor, h: Tensor, w: Tensor) -> list[Tensor]:
+        return [loss.detach(), *torch.autograd.grad(loss, [h, w] if head else [h])]
+
+    def eager(dtype: torch.dtype) -> list[Tensor]:
+        h, w = (t.detach().to(dtype).requires_grad_() for t in (hidden, weight))
+        b = None if bias is None else bias.to(dtype)
+        count = (labels != -100).sum()
+        return gradients(reference.linear_cross_entropy(h, w, b, labels) / count, h, w)
+
+    with poisoned():
+        loss, accuracy = ops.linear_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            backend=backend,
+            chunk=case.chunk,
+            return_accuracy=True,
+        )
+        got = gradients(loss, hidden, weight)
+    names = ["loss", "d_hidden", "d_weight"][: len(got)]
+    # The loss is float32 over dtype's logits: plain torch's own loss sets its bound.
+    assert_as_good_as_torch(names, got, eager(dtype), eager(F64), dtype)
+    assert got[0].dtype == F32
+    assert [g.dtype for g in got[1:]] == [dtype] * (len(got) - 1)
+    logits = hidden.detach().to(F64) @ weight.detach().to(F64).t()
+    if bias is not None:
+        logits = logits + bias.to(F64)
+    kept = labels != -100
+    right = (logits.argmax(-1) == labels) & kept
+    top2 = logits.topk(min(2, case.vocabulary), -1).values
+    # Where rounding to dtype may swap the two largest logits, either answer is right.
+    unsure = (top2[:, 0] - top2[:, -1]) < 8 * torch.finfo(dtype).eps * top2[:, 0].abs()
+    slack = (unsure & kept).sum() / kept.sum()
+    assert abs(accuracy.item() - (right.sum() / kept.sum()).item()) <= slack.item() + 1e-6
+
+
+@pytest.mark.parametrize("isa", native.build_info()["instruction_sets_usable"])
+def test_every_instruction_set(isa: str) -> None:
+    """The row kernel of each set against float64, far outside exp's easy range too."""
+    z = torch.randn(9, 1003) * 30
+    z[1] = -z[1].abs() * 1e3
+    z[2, 5] = float("inf")
+    z[3, 5] = float("nan")
+    z[4, ::2] = float("-inf")
+    labels = torch.randint(1, 1003, (9,)) | 1
+    logits, losses = z.clone(), torch.empty(9)
+    correct = torch.empty(9, dtype=torch.uint8)
+    native.module().cross_entropy(
+        logits.data_ptr(), 0, labels.data_ptr(), losses.data_ptr(), correct.data_ptr(),
+        9, 1003, 0, True, isa=isa,
+    )  # fmt: skip
+    truth = torch.nn.functional.cross_entropy(z.double(), labels, reduction="none")
+    gradient = torch.softmax(z.double(), -1) - torch.nn.functional.one_hot(labels, 1003)
+    finite = [0, 1, 4, 5, 6, 7, 8]
+    torch.testing.assert_close(losses[finite].double(), truth[finite], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits[finite].double(), gradient[finite], rtol=1e-5, atol=1e-7)
+    assert bool(losses[[2, 3]].isnan().all())
+
+
+def test_shift_mean_sum_and_num_items_are_transformers_own() -> None:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    hidden, weight = torch.randn(3, 11, 16), torch.randn(50, 16)
+    labels = torch.randint(50, (3, 11))
+    labels[:, :4] = -100
+    logits = hidden @ weight.t()
+    for items in (None, 17, torch.tensor(17)):
+        expected = ForCausalLMLoss(logits, labels, 50, num_items_in_batch=items)
+        got = ops.linear_cross_entropy(hidden, weight, labels, shift=True, num_items_in_batch=items)
+        torch.testing.assert_close(got, expected)
+    summed = ops.linear_cross_entropy(hidden, weight, labels, shift=True, reduction="sum")
+    torch.testing.assert_close(summed / 17, expected)
+
+
+def test_all_ignored_is_nan_as_in_torch_and_zero_gradient() -> None:
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(9, 8)
+    labels = torch.full((4,), -100)
+    assert bool(ops.linear_cross_entropy(hidden, weight, labels).isnan())
+    with poisoned():
+        ops.linear_cross_entropy(hidden, weight, labels, reduction="sum").backward()
+    assert torch.equal(hidden.grad, torch.zeros(4, 8))
+
+
+def test_empty_batch() -> None:
+    hidden = torch.randn(0, 8, requires_grad=True)
+    loss = ops.linear_cross_entropy(
+        hidden, torch.randn(9, 8), torch.empty(0, dtype=torch.int64), reduction="sum"
+    )
+    loss.backward()
+    assert loss.item() == 0.0
+    assert hidden.grad.shape == (0, 8)
+
+
+def test_ignored_tokens_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ignored rows reach no product."""
+    from fastft.cpu import linear_cross_entropy as launcher
+
+    rows: list[int] = []
+    original = launcher._logits
+    monkeypatch.setattr(
+        launcher, "_logits", lambda s, h, w: rows.append(h.shape[0]) or original(s, h, w)
+    )
+    labels = torch.randint(9, (64,))
+    labels[::2] = -100
+    ops.linear_cross_entropy(torch.randn(64, 8), torch.randn(9, 8), labels, chunk=16)
+    assert rows == [16, 16]
+
+
+def test_slab_is_an_eighth_of_the_logits_and_bounded() -> None:
+    assert default_chunk(1024, 32768, 2, "cpu") == 128
+    assert default_chunk(100_000, 49152, 4, "cpu") * 49152 * 4 <= 48 << 20
+    assert default_chunk(4, 10, 4, "cpu") == 16
+
+
+def test_backward_twice_and_scaled() -> None:
+    hidden, weight, _, labels = inputs(CASES[1], F32, True)
+    loss = ops.linear_cross_entropy(hidden, weight, labels)
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(3 * loss, (hidden, weight))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(3 * a, b)
+
+
+def test_registered_operation_passes_opcheck_and_compiles() -> None:
+    hidden, weight, _, labels = inputs(CASES[1], F32, True)
+    arguments = (hidden, weight, None, labels, -100, 16, "cpu", True, True)
+    torch.library.opcheck(torch.ops.fastft.linear_cross_entropy_fwd.default, arguments)
+
+    def run(h: Tensor, w: Tensor) -> Tensor:
+        return ops.linear_cross_entropy(h, w, labels) * 2
+
+    expected = torch.autograd.grad(run(hidden, weight), (hidden, weight))
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e)
+
+
+def test_autocast() -> None:
+    hidden, weight, _, labels = inputs(CASES[3], F32, False)
+    with torch.autocast("cpu", dtype=BF16):
+        loss = ops.linear_cross_entropy(hidden, weight, labels)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert gradient.dtype == F32
+    expected = ops.linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), labels)
+    torch.testing.assert_close(loss, expected)
+
+
+def _rejected() -> list[Rejected]:
+    h, w, labels = torch.randn(4, 6), torch.randn(9, 6), torch.tensor([1, 2, -100, 8])
+
+    def call(**change: object) -> object:
+        given = {"hidden_states": h, "weight": w, "labels": labels, **change}
+        return lambda: ops.linear_cross_entropy(**given)  # type: ignore[arg-type]
+
+    cases = [
+        ("no tensor", {"labels": [1]}, errors.DtypeError, ["labels", "torch.Tensor"]),
+        ("int32 labels", {"labels": labels.int()}, errors.DtypeError, ["labels", "int64"]),
+        ("dtype", {"weight": w.bfloat16()}, errors.DtypeError, ["weight", "float32", "bfloat16"]),
+        ("shape", {"weight": w[:, :5]}, errors.ShapeError, ["weight", "(vocabulary, 6)"]),
+        ("labels", {"labels": labels[:3]}, errors.ShapeError, ["labels", "(4,)", "(3,)"]),
+        ("device", {"labels": labels.to("meta")}, errors.DeviceError, ["labels", "meta"]),
+        ("bias", {"bias": torch.zeros(8)}, errors.ShapeError, ["bias", "(9,)"]),
+        ("trained bias", {"bias": torch.zeros(9, requires_grad=True)}, errors.ArgumentError,
+         ["bias", "frozen"]),
+        ("label 9", {"labels": torch.tensor([1, 2, 3, 9])}, errors.ArgumentError,
+         ["labels", "0 to 8", "9"]),
+        ("label -1", {"labels": torch.tensor([1, 2, 3, -1])}, errors.ArgumentError,
+         ["labels", "-1"]),
+        ("reduction", {"reduction": "none"}, errors.ArgumentError, ["reduction", "'mean'"]),
+        ("chunk", {"chunk": 0}, errors.ArgumentError, ["chunk", "at least 1"]),
+    ]  # fmt: skip
+    return [Rejected(n, call(**c), e, words) for n, c, e, words in cases]
+
+
+@pytest.mark.parametrize("case", _rejected(), ids=lambda c: c.name)
+def test_rejected(case: Rejected) -> None:
+    assert_rejected(case)

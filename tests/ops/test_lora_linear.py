@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from harness import Rejected, assert_as_good_as_torch, assert_rejected, poisoned
+from torch import Tensor
+
+from fastft import backends, errors, ops
+from fastft.ops import _lora_linear_autograd as autograd_module
+from fastft.reference import lora_linear as reference
+
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+
+
+@dataclass(frozen=True)
+class Shape:
+    tokens: int
+    in_features: int
+    out_features: tuple[int, ...]
+    r: tuple[int, ...]
+
+
+# Odd, tiny, empty, one row, wide, tall, several siblings of different rank and width.
+SHAPES = [
+    Shape(0, 8, (8,), (2,)),
+    Shape(1, 9, (5,), (1,)),
+    Shape(37, 45, (29,), (5,)),
+    Shape(64, 64, (64,), (16,)),
+    Shape(19, 130, (257,), (64,)),
+    Shape(300, 96, (40,), (8,)),
+    Shape(21, 33, (17, 9, 40), (4, 4, 4)),
+    Shape(21, 33, (17, 9), (3, 8)),
+    Shape(700, 1030, (33,), (16,)),
+]
+DTYPES = [(F32, F32), (BF16, F32), (BF16, BF16)]
+ID = str
+
+
+class Call:
+    """Inputs of one call, in the dtypes under test."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, adapter: torch.dtype, bias: bool) -> None:
+        k = shape.in_features
+        self.x = torch.randn(shape.tokens, k).to(dtype)
+        self.weights = [(torch.randn(n, k) / k**0.5).to(dtype) for n in shape.out_features]
+        self.biases = [torch.randn(n).to(dtype) if bias else None for n in shape.out_features]
+        self.lora_as = [(torch.randn(r, k) / k**0.5).to(adapter) for r in shape.r]
+        pairs = zip(shape.out_features, shape.r, strict=True)
+        self.lora_bs = [(torch.randn(n, r) / r**0.5).to(adapter) for n, r in pairs]
+        self.scalings = [0.5 + i for i in range(len(shape.r))]
+        self.dys = [torch.randn(shape.tokens, n).to(dtype) for n in shape.out_features]
+
+    def leaves(self, dtype: torch.dtype | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        def leaf(t: Tensor) -> Tensor:
+            return t.detach().clone().to(dtype or t.dtype).requires_grad_()
+
+        return leaf(self.x), [leaf(a) for a in self.lora_as], [leaf(b) for b in self.lora_bs]
+
+    def fused(self, backend: str, ps: list[float]) -> list[Tensor]:
+        x, lora_as, lora_bs = self.leaves(None)
+        ys = ops.lora_linear_siblings(
+            x,
+            self.weights,
+            lora_as,
+            lora_bs,
+            scalings=self.scalings,
+            biases=self.biases,
+            dropout_ps=ps,
+            backend=backend,
+        )
+        return [*ys, *torch.autograd.grad(ys, [x, *lora_as, *lora_bs], self.dys)]
+
+    def plain(
+        self, dtype: torch.dtype | None, masks: list[Tensor | None], ps: list[float]
+    ) -> list[Tensor]:
+        """The formula in torch's own operations: float64 for the truth, None for the inputs'."""
+        x, lora_as, lora_bs = self.leaves(dtype)
+        ys = [
+            reference.lora_linear(
+                x,
+                w.to(x.dtype),
+                None if bias is None else bias.to(x.dtype),
+                a,
+                b,
+                scaling,
+                mask,
+                p,
+            )
+            for w, bias, a, b, scaling, mask, p in zip(
+                self.weights, self.biases, lora_as, lora_bs, self.scalings, masks, ps, strict=True
+            )
+        ]
+        dys = [dy.to(x.dtype) for dy in self.dys]
+        return [*ys, *torch.autograd.grad(ys, [x, *lora_as, *lora_bs], dys)]
+
+    def names(self) -> list[str]:
+        n = len(self.weights)
+        return [f"{part}{i}" for part, count in (("y", n), ("dx", 1), ("da", n), ("db", n))
+                for i in range(count)]  # fmt: skip
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("dtype", "adapter"), DTYPES, ids=ID)
+@pytest.mark.parametrize("shape", SHAPES, ids=ID)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_as_good_as_torch(
+    backend: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    bias: bool,
+    p: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    call = Call(shape, dtype, adapter, bias)
+    ps = [p] * len(shape.r)
+    masks: list[Tensor | None] = []
+
+    def recorded(x: Tensor, p: float, name: str) -> Tensor:
+        masks.append(autograd_module.new_dropout_mask(x, p, name))
+        return masks[-1]
+
+    globals_ = ops.lora_linear_siblings.__globals__
+    monkeypatch.setitem(globals_, "new_dropout_mask", recorded)
+    with poisoned():
+        got = call.fused(backend, ps)
+    used = masks or [None] * len(ps)
+    truth = call.plain(F64, used, ps)
+    plain = call.plain(None, used, ps)
+    assert_as_good_as_torch(call.names(), got, plain, truth, dtype)
+    assert [g.dtype for g in got] == [p.dtype for p in plain]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_second_derivative_and_gradcheck(backend: str) -> None:
+    if backend == "reference":
+        x, a, b = (torch.randn(s, dtype=F64, requires_grad=True) for s in ((4, 6), (2, 6), (5, 2)))
+        w = torch.randn(5, 6, dtype=F64, requires_grad=True)
+
+        def run(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return ops.lora_linear(x, w, a, b, scaling=0.7)
+
+        assert torch.autograd.gradcheck(run, (x, w, a, b))
+        assert torch.autograd.gradgradcheck(run, (x, w, a, b))
+        return
+    x, w, a, b = (torch.randn(s, requires_grad=True) for s in ((4, 6), (5, 6), (2, 6), (5, 2)))
+
+    def penalty(fn: object) -> Tensor:
+        (dx,) = torch.autograd.grad(fn().square().sum(), x, create_graph=True)  # type: ignore[operator]
+        return torch.autograd.grad(dx.square().sum(), a)[0]
+
+    got = penalty(lambda: ops.lora_linear(x, w, a, b, scaling=0.7, backend=backend))
+    torch.testing.assert_close(
+        got, penalty(lambda: reference.lora_linear(x, w, None, a, b, 0.7)), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_registered_operation_passes_opcheck(p: float) -> None:
+    shape = SHAPES[6]
+    call = Call(shape, F32, F32, True)
+    x, lora_as, lora_bs = call.leaves(None)
+    mask = autograd_module.new_dropout_mask(x, p, "cpu") if p else None
+    masks = [mask] * len(shape.r)
+    ps = [p] * len(shape.r)
+    arguments = (
+        x,
+        call.weights,
+        call.biases,
+        lora_as,
+        lora_bs,
+        masks,
+        call.scalings,
+        ps,
+        "cpu",
+    )
+    torch.library.opcheck(torch.ops.fastft.lora_linear_fwd.default, arguments)
+    ss = [torch.randn(shape.tokens, r) for r in shape.r]
+    backward = (
+        call.dys,
+        x.detach(),
+        ss,
+        call.weights,
+        [a.detach() for a in lora_as],
+        [b.detach() for b in lora_bs],
+        masks,
+        call.scalings,
+        ps,
+        "cpu",
+    )
+    torch.library.opcheck(torch.ops.fastft.lora_linear_bwd.default, backward)
+
+
+def test_compiles_without_a_graph_break() -> None:
+    call = Call(SHAPES[2], F32, F32, True)
+
+    def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return ops.lora_linear(x, call.weights[0], a, b, scaling=0.5, bias=call.biases[0]).relu()
+
+    x, (a,), (b,) = call.leaves(None)
+    expected = torch.autograd.grad(run(x, a, b).sum(), (x, a, b))
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(x, a, b).sum(), (x, a, b))
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e)
+
+
+@pytest.mark.parametrize("adapter", [F32, BF16], ids=ID)
+@pytest.mark.parametrize("base", [F32, BF16], ids=ID)
+def test_autocast_is_peft_s(base: torch.dtype, adapter: torch.dtype) -> None:
+    """Under autocast any mix of dtypes runs in the autocast dtype, as F.linear does."""
+    call = Call(SHAPES[2], F32, adapter, True)
+    weight = call.weights[0].to(base)
+    x, (a,), (b,) = call.leaves(None)
+    with torch.autocast("cpu", dtype=BF16):
+        y = ops.lora_linear(x, weight, a, b, scaling=0.5)
+        linear = torch.nn.functional.linear
+        plain = linear(x, weight) + linear(linear(x, a), b) * 0.5
+    assert y.dtype == BF16
+    got = [y, *torch.autograd.grad(y, (x, a, b), torch.ones_like(y))]
+    plain_all = [plain, *torch.autograd.grad(plain, (x, a, b), torch.ones_like(plain))]
+    x64, a64, b64 = (t.detach().double().requires_grad_() for t in (x, a, b))
+    y64 = x64 @ weight.double().t() + (x64 @ a64.t() @ b64.t()) * 0.5
+    truth = [y64, *torch.autograd.grad(y64, (x64, a64, b64), torch.ones_like(y64))]
+    assert_as_good_as_torch(["y", "dx", "da", "db"], got, plain_all, truth, BF16)
+    assert [g.dtype for g in got] == [BF16, F32, adapter, adapter]
+
+
+def test_input_that_is_not_contiguous_and_has_batch_dimensions() -> None:
+    x = torch.randn(45, 3, 7).permute(1, 2, 0).requires_grad_()
+    call = Call(SHAPES[2], F32, F32, False)
+    y = ops.lora_linear(x, call.weights[0], call.lora_as[0], call.lora_bs[0], scaling=0.5)
+    assert y.shape == (3, 7, 29)
+    expected = reference.lora_linear(
+        x, call.weights[0], None, call.lora_as[0], call.lora_bs[0], 0.5
+    )
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    y.transpose(0, 2).sum().backward()  # a gradient that is not contiguous
+
+
+def test_non_finite_inputs_propagate() -> None:
+    call = Call(SHAPES[2], F32, F32, False)
+    call.x[3, 4] = float("nan")
+    call.x[5, 6] = float("inf")
+    y = ops.lora_linear(call.x, call.weights[0], call.lora_as[0], call.lora_bs[0], scaling=0.5)
+    assert bool(y[3].isnan().all())
+    assert not bool(y[5].isfinite().any())
+    others = [i for i in range(37) if i not in (3, 5)]
+    assert bool(y[others].isfinite().all())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_dropout_mask(backend: str, p: float) -> None:
+    x = torch.empty(500, 1003)
+    torch.manual_seed(3)
+    first = autograd_module.new_dropout_mask(x, p, backend)
+    second = autograd_module.new_dropout_mask(x, p, backend)
+    torch.manual_seed(3)
+    assert torch.equal(first, autograd_module.new_dropout_mask(x, p, backend))
+    assert not torch.equal(first, second)
+    kept = reference.unpack_mask(first, 1003).double()
+    n = kept.numel()
+    sigma = (p * (1 - p) / n) ** 0.5
+    assert abs(kept.mean().item() - (1 - p)) < 5 * sigma + 1 / 65536
+    # Neighbours, rows and the two masks are uncorrelated.
+    centred = (kept - kept.mean()) / kept.std()
+    other = reference.unpack_mask(second, 1003).double()
+    other = (other - other.mean()) / other.std()
+    for a, b in (
+        (centred[:, :-1], centred[:, 1:]),
+        (centred[:-1], centred[1:]),
+        (centred[:, :-8], centred[:, 8:]),
+        (centred, other),
+    ):
+        assert abs((a * b).mean().item()) < 5 / n**0.5
+
+
+def test_masks_of_all_instruction_sets_and_thread_counts_agree() -> None:
+    from fastft import native
+
+    info = native.build_info()
+    masks = []
+    for isa, threads in itertools.product(info["instruction_sets_usable"], (1, 2)):
+        torch.set_num_threads(threads)
+        mask = torch.empty(64, 127, dtype=torch.uint8)
+        native.module().dropout_mask(mask.data_ptr(), mask.numel(), 7, 3277, isa=isa)
+        masks.append(mask)
+    assert all(torch.equal(masks[0], m) for m in masks)
+
+
+def test_deterministic_and_saves_no_copy_of_x() -> None:
+    call = Call(SHAPES[8], F32, F32, False)
+    first, second = call.fused("cpu", [0.0]), call.fused("cpu", [0.0])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    x, lora_as, lora_bs = call.leaves(None)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.lora_linear(x, call.weights[0], lora_as[0], lora_bs[0], scaling=1.0, dropout_p=0.1)
+    known = {t.untyped_storage().data_ptr() for t in (x, call.weights[0], *lora_as, *lora_bs)}
+    extra = sum(
+        t.numel() * t.element_size() for t in saved if t.untyped_storage().data_ptr() not in known
+    )
+    tokens, features = x.shape
+    assert extra <= tokens * (features + 7) // 8 + tokens * 16 * 4 + tokens
+
+
+def _rejected() -> list[Rejected]:
+    x, w = torch.randn(4, 6), torch.randn(5, 6)
+    a, b = torch.randn(2, 6), torch.randn(5, 2)
+
+    def call(**change: object) -> object:
+        given = {"x": x, "weight": w, "lora_a": a, "lora_b": b, "scaling": 1.0, **change}
+        return lambda: ops.lora_linear(**given)  # type: ignore[arg-type]
+
+    cases = [
+        ("x is a list", {"x": [1.0]}, errors.DtypeError, ["x", "torch.Tensor", "list"]),
+        ("integers", {"x": x.long()}, errors.DtypeError, ["x", "int64", "Cast it"]),
+        ("weight bf16", {"weight": w.bfloat16()}, errors.DtypeError, ["weight", "float32"]),
+        ("adapter f16", {"lora_a": a.half()}, errors.DtypeError, ["lora_a", "float16"]),
+        ("adapters differ", {"x": x.bfloat16(), "weight": w.bfloat16(), "lora_b": b.bfloat16()},
+         errors.DtypeError, ["lora_b"]),
+        ("meta", {"weight": w.to("meta")}, errors.DeviceError, ["weight", "cpu", "meta"]),
+        ("in features", {"lora_a": a[:, :5]}, errors.ShapeError, ["lora_a", "(r, 6)", "(2, 5)"]),
+        ("out features", {"lora_b": b[:4]}, errors.ShapeError, ["lora_b", "(5, 2)", "(4, 2)"]),
+        ("weight 1-d", {"weight": w[0]}, errors.ShapeError, ["weight"]),
+        ("bias", {"bias": torch.zeros(6)}, errors.ShapeError, ["bias", "(5,)", "(6,)"]),
+        ("r = 0", {"lora_a": a[:0], "lora_b": b[:, :0]}, errors.ArgumentError, ["r", "1 to", "0"]),
+        ("r > features", {"lora_a": torch.randn(6, 6), "lora_b": torch.randn(5, 6)},
+         errors.ArgumentError, ["r", "= 5", "6"]),
+        ("p = 1", {"dropout_p": 1.0}, errors.ArgumentError, ["dropout_p", "0 <= p < 1", "1.0"]),
+        ("p < 0", {"dropout_p": -0.1}, errors.ArgumentError, ["dropout_p"]),
+        ("scaling", {"scaling": float("nan")}, errors.ArgumentError, ["scaling", "finite"]),
+        ("backend name", {"backend": "tritn"}, errors.ArgumentError, ["backend", "triton"]),
+        ("backend", {"backend": "triton"}, errors.BackendError, ["triton", "cuda", "cpu"]),
+    ]  # fmt: skip
+    return [Rejected(n, call(**c), e, words) for n, c, e, words in cases]
+
+
+@pytest.mark.parametrize("case", _rejected(), ids=lambda c: c.name)
+def test_rejected(case: Rejected) -> None:
+    assert_rejected(case)
+
+
+def test_no_silent_reference() -> None:
+    """What the CPU kernels do not take is said, not replaced, when they are asked for."""
+    half = [t.half() for t in (torch.randn(4, 6), torch.randn(5, 6))]
+    with pytest.raises(errors.BackendError, match=r"float16.*float32 and bfloat16"):
+        ops.lora_linear(
+            half[0], half[1], torch.randn(2, 6), torch.randn(5, 2), scaling=1.0, backend="cpu"
+        )
+    table = dict(
+        backends.explain_op(
+            "lora_linear", device_type="cpu", dtype=torch.float16, adapter_dtype=F32, r=2
+        )
+    )
+    assert table["reference"] is None
+    assert "float16" in str(table["cpu"])
