@@ -17,38 +17,51 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+INCLUDES = [str(ROOT / folder) for folder in ("csrc", "csrc/include", "csrc/cpu")]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Instruction set -> compiler flags. One binary holds all of them; csrc/cpu/dispatch.cpp chooses.
-ISA_FLAGS = {"generic": []}
-if X86:
-    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma",
-                           "-mprefer-vector-width=512"]  # fmt: skip
+AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
+ISA_FLAGS = {"generic": [], "avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512.split()}
+if not X86:
+    ISA_FLAGS = {"generic": []}
 CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 
 
 def find_nvcc():
     """CUDA_HOME, then PATH, then PyPI's nvidia-cuda-nvcc; None when there is none."""
-    candidates = [os.path.join(os.environ[k], "bin", "nvcc") for k in ("CUDA_HOME", "CUDA_PATH")
-                  if os.environ.get(k)]  # fmt: skip
-    candidates.append(shutil.which("nvcc"))
-    candidates += [str(p) for entry in sys.path for p in Path(entry or ".").glob("nvidia/*/bin/nvcc")]
+    homes = [os.environ[k] for k in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(k)]
+    candidates = [os.path.join(home, "bin", "nvcc") for home in homes] + [shutil.which("nvcc")]
+    candidates += [str(p) for e in sys.path for p in Path(e or ".").glob("nvidia/*/bin/nvcc")]
     return next((c for c in candidates if c and os.access(c, os.X_OK)), None)
+
+
+def cuda_library(nvcc):
+    """Folder of the toolkit's headers and its static runtime, as nvcc itself names the toolkit:
+    the nvcc on PATH may be a wrapper script."""
+    command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
+    plan = subprocess.run(command, capture_output=True, text=True)
+    top = re.search(r"TOP=(.*)", plan.stderr)
+    home = Path(top.group(1).strip()).resolve() if top else Path(nvcc).resolve().parents[1]
+    folders = (home / "lib64", home / "lib", *sorted(home.glob("targets/*/lib")))
+    found = [p / "libcudart_static.a" for p in folders if (p / "libcudart_static.a").exists()]
+    if not found:
+        raise SystemExit(f"setup.py: no libcudart_static.a under {home}; try FASTFT_CUDA=0")
+    return home / "include", found[0]
 
 
 def cuda_gencode(nvcc):
     """-gencode flags: machine code for each architecture nvcc knows, PTX for the newest only."""
-    known = set(re.findall(r"sm_(\d+a?)", subprocess.check_output([nvcc, "--list-gpu-code"], text=True)))
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
-    asked = [w for w in wanted if w]
-    numbers = [re.sub(r"\+PTX$", "", w).replace(".", "") for w in asked] or list(CUDA_ARCHITECTURES)
-    architectures = [n for n in numbers if n in known or n.rstrip("a") in known]
-    if not architectures:
-        raise SystemExit(f"setup.py: no architecture of {numbers} is known to {nvcc} ({sorted(known)})")
-    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    ptx = [re.sub(r"\D", "", w) for w in asked if w.endswith("+PTX")] if asked else [architectures[-1]]
-    flags += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ptx]
-    return architectures, flags
+    listed = subprocess.check_output([nvcc, "--list-gpu-code"], text=True)
+    known = set(re.findall(r"sm_(\d+a?)", listed))
+    asked = [w for w in re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")) if w]
+    numbers = [w.removesuffix("+PTX").replace(".", "") for w in asked] or CUDA_ARCHITECTURES
+    chosen = [n for n in numbers if n.rstrip("a") in known]  # nvcc lists 90, takes 90a too
+    if not chosen:
+        raise SystemExit(f"setup.py: {nvcc} knows none of {list(numbers)}, only {sorted(known)}")
+    ptx = [w.removesuffix("+PTX").replace(".", "") for w in asked if w.endswith("+PTX")]
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chosen]
+    flags += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ptx or chosen[-1:]]
+    return chosen, flags
 
 
 class BuildExt(build_ext):
@@ -57,67 +70,66 @@ class BuildExt(build_ext):
     def build_extension(self, ext):
         out = Path(self.build_temp)
         out.mkdir(parents=True, exist_ok=True)
-        includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc' / 'cpu'}"]
-        ext.include_dirs += [i[2:] for i in includes]
+        ext.include_dirs += INCLUDES
         openmp = self.openmp_flags(out)
-        flags = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-g0", *openmp]
-        if not openmp:
-            flags += ["-Wno-unknown-pragmas"]
+        flags = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        flags += openmp or ["-Wno-unknown-pragmas"]
         ext.extra_compile_args += flags
         ext.extra_link_args += openmp
+        # -fno-math-errno and -fno-trapping-math let square roots and comparisons vectorise;
+        # neither changes a value. No -ffast-math anywhere.
+        flags = ["-std=c++17", *flags, "-fno-math-errno", "-fno-trapping-math"]
         for isa, isa_flags in ISA_FLAGS.items():
-            obj = out / f"isa_{isa}.o"
-            # -fno-math-errno and -fno-trapping-math let sqrt and comparisons vectorise; neither
-            # changes a value. No -ffast-math anywhere.
-            self.spawn([*self.cxx(), "-std=c++17", *flags, "-fno-math-errno", "-fno-trapping-math",
-                        *isa_flags, f"-DFASTFT_ISA={isa}", *includes,
-                        "-c", str(ROOT / "csrc/cpu/isa.cpp"), "-o", str(obj)])  # fmt: skip
-            ext.extra_objects.append(str(obj))
+            macros = [f"-DFASTFT_ISA={isa}", *(f"-I{folder}" for folder in INCLUDES)]
+            source, target = str(ROOT / "csrc/cpu/isa.cpp"), str(out / f"isa_{isa}.o")
+            self.spawn([*self.cxx(), *flags, *isa_flags, *macros, "-c", source, "-o", target])
+            ext.extra_objects.append(target)
         if X86:
             ext.define_macros.append(("FASTFT_X86", "1"))
-        self.add_cuda(ext, out, includes)
+        self.add_cuda(ext, out)
         super().build_extension(ext)
 
     def cxx(self):
         return list(getattr(self.compiler, "compiler_cxx", None) or ["c++"])
 
     def openmp_flags(self, out):
-        """["-fopenmp"] when the compiler takes it, else nothing (Apple's clang)."""
+        """["-fopenmp"] when the compiler and linker take it, else nothing (Apple's clang)."""
         with tempfile.TemporaryDirectory(dir=out) as folder:
             source = Path(folder) / "probe.cpp"
-            source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-            probe = subprocess.run([*self.cxx(), "-fopenmp", str(source), "-o", f"{folder}/probe"],
-                                   capture_output=True)  # fmt: skip
+            source.write_text("#include <omp.h>\nint main() { return !omp_get_max_threads(); }\n")
+            command = [*self.cxx(), "-fopenmp", str(source), "-o", f"{folder}/probe"]
+            probe = subprocess.run(command, capture_output=True)
         return ["-fopenmp"] if probe.returncode == 0 else []
 
-    def add_cuda(self, ext, out, includes):
+    def add_cuda(self, ext, out):
         mode = os.environ.get("FASTFT_CUDA", "auto")
-        sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
         nvcc = None if mode == "0" else find_nvcc()
         if nvcc is None:
             if mode == "1":
-                raise SystemExit("setup.py: FASTFT_CUDA=1 but no nvcc in CUDA_HOME, PATH or nvidia-cuda-nvcc")
-            print(f"fastft: building without CUDA ({'FASTFT_CUDA=0' if mode == '0' else 'no nvcc found'})")
+                where = "CUDA_HOME, PATH or PyPI's nvidia-cuda-nvcc"
+                raise SystemExit(f"setup.py: FASTFT_CUDA=1 but no nvcc in {where}")
+            print(f"fastft: building without CUDA (FASTFT_CUDA={mode}, nvcc: {nvcc})")
             return
         architectures, gencode = cuda_gencode(nvcc)
-        for source in sources:
-            obj = out / f"{source.stem}.cu.o"
-            self.spawn([nvcc, "-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden",
-                        "-cudart", "static", "--threads", "2", *gencode, *includes,
-                        "-c", str(source), "-o", str(obj)])  # fmt: skip
-            ext.extra_objects.append(str(obj))
-        home = Path(nvcc).resolve().parent.parent
-        library = next((p for p in (home / "lib64", home / "lib") if (p / "libcudart_static.a").exists()), None)
-        if library is None:
-            raise SystemExit(f"setup.py: {nvcc} has no libcudart_static.a; set CUDA_HOME or FASTFT_CUDA=0")
-        ext.define_macros += [("FASTFT_WITH_CUDA", "1"), ("FASTFT_NVCC", f'"{nvcc}"'),
-                              ("FASTFT_CUDA_ARCHITECTURES", f'"{";".join(architectures)}"')]  # fmt: skip
-        ext.include_dirs.append(str(home / "include"))
-        ext.extra_link_args += [str(library / "libcudart_static.a"), "-lpthread", "-ldl", "-lrt"]
+        headers, runtime = cuda_library(nvcc)
+        flags = ["-std=c++17", "-O3", "-lineinfo", "-cudart", "static", "--threads", "2"]
+        flags += [
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden",
+            *(f"-I{folder}" for folder in INCLUDES),
+        ]
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+            target = str(out / f"{source.stem}.cu.o")
+            self.spawn([nvcc, *flags, *gencode, "-c", str(source), "-o", target])
+            ext.extra_objects.append(target)
+        ext.define_macros += [("FASTFT_WITH_CUDA", "1"), ("FASTFT_NVCC", f'"{nvcc}"')]
+        ext.define_macros.append(("FASTFT_CUDA_ARCHITECTURES", f'"{";".join(architectures)}"'))
+        ext.include_dirs.append(str(headers))
+        ext.extra_link_args += [str(runtime), "-lpthread", "-ldl", "-lrt"]
 
 
-setup(
-    ext_modules=[Pybind11Extension("fastft._C", ["csrc/bind.cpp", "csrc/cpu/dispatch.cpp"], cxx_std=17,
-                                   depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*")])],
-    cmdclass={"build_ext": BuildExt},
-)  # fmt: skip
+sources = ["csrc/bind.cpp", "csrc/cpu/dispatch.cpp"]
+depends = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")]
+extension = Pybind11Extension("fastft._C", sources, cxx_std=17, depends=depends)
+if __name__ == "__main__":
+    setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})

@@ -85,6 +85,15 @@ bool keep_heap(int64_t trim_threshold) {
 #endif
 }
 
+#if defined(FASTFT_WITH_CUDA)
+// Throws with the operation's name and CUDA's own words.
+void cuda_check(const char* operation, int status) {
+  if (status != 0)
+    throw std::runtime_error(std::string("fastft ") + operation +
+                             " (CUDA): " + fastft_cuda_error_string(status));
+}
+#endif
+
 int64_t max_threads() {
 #if defined(_OPENMP)
   return omp_get_max_threads();
@@ -157,6 +166,24 @@ PYBIND11_MODULE(_C, m) {
       py::arg("tensors"), py::arg("steps"), py::arg("hyper"), py::arg("count"),
       py::arg("max_norm"), py::arg("maximize"), py::arg("stats"), py::arg("isa") = "", free_gil);
 #if defined(FASTFT_WITH_CUDA)
-  fastft::bind_cuda(m);
+  m.def(
+      "adamw_cuda",
+      [](int device, int64_t addresses, int64_t sizes, int64_t dtypes, int64_t chunk_tensor,
+         int64_t chunk_part, int64_t n_tensors, int64_t n_chunks, int64_t chunk, int64_t partials,
+         int64_t scalars, int64_t steps, int64_t hyper, int64_t stats, float max_norm,
+         bool maximize, int64_t stream) {
+        cuda_check("adamw", fastft_adamw_cuda(
+                                device, at<const int64_t>(addresses), at<const int64_t>(sizes),
+                                at<const int32_t>(dtypes), at<const int32_t>(chunk_tensor),
+                                at<const int32_t>(chunk_part), n_tensors, n_chunks, chunk,
+                                at<float>(partials), at<float>(scalars), at<float>(steps),
+                                at<const float>(hyper), at<float>(stats), max_norm,
+                                maximize ? 1 : 0, at<void>(stream)));
+      },
+      py::arg("device"), py::arg("addresses"), py::arg("sizes"), py::arg("dtypes"),
+      py::arg("chunk_tensor"), py::arg("chunk_part"), py::arg("n_tensors"), py::arg("n_chunks"),
+      py::arg("chunk"), py::arg("partials"), py::arg("scalars"), py::arg("steps"),
+      py::arg("hyper"), py::arg("stats"), py::arg("max_norm"), py::arg("maximize"),
+      py::arg("stream"), free_gil);
 #endif
 }

@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from fastft.errors import ArgumentError, BackendError, nearest
 
-__all__ = ["BACKENDS", "ORDER", "explain_op", "launcher", "require", "select", "select_name"]
+__all__ = ["BACKENDS", "ORDER", "explain_op", "launcher", "select"]
 
 
 @dataclass(frozen=True)
@@ -70,20 +68,6 @@ def launcher(op: str, name: str) -> ModuleType | str:
         return f"could not be imported: {error}"
 
 
-def require(op: str, name: str) -> Any:
-    """The launcher module of ``op`` in backend ``name``.
-
-    Raises:
-        BackendError: there is none.
-    """
-    found = launcher(op, name)
-    if isinstance(found, str):
-        raise BackendError(
-            f"fastft.ops.{op}", "backend", expected=f"a {name} backend", got=f"it {found}"
-        )
-    return found
-
-
 @functools.lru_cache(maxsize=4096)
 def _reason(op: str, name: str, facts: tuple[tuple[str, Hashable], ...]) -> str | None:
     known = dict(facts)
@@ -109,12 +93,6 @@ def _select(op: str, facts: tuple[tuple[str, Hashable], ...]) -> tuple[str, Modu
                 return name, found
     reasons = "; ".join(f"{name}: {_reason(op, name, facts)}" for name in ORDER)
     raise BackendError(f"fastft.ops.{op}", "backend", expected="one that can run", got=reasons)
-
-
-@torch.compiler.assume_constant_result
-def select_name(op: str, backend: str | None, facts: dict[str, Any]) -> str:
-    """:func:`select` for torch.compile: the name alone, a constant of the compiled graph."""
-    return select(op, backend, **facts)[0]
 
 
 def select(op: str, backend: str | None = None, **facts: Any) -> tuple[str, Any]:
@@ -149,4 +127,4 @@ def select(op: str, backend: str | None = None, **facts: Any) -> tuple[str, Any]
             got=f"{', '.join(f'{k}={v}' for k, v in key)}: {reason}",
             remedy="Leave backend unset to take the first that can.",
         )
-    return backend, require(op, backend)
+    return backend, launcher(op, backend)

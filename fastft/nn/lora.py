@@ -156,6 +156,8 @@ class FusedLoraLinear(PeftLinear):
         for rule in CALL_RULES:
             if rule.applies(self, x):
                 return rule.reason
+        if torch.compiler.is_compiling():  # the operation chooses when the graph runs
+            return None
         adapter = self.lora_A[_adapter(self)].weight
         chosen, _ = backends.select(
             "lora_linear",

@@ -14,7 +14,22 @@ from fastft import backends
 from fastft.ops._library import register
 from fastft.reference.lora_linear import lora_linear as reference_lora_linear
 
-__all__ = ["Constants", "LoraLinear", "new_dropout_mask"]
+__all__ = ["AUTO", "Constants", "LoraLinear", "choose", "new_dropout_mask"]
+
+# The backend argument of a registered operation that chooses when it runs.
+AUTO = "auto"
+
+
+def choose(backend: str | None, x: Tensor, lora_as: Sequence[Tensor]) -> tuple[str, Any]:
+    """The backend for a call and its launcher."""
+    return backends.select(
+        "lora_linear",
+        None if backend == AUTO else backend,
+        device_type=x.device.type,
+        dtype=x.dtype,
+        adapter_dtype=lora_as[0].dtype,
+        r=max(a.shape[0] for a in lora_as),
+    )
 
 
 @dataclass(frozen=True)
@@ -27,12 +42,12 @@ class Constants:
     backend: str
 
 
-def new_dropout_mask(x: Tensor, p: float, backend: str) -> Tensor:
+def new_dropout_mask(x: Tensor, p: float, lora_a: Tensor, backend: str) -> Tensor:
     """A fresh bit-packed mask (M, ceil(K/8)) for x; the seed comes from torch's generator, so a
     recompute under checkpointing, which restores that, draws the same mask."""
     mask = torch.empty((x.shape[0], (x.shape[1] + 7) // 8), dtype=torch.uint8, device=x.device)
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    backends.require("lora_linear", backend).dropout_mask(mask, seed, p)
+    choose(backend, x, [lora_a])[1].dropout_mask(mask, seed, p)
     return mask
 
 
@@ -66,7 +81,7 @@ def _forward(
     outputs = _outputs(x, weights, lora_as)
     n = len(weights)
     with torch.autocast(x.device.type, enabled=False):
-        backends.require("lora_linear", backend).fwd(
+        choose(backend, x, lora_as)[1].fwd(
             outputs[:n],
             outputs[n:],
             x,
@@ -101,7 +116,7 @@ def _backward(
     das = [torch.empty_like(a) if need else None for a, need in zip(lora_as, need_da, strict=True)]
     dbs = [torch.empty_like(b) if need else None for b, need in zip(lora_bs, need_db, strict=True)]
     with torch.autocast(x.device.type, enabled=False):
-        backends.require("lora_linear", backend).bwd(
+        choose(backend, x, lora_as)[1].bwd(
             dx,
             das,
             dbs,
@@ -335,9 +350,11 @@ register(
     _bwd_fake,
 )
 register(
-    "dropout_mask(Tensor x, float p, str backend) -> Tensor",
+    "dropout_mask(Tensor x, float p, Tensor lora_a, str backend) -> Tensor",
     new_dropout_mask,
-    lambda x, p, backend: x.new_empty((x.shape[0], (x.shape[1] + 7) // 8), dtype=torch.uint8),
+    lambda x, p, lora_a, backend: x.new_empty(
+        (x.shape[0], (x.shape[1] + 7) // 8), dtype=torch.uint8
+    ),
     random=True,
 )
 torch.library.register_autograd(

@@ -29,6 +29,7 @@ from fastft.ops._library import register
 __all__ = ["check", "default_chunk", "linear_cross_entropy"]
 
 _WHERE = "fastft.ops.linear_cross_entropy"
+_AUTO = "auto"
 
 # The slab of logits: at most this many bytes and at most an eighth of all logits.
 _SLAB_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
@@ -82,12 +83,9 @@ def linear_cross_entropy(
     target = labels.reshape(-1).contiguous()
     if device_type == "cpu":
         _check_labels(target, weight.shape[0], ignore_index)
-    facts = {
-        "device_type": device_type,
-        "dtype": dtype,
-        "weight_requires_grad": weight.requires_grad,
-    }
-    name = backends.select_name("linear_cross_entropy", backend, facts)
+    name = backend or _AUTO
+    if not torch.compiler.is_compiling():
+        name = _choose(name, flat, weight.requires_grad)[0]
     rows = chunk or default_chunk(flat.shape[0], weight.shape[0], flat.element_size(), device_type)
     arguments = (flat, weight, bias, target, ignore_index, rows, name)
     if torch.compiler.is_compiling():
@@ -168,6 +166,17 @@ def check(
         raise ArgumentError(_WHERE, "chunk", expected="at least 1 token", got=str(chunk))
 
 
+def _choose(backend: str, hidden: Tensor, weight_requires_grad: bool) -> tuple[str, Any]:
+    """The backend for a call and its launcher; a compiled graph asks when it runs."""
+    return backends.select(
+        "linear_cross_entropy",
+        None if backend == _AUTO else backend,
+        device_type=hidden.device.type,
+        dtype=hidden.dtype,
+        weight_requires_grad=weight_requires_grad,
+    )
+
+
 def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
     if torch.compiler.is_compiling() or labels.numel() == 0:
         return
@@ -198,7 +207,7 @@ def _fwd_kernel(
     )
     loss_sum, n_correct, d_hidden, d_weight = outputs
     with torch.autocast(hidden.device.type, enabled=False):
-        backends.require("linear_cross_entropy", backend).fwd(
+        _choose(backend, hidden, need_d_weight)[1].fwd(
             loss_sum,
             n_correct,
             d_hidden if need_d_hidden else None,

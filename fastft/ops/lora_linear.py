@@ -18,7 +18,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import (
     FLOATS,
@@ -28,7 +27,13 @@ from fastft.ops._checks import (
     check_shape,
     check_tensor,
 )
-from fastft.ops._lora_linear_autograd import Constants, LoraLinear, new_dropout_mask
+from fastft.ops._lora_linear_autograd import (
+    AUTO,
+    Constants,
+    LoraLinear,
+    choose,
+    new_dropout_mask,
+)
 
 __all__ = ["check", "lora_linear", "lora_linear_siblings"]
 
@@ -107,22 +112,17 @@ def lora_linear_siblings(
     dtype = autocast_dtype(x.device.type) or x.dtype
     flat = x.reshape(-1, x.shape[-1])
     flat = flat.to(dtype).contiguous()
-    facts = {
-        "device_type": x.device.type,
-        "dtype": dtype,
-        "adapter_dtype": lora_as[0].dtype,
-        "r": max(a.shape[0] for a in lora_as),
-    }
     compiling = torch.compiler.is_compiling()
-    name = backends.select_name("lora_linear", backend, facts)
+    # A compiled graph chooses when it runs: the choice reads facts that tracing should not guard.
+    name = backend or AUTO if compiling else choose(backend, flat, lora_as)[0]
     masks: list[Tensor | None] = []
     for p in ps:
         if p == 0.0:
             masks.append(None)
         elif compiling:
-            masks.append(torch.ops.fastft.dropout_mask(flat, p, name))
+            masks.append(torch.ops.fastft.dropout_mask(flat, p, lora_as[0], name))
         else:
-            masks.append(new_dropout_mask(flat, p, name))
+            masks.append(new_dropout_mask(flat, p, lora_as[0], name))
     if compiling:
         outputs = torch.ops.fastft.lora_linear_fwd(
             flat,

@@ -120,8 +120,8 @@ def test_as_good_as_torch(
     ps = [p] * len(shape.r)
     masks: list[Tensor | None] = []
 
-    def recorded(x: Tensor, p: float, name: str) -> Tensor:
-        masks.append(autograd_module.new_dropout_mask(x, p, name))
+    def recorded(x: Tensor, p: float, lora_a: Tensor, name: str) -> Tensor:
+        masks.append(autograd_module.new_dropout_mask(x, p, lora_a, name))
         return masks[-1]
 
     globals_ = ops.lora_linear_siblings.__globals__
@@ -164,7 +164,7 @@ def test_registered_operation_passes_opcheck(p: float) -> None:
     shape = SHAPES[6]
     call = Call(shape, F32, F32, True)
     x, lora_as, lora_bs = call.leaves(None)
-    mask = autograd_module.new_dropout_mask(x, p, "cpu") if p else None
+    mask = autograd_module.new_dropout_mask(x, p, lora_as[0], "cpu") if p else None
     masks = [mask] * len(shape.r)
     ps = [p] * len(shape.r)
     arguments = (
@@ -258,10 +258,10 @@ def test_non_finite_inputs_propagate() -> None:
 def test_dropout_mask(backend: str, p: float) -> None:
     x = torch.empty(500, 1003)
     torch.manual_seed(3)
-    first = autograd_module.new_dropout_mask(x, p, backend)
-    second = autograd_module.new_dropout_mask(x, p, backend)
+    first = autograd_module.new_dropout_mask(x, p, x, backend)
+    second = autograd_module.new_dropout_mask(x, p, x, backend)
     torch.manual_seed(3)
-    assert torch.equal(first, autograd_module.new_dropout_mask(x, p, backend))
+    assert torch.equal(first, autograd_module.new_dropout_mask(x, p, x, backend))
     assert not torch.equal(first, second)
     kept = reference.unpack_mask(first, 1003).double()
     n = kept.numel()
