@@ -1,0 +1,378 @@
+"""accelerate, restore and explain on their own terms; whole models are in tests/integration."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fastft
+from fastft import errors
+from fastft.nn import DeferredLogits, FusedLoraLinear, call_counts
+from fastft.nn import siblings as siblings_module
+from fastft.patch import verify as verify_module
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def llama(**config: Any) -> Any:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    config = {"r": 4, "target_modules": "all-linear", **config}
+    model = get_peft_model(model, LoraConfig(**config))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    return model
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, :3] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def gradients(model: nn.Module) -> tuple[float, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(**batch()).loss
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), found
+
+
+def same(a: tuple[float, dict[str, Tensor]], b: tuple[float, dict[str, Tensor]]) -> None:
+    assert a[0] == pytest.approx(b[0], rel=1e-5)
+    assert a[1].keys() == b[1].keys()
+    for name in a[1]:
+        torch.testing.assert_close(a[1][name], b[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_accelerate_explain_restore() -> None:
+    model = llama()
+    keys, before = list(model.state_dict()), gradients(model)
+    types = {n: type(m) for n, m in model.named_modules()}
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    assert fastft.accelerate(model) is model
+    assert list(model.state_dict()) == keys
+    for _ in range(3):
+        same(gradients(model), before)
+    report = fastft.explain(model)
+    assert report.fused == 15
+    assert report.fallback == 0
+    data = report.to_dict()
+    assert {m["backend"] for m in data["modules"]} == {"cpu"}
+    assert data["calls"] == {"fused": 14 * 3 + 3, "fallback": {}}
+    assert "15 modules fused, 0 not" in str(report)
+    fastft.restore(model)
+    assert {n: type(m) for n, m in model.named_modules()} == types
+    assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    assert "_loss_function" not in model.get_base_model().__dict__
+    after = gradients(model)
+    assert after[0] == before[0]
+    assert all(torch.equal(after[1][n], before[1][n]) for n in before[1])
+
+
+def test_twice_and_restore_without() -> None:
+    model = llama()
+    with pytest.raises(errors.ArgumentError, match=r"not accelerated"):
+        fastft.restore(model)
+    fastft.accelerate(model)
+    with pytest.raises(errors.ArgumentError, match=r"restore\(model\) first"):
+        fastft.accelerate(model)
+    with pytest.raises(errors.DtypeError, match=r"torch.nn.Module.*list"):
+        fastft.accelerate([model])  # type: ignore[arg-type]
+
+
+def test_siblings_share_one_call_and_one_saved_input() -> None:
+    model = fastft.accelerate(llama())
+    calls: list[int] = []
+    original = FusedLoraLinear.fused_call
+
+    def counted(self: Any, layers: list[Any], x: Tensor) -> Any:
+        calls.append(len(layers))
+        return original(self, layers, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FusedLoraLinear, "fused_call", counted)
+        gradients(model)
+        assert calls == [1] * 14
+        calls.clear()
+        gradients(model)
+    assert calls == [3, 1, 2, 1] * 2
+    layer = model.get_base_model().model.layers[0].self_attn
+    group = siblings_module.group_of(layer.q_proj)
+    assert group is not None
+    assert group.layers() == [layer.q_proj, layer.k_proj, layer.v_proj]
+    assert not group._outputs
+    assert fastft.explain(model).modules[0].siblings == 3
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_siblings_learnt_under_checkpointing_never_break_the_recompute(reentrant: bool) -> None:
+    """Two forwards before any backward, dropout on: groups come into force only between steps."""
+    model = fastft.accelerate(llama(lora_dropout=0.2))
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    plain = llama(lora_dropout=0.2)
+    plain.train()
+    for step in range(3):
+        torch.manual_seed(step)
+        (model(**batch()).loss + model(**batch()).loss).backward()
+    assert fastft.explain(model).modules[0].siblings == 3
+    # The same seed, with and without recompute, in force: bitwise the same gradients.
+    torch.manual_seed(7)
+    first = gradients(model)
+    model.gradient_checkpointing_disable()
+    torch.manual_seed(7)
+    second = gradients(model)
+    assert first[0] == second[0]
+    assert all(torch.equal(first[1][n], second[1][n]) for n in first[1])
+
+
+def test_sibling_called_with_another_tensor_runs_alone() -> None:
+    model = fastft.accelerate(llama())
+    gradients(model)
+    gradients(model)
+    attention = model.get_base_model().model.layers[0].self_attn
+    x = torch.randn(2, 5, 32)
+    q, k = attention.q_proj(x), attention.k_proj(x.clone())
+    x += 1  # the same object, another content
+    v = attention.v_proj(x)
+    fastft.restore(model)
+    torch.testing.assert_close(v, attention.v_proj(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(k, attention.k_proj(x - 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(q, attention.q_proj(x - 1), rtol=1e-4, atol=1e-5)
+
+
+FALLBACKS = {
+    "adapters disabled": lambda m: m.disable_adapter_layers(),
+    "adapter merged into the base": lambda m: m.merge_adapter(),
+    "several active adapters": lambda m: (
+        m.add_adapter("other", LoraConfig(r=2, target_modules="all-linear")),
+        m.base_model.set_adapter(["default", "other"]),
+    ),
+    "hooks on the base layer": lambda m: [
+        layer.base_layer.register_forward_hook(lambda *_: None)
+        for layer in m.modules()
+        if isinstance(layer, FusedLoraLinear)
+    ],
+}
+
+
+@pytest.mark.parametrize("reason", FALLBACKS)
+def test_states_that_are_not_fused_run_as_peft_and_are_counted(reason: str) -> None:
+    model = llama()
+    FALLBACKS[reason](model)
+    expected = model(**batch()).loss.item()
+    other = fastft.accelerate(llama())
+    FALLBACKS[reason](other)
+    assert other(**batch()).loss.item() == pytest.approx(expected, rel=1e-5)
+    assert fastft.explain(other).to_dict()["calls"]["fallback"] == {reason: 14}
+
+
+def test_state_refused_at_first_is_fused_later() -> None:
+    model = llama()
+    model.merge_adapter()
+    fastft.accelerate(model)
+    assert fastft.explain(model).fused == 1
+    model.unmerge_adapter()
+    assert fastft.explain(model).fused == 15
+
+
+def test_variants_and_other_layers_are_named() -> None:
+    model = fastft.accelerate(llama(use_dora=True))
+    reasons = {m.reason for m in fastft.explain(model).modules if m.kind == "lora"}
+    assert reasons == {"LoRA variant (DoRA and others)"}
+    model = fastft.accelerate(llama(target_modules=["embed_tokens", "q_proj"]))
+    reasons = {m.reason for m in fastft.explain(model).modules if not m.fused}
+    assert "Embedding layers are not fused" in reasons
+
+
+def test_strict_refuses_modules_and_calls() -> None:
+    with pytest.raises(errors.VerificationError, match=r"q_proj.*DoRA"):
+        fastft.accelerate(llama(use_dora=True), strict=True)
+    model = fastft.accelerate(llama(), strict=True)
+    gradients(model)
+    with pytest.raises(errors.BackendError, match="adapters disabled"), model.disable_adapter():
+        model(**batch())
+
+
+def test_verification_refuses_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastft.cpu import lora_linear as launcher
+
+    original = launcher.fwd
+
+    def wrong(ys: list[Tensor], *rest: Any) -> None:
+        original(ys, *rest)
+        if ys[0].shape[1] == 48:  # gate and up only
+            ys[0].mul_(1.001)
+
+    monkeypatch.setattr(launcher, "fwd", wrong)
+    model = llama()
+    expected = model(**batch()).loss.item()
+    fastft.accelerate(model)
+    unfused = {m.name.rsplit(".")[-1] for m in fastft.explain(model).modules if not m.fused}
+    assert unfused == {"gate_proj", "up_proj"}
+    reasons = {str(m.reason) for m in fastft.explain(model).modules if not m.fused}
+    assert all(reason.startswith("verification: relative difference") for reason in reasons)
+    assert model(**batch()).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_verification_runs_once_a_shape_and_leaves_no_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checked: list[Any] = []
+    original = verify_module.difference
+    monkeypatch.setattr(
+        "fastft.patch.apply.difference", lambda m, f: checked.append(m) or original(m, f)
+    )
+    model = llama()
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    model.train()
+    fastft.accelerate(model)
+    # q and o, k and v, gate and up, down, head: five shapes among fifteen sites.
+    assert len(checked) == 5
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(m.training for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_logits_are_deferred_and_true() -> None:
+    model = llama()
+    expected = model(**batch()).logits
+    fastft.accelerate(model)
+    output = model(**batch())
+    logits = output.logits
+    assert type(logits) is DeferredLogits
+    assert (logits.shape, logits.dtype, logits.device.type) == (
+        expected.shape,
+        torch.float32,
+        "cpu",
+    )
+    assert type(logits.float()) is DeferredLogits
+    head = model.get_output_embeddings()
+    assert not call_counts(head).fallback
+    torch.testing.assert_close(logits[:, 1], expected[:, 1])
+    torch.testing.assert_close(logits + 0, expected)
+    assert call_counts(head).fallback == {"logits were read": 1}
+    (gradient,) = torch.autograd.grad(
+        logits.sum(), model.get_base_model().model.layers[0].mlp.up_proj.lora_B.default.weight
+    )
+    assert bool(gradient.abs().sum() > 0)
+    assert "DeferredLogits" in repr(logits)
+    # Without labels there is nothing to defer.
+    assert type(model(input_ids=batch()["input_ids"]).logits) is Tensor
+    assert model.generate(batch()["input_ids"], max_new_tokens=2, do_sample=False).shape == (2, 11)
+
+
+def test_a_model_that_transforms_its_logits_still_computes_the_right_loss() -> None:
+    """Something between the head and the loss looks at the logits: they are computed."""
+    model = llama()
+    inner = model.get_base_model()
+    original = inner.loss_function
+    expected = model(**batch()).loss.item()
+    fastft.accelerate(model)
+    fused = inner.loss_function
+    inner._loss_function = lambda logits, **kw: fused(logits=logits * 1.0, **kw)
+    assert model(**batch()).loss.item() == pytest.approx(expected, rel=1e-6)
+    assert original is not None
+
+
+def test_adapter_on_the_head_keeps_its_gradient_and_says_so() -> None:
+    model = llama(target_modules=["q_proj", "lm_head"])
+    before = gradients(model)
+    assert any("lm_head" in name for name in before[1])
+    fastft.accelerate(model)
+    same(gradients(model), before)
+    (head,) = [m for m in fastft.explain(model).modules if m.kind == "loss"]
+    assert "adapter on the head" in str(head.reason)
+    with pytest.raises(errors.VerificationError, match="adapter on the head"):
+        fastft.accelerate(llama(target_modules=["q_proj", "lm_head"]), strict=True)
+
+
+def test_accuracy_of_accumulation_with_num_items_in_batch() -> None:
+    model = llama()
+    items = torch.tensor(40)
+    expected = model(**batch(), num_items_in_batch=items).loss
+    fastft.accelerate(model)
+    torch.testing.assert_close(model(**batch(), num_items_in_batch=items).loss, expected)
+
+
+def test_copies_and_pickles() -> None:
+    model = fastft.accelerate(llama())
+    expected = gradients(model)
+    twin = copy.deepcopy(model)
+    same(gradients(twin), expected)
+    same(gradients(twin), expected)
+    fastft.restore(twin)
+    assert not any(isinstance(m, FusedLoraLinear) for m in twin.modules())
+    assert any(isinstance(m, FusedLoraLinear) for m in model.modules())
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    same(gradients(torch.load(buffer, weights_only=False)), expected)
+
+
+def test_patch_peft_is_process_wide_and_undone() -> None:
+    fastft.patch_peft()
+    try:
+        assert any(isinstance(m, FusedLoraLinear) for m in llama().modules())
+    finally:
+        fastft.unpatch_peft()
+    assert not any(isinstance(m, FusedLoraLinear) for m in llama().modules())
+
+
+def test_lora_is_peft_and_accelerate() -> None:
+    base = LlamaForCausalLM(LlamaConfig(**SMALL))
+    model = fastft.lora(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), loss=False)
+    assert fastft.explain(model).fused == 4
+    assert {m.kind for m in fastft.explain(model).modules if m.fused} == {"lora"}
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "words"),
+    [
+        (LoraConfig(target_modules=["q_porj"]), errors.ArgumentError, ["q_porj", "'q_proj'"]),
+        (LoraConfig(r=4, target_modules=["x"]), errors.ArgumentError, ["'x'", "down_proj", "lm_"]),
+        ({"r": 4}, errors.DtypeError, ["peft.LoraConfig", "dict"]),
+    ],
+)
+def test_lora_refuses(config: Any, error: type[Exception], words: list[str]) -> None:
+    base = LlamaForCausalLM(LlamaConfig(**SMALL))
+    with pytest.raises(error) as info:
+        fastft.lora(base, config)
+    assert all(word in str(info.value) for word in words), str(info.value)
+    assert not any("lora" in name for name, _ in base.named_modules())
+
+
+def test_rank_zero_is_refused() -> None:
+    config = LoraConfig(r=8)
+    config.r = 0
+    with pytest.raises(errors.ArgumentError, match=r"r: expected at least 1, got 0"):
+        fastft.lora(LlamaForCausalLM(LlamaConfig(**SMALL)), config)
+
+
+def test_errors_survive_pickling() -> None:
+    import pickle
+
+    error = errors.ShapeError("here", "x", expected="a", got="b", remedy="c")
+    twin = pickle.loads(pickle.dumps(error))
+    assert type(twin) is errors.ShapeError
+    assert str(twin) == str(error) == "here: x: expected a, got b. c"
