@@ -1,0 +1,65 @@
+"""FSDP2 and DDP around an accelerated model: two gloo processes on the CPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="needs torch with gloo"
+)
+
+
+def _wrapped(kind: str, model: Any) -> Any:
+    if kind == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def _worker(rank: int, kind: str, folder: str) -> None:
+    from test_patch import batch, llama
+
+    import fastft
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    expected, losses = [], []
+    for accelerated in (False, True):
+        model = llama()
+        if accelerated:
+            fastft.accelerate(model)
+        wrapped = _wrapped(kind, model)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = wrapped(**batch()).loss
+            loss.backward()
+            optimizer.step()
+            (losses if accelerated else expected).append(loss.item())
+        if accelerated:
+            calls = fastft.explain(model).to_dict()["calls"]
+    torch.save((expected, losses, calls), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_training_is_peft_s(kind: str, tmp_path: Path) -> None:
+    mp.spawn(_worker, args=(kind, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        expected, losses, calls = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert losses == pytest.approx(expected, rel=1e-5)
+        assert expected[-1] < expected[0]
+        assert calls["fallback"] == {}
+        assert calls["fused"] >= 3 * 14
