@@ -26,12 +26,15 @@ def site_key(module: nn.Module) -> tuple[Any, ...]:
 
 
 def tolerance(module: nn.Module) -> float:
-    """Largest relative difference (in the Euclidean norm) that rounding explains: both sides sum
-    K products with unit roundoff eps in different orders, 8 eps sqrt(1 + K eps) covers them."""
-    dtypes = [p.dtype for p in module.parameters()]
-    eps = max(torch.finfo(d).eps for d in dtypes)
+    """Largest relative difference (in the Euclidean norm) that rounding explains.
+
+    Each side rounds operands and results to the dtype a handful of times, each time with a mean
+    relative error of eps / (2 sqrt(3)): 2 eps covers their sum. Sums of K products in float32 in
+    another order differ by eps32 sqrt(K): twice that.
+    """
+    eps = max(torch.finfo(p.dtype).eps for p in module.parameters())
     width = max(max(p.shape) for p in module.parameters())
-    return 8 * eps * (1 + width * torch.finfo(torch.float32).eps) ** 0.5 * max(1.0, width**0.25)
+    return 2 * eps + 2 * torch.finfo(torch.float32).eps * width**0.5
 
 
 def difference(module: nn.Module, fused: type[nn.Module]) -> float:
@@ -89,7 +92,10 @@ def _run_head(head: Any, kind: type[nn.Module]) -> list[Tensor]:
     """Loss and gradient of the hidden states, fused or through the logits."""
     weight = head.weight
     hidden = torch.randn(1, _TOKENS, weight.shape[1], device=weight.device).to(weight.dtype)
-    hidden.requires_grad_()
+    # exp turns an absolute error of a logit into a relative one: with logits of unit spread the
+    # rounding of the product is all there is, whatever the head's scale.
+    spread = nn.functional.linear(hidden, weight).float().std()
+    hidden = (hidden / spread.clamp(min=1e-6)).to(weight.dtype).requires_grad_()
     labels = torch.randint(weight.shape[0], (1, _TOKENS), device=weight.device)
     labels[0, 2] = -100
     if kind is FusedHead:
