@@ -32,6 +32,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds of each case (7; e2e: 3)")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.add_argument("--json", type=Path, help="write one JSON object a line to this file")
+    parser.add_argument("--impls", help="only these implementations, separated by commas")
     parser.add_argument("--model", default="default", help="e2e: a folder, or 'random'")
     parser.add_argument("--batch", type=int, help="e2e: sequences of a step (4)")
     parser.add_argument("--tokens", type=int, help="e2e: tokens of a sequence (512)")
@@ -42,6 +43,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         value = getattr(found, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: expected at least 1, got {value}")
+    known = {impl.name for suite in SUITES.values() for impl in suite.impls}
+    known |= {impl.name for impl in e2e.IMPLS}
+    unknown = sorted(set(found.impls.split(",") if found.impls else ()) - known)
+    if unknown:
+        parser.error(f"--impls: no {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     if found.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here")
     return found
@@ -60,6 +66,7 @@ def options_for(name: str, found: argparse.Namespace) -> Options:
         tokens=found.tokens or (128 if found.quick else 512),
         steps=found.steps or (1 if found.quick else 2),
         optimizer=not found.no_optimizer,
+        impls=tuple(found.impls.split(",")) if found.impls else (),
     )
 
 
@@ -85,7 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
     if found.json is not None:
         write(found.json, records)
     show(records, console)
-    return int(any(record.impl == "fastft" and record.value is None for record in records))
+    asked = not found.impls or "fastft" in found.impls.split(",")
+    return int(asked and any(r.impl == "fastft" and r.value is None for r in records))
 
 
 def write(path: Path, records: list[Record]) -> None:

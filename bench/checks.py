@@ -18,7 +18,7 @@ FACTOR_WORST = 8.0
 
 
 def errors(got: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
-    """Relative error in the 2-norm and of the worst element; not finite counts as infinitely wrong."""
+    """Relative error in the 2-norm and of the worst element; what is not finite is inf wrong."""
     if got.shape != truth.shape:
         return math.inf, math.inf
     difference = got.detach().double() - truth
@@ -32,7 +32,7 @@ def compare(
     truth: dict[str, torch.Tensor],
     plain: dict[str, torch.Tensor],
 ) -> str | None:
-    """None when every output in `got` is within the bound, else which one is not and by how much."""
+    """None when every output in `got` is within the bound, else which is not and by how much."""
     for name, tensor in got.items():
         # One unit in the last place of the result itself is always granted.
         floor = torch.finfo(plain[name].dtype).eps
@@ -43,6 +43,7 @@ def compare(
         if not (norm <= limit and worst <= limit_worst):
             return (
                 f"{name} is wrong: relative error {norm:.2e} (worst element {worst:.2e}), "
-                f"allowed {limit:.2e} ({limit_worst:.2e}), plain torch {plain_norm:.2e} ({plain_worst:.2e})"
+                f"allowed {limit:.2e} ({limit_worst:.2e}), "
+                f"plain torch {plain_norm:.2e} ({plain_worst:.2e})"
             )
     return None

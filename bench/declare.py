@@ -1,4 +1,4 @@
-"""What a benchmark is: a suite of cases, the implementations of a case, and the metrics read from them.
+"""What a benchmark is: a suite of cases, their implementations and the metrics read from them.
 
 A suite is data. The runner knows nothing of LoRA or of losses: it builds the inputs of a case, lets
 every implementation prove its result, times the survivors in turn and reads the metrics.
@@ -27,6 +27,11 @@ class Options:
     tokens: int = 512
     steps: int = 2
     optimizer: bool = True
+    impls: tuple[str, ...] = ()
+
+    def left_out(self, impl: str) -> str | None:
+        """The reason an implementation is not run because others were asked for."""
+        return "left out: --impls" if self.impls and impl not in self.impls else None
 
     @property
     def dtype_name(self) -> str:
@@ -103,6 +108,7 @@ class Suite:
     prepare: builds the inputs of a case.
     check:   (inputs, step) -> None, or what is wrong with the result; it compares with float64.
     tiny:    a case of the same kind, small; it loads and warms code before memory is measured.
+    preload: modules the fork server of bench.memory imports once for all its children.
     """
 
     name: str
@@ -113,6 +119,7 @@ class Suite:
     check: Callable[[Any, Step], str | None]
     tiny: Callable[[Case], Case] | None = None
     measures_memory: bool = False
+    preload: tuple[str, ...] = ()
 
     def impl(self, name: str) -> Impl:
         return next(impl for impl in self.impls if impl.name == name)

@@ -1,8 +1,9 @@
 """SmolLM2-135M end to end: tokens per second and extra memory of a training step.
 
 Every implementation runs in a process of its own, in turn, for a number of rounds. A step is
-forward, loss and backward of one batch and, for adapters, the clip of the gradients' norm and AdamW.
-Before anything is timed each process proves its gradients against PEFT in float64 on a short batch.
+forward, loss and backward of one batch and, for adapters, the clip of the gradients' norm and
+AdamW. Before anything is timed its loss and gradients are compared with PEFT's in float64 on a
+short batch, and with plain PEFT's on a batch as it is timed.
 """
 
 from __future__ import annotations
@@ -77,12 +78,11 @@ def run(options: Options, emit: Callable[[Record], None]) -> list[Record]:
     case = f"{model_name} r=16 all-linear {options.batch}x{options.tokens}"
     results = {impl.name: Results(reason=_not_here(impl, options)) for impl in IMPLS}
     with tempfile.TemporaryDirectory(prefix="fastft-bench-") as folder:
-        truth = Path(folder) / "truth.safetensors"
-        _work({"role": "truth", "model": model, "truth": str(truth)}, options)
+        _work({"role": "truth", "model": model, **_files(Path(folder))}, options)
         for number in range(options.rounds):
             for impl in IMPLS:
                 if results[impl.name].reason is None:
-                    _one_round(impl, number == 0, model, truth, options, results[impl.name])
+                    _one_round(impl, number == 0, model, Path(folder), options, results[impl.name])
             if number == 0:
                 _judge(results, options)
     for impl in IMPLS:
@@ -94,7 +94,14 @@ def _not_here(impl: Impl, options: Options) -> str | None:
     if impl.only is not None and impl.only != options.dtype:
         name = str(impl.only).removeprefix("torch.")
         return f"does not apply: it is for {name}, this run is {options.dtype_name}"
-    return missing(impl.package)
+    # Plain PEFT is what the others are proved against, asked for or not.
+    needed = impl.name in ("peft", _yardstick(options))
+    return missing(impl.package) or (None if needed else options.left_out(impl.name))
+
+
+def _yardstick(options: Options) -> str:
+    """The plain implementation whose products run in the run's own dtype."""
+    return "peft-bf16" if options.dtype == torch.bfloat16 else "peft"
 
 
 def _model(options: Options) -> tuple[str, str]:
@@ -108,8 +115,12 @@ def _model(options: Options) -> tuple[str, str]:
     return str(obtain_default_model()), "SmolLM2-135M"
 
 
+def _files(folder: Path) -> dict[str, str]:
+    return {name: str(folder / f"{name}.safetensors") for name in ("truth", "whole")}
+
+
 def _one_round(
-    impl: Impl, check: bool, model: str, truth: Path, options: Options, into: Results
+    impl: Impl, check: bool, model: str, folder: Path, options: Options, into: Results
 ) -> None:
     job = {
         "role": "impl",
@@ -119,7 +130,8 @@ def _one_round(
         "fused": impl.fused,
         "model": model,
         "check": check,
-        "truth": str(truth),
+        "writes_whole": impl.name == "peft",
+        **_files(folder),
         "steps": options.steps,
         "optimizer": options.optimizer,
     }
@@ -159,29 +171,23 @@ def _work(job: dict[str, Any], options: Options) -> dict[str, Any]:
 
 
 def _judge(results: dict[str, Results], options: Options) -> None:
-    """Takes away the numbers of every implementation whose gradients or losses are wrong.
+    """Takes away the numbers of every implementation whose loss or gradient is wrong.
 
-    Gradients: at most 4 times the error of PEFT in the same dtype, both against float64.
-    Losses of the timed steps: as PEFT's, which sees the same batches.
+    Against float64: at most 4 times the error PEFT makes in the run's dtype. Beside PEFT: twice
+    that, for both sides of the comparison may be off.
     """
-    yardstick = results["peft-bf16" if options.dtype == torch.bfloat16 else "peft"]
+    yardstick = results[_yardstick(options)].errors
     eps = torch.finfo(options.dtype).eps
-    for name, result in results.items():
+    for result in results.values():
         if result.reason is not None:
             continue
         for what, error in result.errors.items():
-            limit = FACTOR * max(yardstick.errors.get(what, 0.0), eps)
+            own = max(yardstick.get(what.split()[0], 0.0), eps)
+            limit = FACTOR * own * (2 if what.endswith("beside peft") else 1)
             if not error <= limit:
                 result.reason = f"{what} is wrong: relative error {error:.2e}, allowed {limit:.2e}"
         if result.detail.get("fused_calls") == 0:
             result.reason = "nothing ran fused"
-        if name == "frozen" or not yardstick.losses or not result.losses:
-            continue
-        pairs = zip(result.losses[0], yardstick.losses[0], strict=True)
-        difference = max(abs(a - b) / abs(b) for a, b in pairs)
-        # The summed error of a mean over thousands of tokens stays below a rounding of its terms.
-        if result.reason is None and not difference <= 8 * eps**0.75:
-            result.reason = f"the losses of the timed steps differ from PEFT's by {difference:.2e}"
 
 
 def _report(

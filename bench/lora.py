@@ -1,4 +1,4 @@
-"""LoRA over one linear layer: what the adapter costs on top of the frozen layer, forward + backward."""
+"""LoRA over one linear layer: what it costs on top of the frozen layer, forward + backward."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ CPU_SHAPES = (
 )
 CUDA_SHAPES = tuple(
     (k, n, m)
-    for k, n in ((576, 576), (2048, 2048), (2048, 8192), (4096, 4096), (4096, 14336), (14336, 4096))
+    for k, n in (
+        (576, 576),
+        (2048, 2048),
+        (2048, 8192),
+        (4096, 4096),
+        (4096, 14336),
+        (14336, 4096),
+    )
     for m in (2048, 8192, 16384)
 )
 QUICK_SHAPES = ((576, 576, 512), (1024, 1024, 256))
@@ -44,7 +51,7 @@ def cases(options: Options) -> Sequence[Case]:
 
 @dataclass
 class Inputs:
-    """x: (m, k), weight: (n, k), dy: (m, n) in the run's dtype; a: (16, k), b: (n, 16) in float32."""
+    """x: (m, k), weight: (n, k), dy: (m, n) in the run's dtype; a: (16, k), b: (n, 16) float32."""
 
     case: Case
     options: Options
@@ -58,11 +65,11 @@ class Inputs:
 
 def prepare(case: Case, options: Options) -> Inputs:
     k, n, m = case["k"], case["n"], case["m"]
-    generator = torch.Generator().manual_seed(k + n + m)
+    generator = torch.Generator(options.device).manual_seed(k + n + m)
 
     def draw(*shape: int, scale: float, dtype: torch.dtype) -> torch.Tensor:
-        values = torch.randn(*shape, generator=generator) * scale
-        return values.to(device=options.device, dtype=dtype)
+        values = torch.randn(*shape, generator=generator, device=options.device)
+        return (values * scale).to(dtype)
 
     return Inputs(
         case,
@@ -113,7 +120,10 @@ def check(inputs: Inputs, step: Step) -> str | None:
         share = float((keep == 0).float().mean())
         deviation = (p * (1 - p) / keep.numel()) ** 0.5
         if abs(share - p) > 6 * deviation:
-            return f"dropout kept the wrong share: dropped {share:.4f}, expected {p} +- {6 * deviation:.4f}"
+            return (
+                f"dropout has the wrong share: dropped {share:.4f}, "
+                f"expected {p} +- {6 * deviation:.4f}"
+            )
     if keep is not None or key not in inputs.known:
         inputs.known[key] = (
             plain(inputs, torch.float64, keep, adapter),
@@ -229,9 +239,7 @@ def build_fastft(inputs: Inputs) -> Step:
     return step
 
 
-def extra_over_frozen(
-    own: Measured, by_impl: Mapping[str, Measured], case: Case
-) -> float | None:
+def extra_over_frozen(own: Measured, by_impl: Mapping[str, Measured], case: Case) -> float | None:
     """Median over the rounds of (time / time of the frozen layer in the same round) - 1."""
     frozen = by_impl.get("frozen")
     if frozen is None or own is frozen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import time
@@ -59,10 +60,8 @@ class Clock:
 def trim() -> None:
     """Gives freed memory back to the system, so that resident size means memory in use."""
     gc.collect()
-    try:
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        pass
 
 
 def resident_bytes() -> int | None:
@@ -71,7 +70,7 @@ def resident_bytes() -> int | None:
 
 
 def reset_peak() -> bool:
-    """Starts VmHWM anew from the present resident size; False where the kernel does not allow it."""
+    """Starts VmHWM anew from the present resident size; False where the kernel forbids it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -95,7 +94,7 @@ def _status(key: str) -> int | None:
 
 
 def peak_above(run: Callable[[], None], device: torch.device) -> int | None:
-    """Bytes `run` needs at its peak above what is held before it, or None where it cannot be read."""
+    """Bytes `run` needs at its peak above what is held before it; None where nobody can tell."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -26,7 +26,8 @@ def peak_of(suite: Suite, case: Case, impl: Impl, options: Options) -> int | Non
         # The CUDA allocator's own count is exact and has no past.
         return _measure(suite, case, impl, options)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.preload"])
+    # Imported there, never run: a process that has started OpenMP threads must not be forked.
+    context.set_forkserver_preload([f"bench.{suite.name}", *suite.preload])
     receiver, sender = context.Pipe(duplex=False)
     work = (suite.name, case.name, dict(case.facts), impl.name, options, torch.get_num_threads())
     process = context.Process(target=_child, args=(sender, work))

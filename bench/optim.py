@@ -205,4 +205,5 @@ SUITE = Suite(
     check=check,
     tiny=tiny,
     measures_memory=True,
+    preload=("fastft.optim",),
 )

@@ -70,10 +70,12 @@ def _version(name: str) -> str | None:
 
 @functools.cache
 def commit() -> str:
-    """The commit of the checkout; with '-dirty' where files differ, 'unknown' outside a checkout."""
+    """The checkout's commit, '-dirty' where files differ from it; 'unknown' outside a checkout."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20
+        )
         if done.returncode:
             raise OSError(done.stderr)
         return done.stdout.strip()

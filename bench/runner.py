@@ -33,7 +33,8 @@ def _run_case(suite: Suite, case: Case, options: Options, out: Emit) -> None:
     steps: dict[str, Step] = {}
     refused: dict[str, str] = {}
     for impl in suite.impls:
-        reason = missing(impl.package) or impl.not_here(case, options)
+        reason = options.left_out(impl.name) or missing(impl.package)
+        reason = reason or impl.not_here(case, options)
         step = None
         if reason is None:
             step, reason = _build_and_check(suite, impl, inputs)
@@ -75,7 +76,7 @@ def _build_and_check(suite: Suite, impl: Impl, inputs: object) -> tuple[Step | N
     try:
         step = impl.build(inputs)
         wrong = suite.check(inputs, step)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return None, f"failed: {type(error).__name__}: {str(error).strip()[:300]}"
     return (None, wrong) if wrong else (step, None)
 

@@ -76,8 +76,7 @@ py::dict build_info() {
 bool keep_heap(int64_t trim_threshold) {
 #if defined(__GLIBC__)
   // mallopt takes an int; the environment variable of the same name would take more.
-  const int threshold =
-      trim_threshold > 0x7fffffff ? 0x7fffffff : static_cast<int>(trim_threshold);
+  const int threshold = trim_threshold > 0x7fffffff ? 0x7fffffff : static_cast<int>(trim_threshold);
   return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, threshold) == 1;
 #else
   (void)trim_threshold;
@@ -117,8 +116,8 @@ PYBIND11_MODULE(_C, m) {
       [](int64_t mask, int64_t bytes, uint64_t seed, uint32_t threshold, const std::string& isa) {
         kernels(isa).dropout_mask(at<uint8_t>(mask), bytes, seed, threshold);
       },
-      py::arg("mask"), py::arg("bytes"), py::arg("seed"), py::arg("threshold"),
-      py::arg("isa") = "", free_gil);
+      py::arg("mask"), py::arg("bytes"), py::arg("seed"), py::arg("threshold"), py::arg("isa") = "",
+      free_gil);
   m.def(
       "dropout_apply",
       [](int64_t dst, int64_t src, int64_t mask, int64_t rows, int64_t cols, float scale, int dtype,
@@ -143,9 +142,9 @@ PYBIND11_MODULE(_C, m) {
          int64_t rows, int64_t vocab, int dtype, bool gradient, const std::string& isa) {
         std::vector<float> scratch;
         if (dtype != 0) scratch.resize(static_cast<size_t>(max_threads() * vocab));
-        kernels(isa).cross_entropy(at<void>(logits), at<const float>(bias), at<const int64_t>(labels),
-                                   at<float>(row_loss), at<uint8_t>(row_correct), rows, vocab,
-                                   dtype, gradient, scratch.data());
+        kernels(isa).cross_entropy(
+            at<void>(logits), at<const float>(bias), at<const int64_t>(labels), at<float>(row_loss),
+            at<uint8_t>(row_correct), rows, vocab, dtype, gradient, scratch.data());
       },
       py::arg("logits"), py::arg("bias"), py::arg("labels"), py::arg("row_loss"),
       py::arg("row_correct"), py::arg("rows"), py::arg("vocab"), py::arg("dtype"),
@@ -163,8 +162,8 @@ PYBIND11_MODULE(_C, m) {
         kernels(isa).adamw(rows, at<float>(steps), at<const float>(hyper), count, max_norm,
                            maximize, at<float>(stats), partials.data());
       },
-      py::arg("tensors"), py::arg("steps"), py::arg("hyper"), py::arg("count"),
-      py::arg("max_norm"), py::arg("maximize"), py::arg("stats"), py::arg("isa") = "", free_gil);
+      py::arg("tensors"), py::arg("steps"), py::arg("hyper"), py::arg("count"), py::arg("max_norm"),
+      py::arg("maximize"), py::arg("stats"), py::arg("isa") = "", free_gil);
 #if defined(FASTFT_WITH_CUDA)
   m.def(
       "adamw_cuda",
@@ -172,18 +171,17 @@ PYBIND11_MODULE(_C, m) {
          int64_t chunk_part, int64_t n_tensors, int64_t n_chunks, int64_t chunk, int64_t partials,
          int64_t scalars, int64_t steps, int64_t hyper, int64_t stats, float max_norm,
          bool maximize, int64_t stream) {
-        cuda_check("adamw", fastft_adamw_cuda(
-                                device, at<const int64_t>(addresses), at<const int64_t>(sizes),
-                                at<const int32_t>(dtypes), at<const int32_t>(chunk_tensor),
-                                at<const int32_t>(chunk_part), n_tensors, n_chunks, chunk,
-                                at<float>(partials), at<float>(scalars), at<float>(steps),
-                                at<const float>(hyper), at<float>(stats), max_norm,
-                                maximize ? 1 : 0, at<void>(stream)));
+        cuda_check("adamw",
+                   fastft_adamw_cuda(device, at<const int64_t>(addresses), at<const int64_t>(sizes),
+                                     at<const int32_t>(dtypes), at<const int32_t>(chunk_tensor),
+                                     at<const int32_t>(chunk_part), n_tensors, n_chunks, chunk,
+                                     at<float>(partials), at<float>(scalars), at<float>(steps),
+                                     at<const float>(hyper), at<float>(stats), max_norm,
+                                     maximize ? 1 : 0, at<void>(stream)));
       },
       py::arg("device"), py::arg("addresses"), py::arg("sizes"), py::arg("dtypes"),
       py::arg("chunk_tensor"), py::arg("chunk_part"), py::arg("n_tensors"), py::arg("n_chunks"),
-      py::arg("chunk"), py::arg("partials"), py::arg("scalars"), py::arg("steps"),
-      py::arg("hyper"), py::arg("stats"), py::arg("max_norm"), py::arg("maximize"),
-      py::arg("stream"), free_gil);
+      py::arg("chunk"), py::arg("partials"), py::arg("scalars"), py::arg("steps"), py::arg("hyper"),
+      py::arg("stats"), py::arg("max_norm"), py::arg("maximize"), py::arg("stream"), free_gil);
 #endif
 }

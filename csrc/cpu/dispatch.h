@@ -15,7 +15,7 @@ struct Isa {
 extern const Isa kIsas[];
 extern const int kIsaCount;
 
-const Isa& isa();             // the best one this processor runs
-bool has_native_bfloat16();   // AVX512-BF16 or AMX: 16-bit products pay
+const Isa& isa();            // the best one this processor runs
+bool has_native_bfloat16();  // AVX512-BF16 or AMX: 16-bit products pay
 
 }  // namespace fastft

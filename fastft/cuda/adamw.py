@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from fastft_kernels.multi_tensor import plan_for
 from torch import Tensor
 
 from fastft import native
-from fastft_kernels.multi_tensor import plan_for
 
 __all__ = ["step", "supports"]
 

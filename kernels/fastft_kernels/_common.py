@@ -25,7 +25,8 @@ def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[obje
 def supports_device(device_type: str) -> str | None:
     """None where the kernels of this package can run, else the reason why not."""
     if INTERPRETED:
-        return None if device_type in ("cpu", "cuda") else f"no Triton interpreter for {device_type}"
+        known = device_type in ("cpu", "cuda")
+        return None if known else f"Triton's interpreter does not run {device_type!r} tensors"
     if device_type != "cuda":
         return f"Triton kernels run on CUDA devices, not on {device_type!r}"
     if torch.version.hip is not None:
@@ -34,5 +35,5 @@ def supports_device(device_type: str) -> str | None:
         return "torch finds no CUDA device"
     capability = torch.cuda.get_device_capability()
     if capability < _OLDEST_CAPABILITY:
-        return f"needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
+        return "needs compute capability 8.0 or newer, this GPU has {}.{}".format(*capability)
     return None

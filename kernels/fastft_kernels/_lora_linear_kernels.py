@@ -47,9 +47,7 @@ def _dropout_mask_kernel(
 
 
 @triton.jit
-def _keep_tile(
-    mask_ptr, row, column, M, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def _keep_tile(mask_ptr, row, column, M, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Unpacks the keep bits of a (BLOCK_M, BLOCK_N) tile; each byte is loaded once."""
     row_bytes = (K + 7) // 8
     rows = tl.arange(0, BLOCK_M)
@@ -85,9 +83,7 @@ def _shrink_step(
 
 
 @triton.jit
-def _shrink_store(
-    s_ptr, acc, scale, row, r0, M, r, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
-):
+def _shrink_store(s_ptr, acc, scale, row, r0, M, r, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
     rows = tl.arange(0, BLOCK_M)
     rank = r0 + tl.arange(0, BLOCK_R)
     tl.store(
@@ -168,9 +164,7 @@ def _expand_term(
             w_offset = columns[None, :] * r + rank[:, None]
         else:
             w_offset = rank[:, None] * N + columns[None, :]
-        w = tl.load(
-            w_ptr + w_offset, mask=(rank < r)[:, None] & (columns < N)[None, :], other=0.0
-        )
+        w = tl.load(w_ptr + w_offset, mask=(rank < r)[:, None] & (columns < N)[None, :], other=0.0)
         acc = tl.dot(s, w.to(s.dtype), acc, input_precision="ieee")
     acc = acc * scale
     if MASKED:
@@ -244,9 +238,7 @@ def _outer_step(
 
 
 @triton.jit
-def _outer_store(
-    p_ptr, acc, split, r0, column, K, r, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def _outer_store(p_ptr, acc, split, r0, column, K, r, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
     rank = r0 + tl.arange(0, BLOCK_R)
     columns = column + tl.arange(0, BLOCK_K)
     tl.store(
@@ -326,7 +318,7 @@ def _outer_reduce_kernel(
     size = r.to(tl.int64) * K
     inside = index < size
     acc = tl.zeros((BLOCK,), tl.float32)
-    for split in range(0, splits):
+    for split in range(splits):
         acc += tl.load(p_ptr + split * size + index, mask=inside, other=0.0)
     target = (index % K) * r + index // K if TRANSPOSED else index
     tl.store(out_ptr + target, (acc * scale).to(out_ptr.dtype.element_ty), mask=inside)

@@ -78,18 +78,20 @@ def _adamw_prepare_kernel(
     max_norm,  # 0: no clipping
     N_HYPER: tl.constexpr,
     N_OUT: tl.constexpr,
+    SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: the norm, and the numbers that are constant over a tensor."""
-    lanes = tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, n_chunks, BLOCK):
-        acc += tl.load(partials_ptr + start + lanes, mask=start + lanes < n_chunks, other=0.0)
+    sums = tl.arange(0, SUMS)
+    acc = tl.zeros((SUMS,), tl.float32)
+    for start in range(0, n_chunks, SUMS):
+        acc += tl.load(partials_ptr + start + sums, mask=start + sums < n_chunks, other=0.0)
     norm = tl.sqrt_rn(tl.sum(acc, 0))
     tl.store(stats_ptr, norm)
     if norm < float("inf"):  # false for NaN as well
         limit = tl.where(max_norm > 0.0, max_norm / (norm + 1e-6), 1.0)
         tl.store(stats_ptr + 1, tl.minimum(limit, 1.0))
+        lanes = tl.arange(0, BLOCK)
         for start in range(0, n_tensors, BLOCK):
             i = start + lanes
             inside = i < n_tensors
@@ -220,7 +222,8 @@ def step(
         _adamw_prepare_kernel[(1,)](
             plan.partials, stats, steps, hyper, plan.scalars,
             plan.n_chunks, len(params), float(max_norm),
-            N_HYPER=hyper.shape[1], N_OUT=N_SCALARS, BLOCK=launch.prepare.block,
+            N_HYPER=hyper.shape[1], N_OUT=N_SCALARS, SUMS=launch.prepare_sums,
+            BLOCK=launch.prepare.block,
             **launch.prepare.launch.options(),
         )  # fmt: skip
         for group in groups:

@@ -47,7 +47,7 @@ class Variant:
         types: argument name -> Triton type, for the arguments that are not compile-time constants.
         constants: compile-time constants other than block sizes.
         table: the tile table of ``config.Arch`` that gives block sizes, or the field's name.
-        element_size, block_r: the key into that table.
+        key: the key into that tile table: bytes of an element of x, rank block, stacked.
         aligned: pointers and sizes are multiples of 16, as they usually are.
         stack_limit: bytes of stack (spilled registers) that are accepted.
     """
@@ -58,8 +58,7 @@ class Variant:
     types: dict[str, str]
     constants: dict[str, Any] = field(default_factory=dict)
     table: str = ""
-    element_size: int = 4
-    block_r: int = 16
+    key: tuple[int, int, bool] = (4, 16, False)
     aligned: bool = True
     stack_limit: int = 0
 
@@ -110,21 +109,22 @@ def _lora(kernel: str, x: str, adapter: str, r: int, siblings: int, masked: bool
             **masks, **shape, "rows_per_split": "i32",
         }  # fmt: skip
     names = {"shrink": "_shrink", "expand": "_expand_add", "outer": "_outer_partial"}
-    block_r = config.block_r_for(r)
+    block_r = config.block_r_for(r, _DTYPES[x])
     text = "".join(f" {name.lower()}={value}" for name, value in flags.items())
     return Variant(
         _LORA, f"{names[kernel]}_kernel",
         f"x={x} ab={adapter} r={r} siblings={siblings} masked={masked}{text}"
         + ("" if aligned else " unaligned"),
         types, {"SIBLINGS": siblings, "MASKED": masked, "BLOCK_R": block_r, **flags},
-        kernel, _DTYPES[x], block_r, aligned,
+        kernel, (_DTYPES[x], block_r, masked or siblings > 1), aligned,
     )  # fmt: skip
 
 
 def _lora_variants() -> list[Variant]:
     variants = []
     for r in (16, 64):
-        for x, adapter in (("bf16", "fp32"), ("fp32", "fp32")):
+        # Float32 walks ranks in blocks of 32 at most: rank 64 is its heaviest form.
+        for x, adapter in (("bf16", "fp32"), ("fp32", "fp32"))[: 1 if r == 16 else 2]:
             variants += [
                 _lora("shrink", x, adapter, r, 3, True, TRANSPOSED=False),
                 _lora("expand", x, adapter, r, 3, True, HAS_BIAS=False, TRANSPOSED=False),
@@ -135,12 +135,10 @@ def _lora_variants() -> list[Variant]:
             _lora("expand", "bf16", "fp32", r, 1, False, HAS_BIAS=True, TRANSPOSED=True),
         ]
     variants += [
-        _lora("shrink", "fp16", "fp16", 16, 1, False, TRANSPOSED=False),
-        _lora("expand", "fp16", "fp16", 16, 1, False, HAS_BIAS=True, TRANSPOSED=True),
         _lora("outer", "fp16", "fp16", 16, 1, False),
-        _lora("shrink", "bf16", "fp32", 64, 3, True, TRANSPOSED=False, aligned=False),
+        _reduce("fp32", False),
+        _reduce("bf16", True),
     ]
-    variants += [_reduce("fp32", False), _reduce("bf16", True)]
     mask_types = {"out_ptr": "*u8", "seed_ptr": "*i64", "n_bytes": "i32", "threshold": "i32"}
     variants.append(Variant(_LORA, "_dropout_mask_kernel", "", mask_types, {}, "mask"))
     return variants
@@ -216,20 +214,21 @@ VARIANTS: tuple[Variant, ...] = (
 
 
 def _all_variants() -> tuple[Variant, ...]:
-    pairs = [(x, a) for x in _DTYPES for a in {"fp32": 0, x: 0}]
+    """Every combination that a launcher makes."""
+    pairs = [(x, a) for x in _DTYPES for a in dict.fromkeys(("fp32", x))]
     booleans = (False, True)
     variants = list(VARIANTS)
-    for (x, a), r, siblings, masked, aligned in itertools.product(
-        pairs, (16, 32, 64), (1, 2, 3), booleans, booleans
-    ):
-        variants.append(_lora("outer", x, a, r, siblings, masked, aligned=aligned))
-        for transposed in booleans:
-            flags = {"TRANSPOSED": transposed, "aligned": aligned}
-            variants.append(_lora("shrink", x, a, r, siblings, masked, **flags))
-            variants += [
-                _lora("expand", x, a, r, siblings, masked, HAS_BIAS=bias, **flags)
-                for bias in booleans
-            ]
+    for (x, a), r, aligned in itertools.product(pairs, (16, 32, 64), booleans):
+        for siblings, masked in itertools.product((1, 2, 3), booleans):
+            case = (x, a, r, siblings, masked)
+            flags = {"TRANSPOSED": False, "aligned": aligned}
+            variants.append(_lora("outer", *case, aligned=aligned))
+            variants.append(_lora("shrink", *case, **flags))
+            variants.append(_lora("expand", *case, HAS_BIAS=False, **flags))
+        # s B^T of one sibling at a time, where a bias may be; dY B likewise.
+        alone, flags = (x, a, r, 1, False), {"TRANSPOSED": True, "aligned": aligned}
+        variants.append(_lora("shrink", *alone, **flags))
+        variants += [_lora("expand", *alone, HAS_BIAS=bias, **flags) for bias in booleans]
     variants += [_reduce(out, t) for out, t in itertools.product(_DTYPES, booleans)]
     variants += [_loss(*c) for c in itertools.product(_DTYPES, booleans, booleans)]
     variants += [_adamw_norm(*c) for c in itertools.product(_DTYPES, booleans)]
@@ -244,15 +243,17 @@ ALL_VARIANTS: tuple[Variant, ...] = _all_variants()
 def _blocks(variant: Variant, arch: config.Arch) -> tuple[dict[str, int], config.Launch]:
     """Block sizes and launch options of a variant, from the architecture's table."""
     if variant.table in ("shrink", "expand", "outer"):
-        tile = getattr(arch, variant.table)[variant.element_size, variant.block_r]
+        tile = getattr(arch, variant.table)[variant.key]
         wide = "BLOCK_N" if variant.table == "expand" else "BLOCK_K"
         return {"BLOCK_M": tile.block_m, wide: tile.block_n}, tile.launch
     if variant.table == "cross_entropy":
         return {"BLOCK_V": arch.cross_entropy.block_v}, arch.cross_entropy.launch
     if variant.table == "adamw":
         return {"CHUNK": arch.adamw.chunk, "BLOCK": arch.adamw.block}, arch.adamw.launch
-    owner = arch.adamw if variant.table == "prepare" else arch
-    block: config.BlockConfig = getattr(owner, variant.table)
+    if variant.table == "prepare":
+        prepare = arch.adamw.prepare
+        return {"SUMS": arch.adamw.prepare_sums, "BLOCK": prepare.block}, prepare.launch
+    block: config.BlockConfig = getattr(arch, variant.table)
     return {"BLOCK": block.block}, block.launch
 
 
@@ -362,7 +363,9 @@ def _write_json(path: Path, reports: Sequence[Report]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fastft_kernels.aot", description=__doc__)
-    parser.add_argument("--arch", type=int, nargs="*", choices=config.ARCHS, default=[*config.ARCHS])
+    parser.add_argument(
+        "--arch", type=int, nargs="*", choices=config.ARCHS, default=[*config.ARCHS]
+    )
     parser.add_argument("--all", action="store_true", help="every combination, not the extremes")
     parser.add_argument("--jobs", type=int, default=None)
     parser.add_argument("--json", type=Path, default=None)

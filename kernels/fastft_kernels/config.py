@@ -23,20 +23,31 @@ __all__ = [
     "CrossEntropyConfig",
     "Launch",
     "TileConfig",
+    "TileTable",
     "block_r_for",
     "for_device",
+    "tile_for",
 ]
 
 # Siblings (q/k/v, gate/up) that one launch serves in one read of x; more are served in groups.
 MAX_SIBLINGS = 3
 
-# Rank blocks a kernel is built for; a larger rank is walked in blocks of the largest.
-BLOCK_RS: tuple[int, ...] = (16, 32, 64)
+# Rank blocks a kernel is built for, by the bytes of an element of x; a larger rank is walked in
+# blocks of the largest. Exact float32 products run on the ordinary cores, from registers: their
+# operands leave room for 32.
+BLOCK_RS: dict[int, tuple[int, ...]] = {2: (16, 32, 64), 4: (16, 32)}
 
 
-def block_r_for(r: int) -> int:
+def block_r_for(r: int, element_size: int) -> int:
     """The smallest rank block that holds ``r``, or the largest there is."""
-    return next((block for block in BLOCK_RS if r <= block), BLOCK_RS[-1])
+    blocks = BLOCK_RS[element_size]
+    return next((block for block in blocks if r <= block), blocks[-1])
+
+
+def tile_for(table: TileTable, element_size: int, r: int, stacked: bool) -> tuple[int, TileConfig]:
+    """(rank block, tile) of a launch; ``stacked``: several siblings, or dropout."""
+    block_r = block_r_for(r, element_size)
+    return block_r, table[element_size, block_r, stacked]
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,10 @@ class TileConfig:
     launch: Launch
 
 
+# Key: (bytes of an element of x, rank block, stacked).
+TileTable = dict[tuple[int, int, bool], TileConfig]
+
+
 @dataclass(frozen=True)
 class BlockConfig:
     """A one-dimensional kernel: ``block`` items for each program."""
@@ -97,12 +112,9 @@ class AdamWConfig:
     chunk: int = 8192
     block: int = 1024
     launch: Launch = Launch()
-    # The single program between the two passes.
-    prepare: BlockConfig = BlockConfig(1024, Launch(num_warps=8))
-
-
-# Key of a tile table: (bytes of an element of x, rank block).
-TileTable = dict[tuple[int, int], TileConfig]
+    # The single program between the two passes: partial sums, then tensors, at a time.
+    prepare_sums: int = 4096
+    prepare: BlockConfig = BlockConfig(256, Launch(num_warps=8))
 
 
 @dataclass(frozen=True)
@@ -128,44 +140,63 @@ class Arch:
     adamw: AdamWConfig = AdamWConfig()
 
 
-# Consumer parts (99 KiB of shared memory): shallow pipelines.
+# Consumer parts (99 KiB of shared memory): shallow pipelines. Where a launch serves one matrix
+# without dropout the tile may be wider; three accumulators and the unpacked keep bits need more
+# warps to stay in registers.
 _SHRINK_SMALL: TileTable = {
-    (2, 16): TileConfig(64, 64, Launch(4, 3)),
-    (2, 32): TileConfig(64, 64, Launch(4, 3)),
-    (2, 64): TileConfig(64, 32, Launch(4, 3)),
-    (4, 16): TileConfig(64, 32, Launch(4, 3)),
-    (4, 32): TileConfig(64, 32, Launch(4, 2)),
-    (4, 64): TileConfig(32, 32, Launch(4, 2)),
+    (2, 16, False): TileConfig(64, 64, Launch(4, 3)),
+    (2, 32, False): TileConfig(64, 64, Launch(4, 3)),
+    (2, 64, False): TileConfig(64, 64, Launch(4, 3)),
+    (4, 16, False): TileConfig(64, 32, Launch(4, 3)),
+    (4, 32, False): TileConfig(64, 32, Launch(4, 2)),
+    (2, 16, True): TileConfig(64, 64, Launch(4, 3)),
+    (2, 32, True): TileConfig(64, 64, Launch(8, 3)),
+    (2, 64, True): TileConfig(32, 64, Launch(8, 2)),
+    (4, 16, True): TileConfig(64, 32, Launch(4, 2)),
+    (4, 32, True): TileConfig(64, 32, Launch(8, 2)),
 }
 _EXPAND_SMALL: TileTable = {
-    (2, 16): TileConfig(64, 128, Launch(4, 2)),
-    (2, 32): TileConfig(64, 128, Launch(4, 2)),
-    (2, 64): TileConfig(64, 64, Launch(4, 2)),
-    (4, 16): TileConfig(64, 64, Launch(4, 2)),
-    (4, 32): TileConfig(64, 64, Launch(4, 2)),
-    (4, 64): TileConfig(32, 64, Launch(4, 2)),
+    (2, 16, False): TileConfig(64, 128, Launch(4, 2)),
+    (2, 32, False): TileConfig(64, 128, Launch(4, 2)),
+    (2, 64, False): TileConfig(64, 128, Launch(8, 2)),
+    (4, 16, False): TileConfig(64, 64, Launch(8, 2)),
+    (4, 32, False): TileConfig(64, 64, Launch(8, 2)),
+    (2, 16, True): TileConfig(64, 128, Launch(8, 2)),
+    (2, 32, True): TileConfig(64, 128, Launch(8, 2)),
+    (2, 64, True): TileConfig(64, 64, Launch(8, 2)),
+    (4, 16, True): TileConfig(64, 64, Launch(8, 2)),
+    (4, 32, True): TileConfig(32, 64, Launch(8, 2)),
 }
 _OUTER_SMALL: TileTable = {
-    (2, 16): TileConfig(64, 64, Launch(4, 3)),
-    (2, 32): TileConfig(64, 64, Launch(4, 3)),
-    (2, 64): TileConfig(32, 64, Launch(4, 3)),
-    (4, 16): TileConfig(32, 64, Launch(4, 3)),
-    (4, 32): TileConfig(32, 64, Launch(4, 2)),
-    (4, 64): TileConfig(32, 32, Launch(4, 2)),
+    (2, 16, False): TileConfig(64, 64, Launch(4, 3)),
+    (2, 32, False): TileConfig(64, 64, Launch(4, 3)),
+    (2, 64, False): TileConfig(64, 64, Launch(4, 3)),
+    (4, 16, False): TileConfig(32, 64, Launch(4, 3)),
+    (4, 32, False): TileConfig(32, 64, Launch(8, 2)),
+    (2, 16, True): TileConfig(64, 64, Launch(4, 3)),
+    (2, 32, True): TileConfig(64, 64, Launch(8, 3)),
+    (2, 64, True): TileConfig(32, 64, Launch(8, 3)),
+    (4, 16, True): TileConfig(16, 64, Launch(8, 2)),
+    (4, 32, True): TileConfig(16, 64, Launch(8, 2)),
 }
 
 # Data-centre parts: more bytes in flight to cover the latency of their memory.
 _SHRINK_LARGE: TileTable = {
     **_SHRINK_SMALL,
-    (2, 16): TileConfig(64, 128, Launch(4, 4)),
-    (2, 32): TileConfig(64, 64, Launch(4, 4)),
-    (2, 64): TileConfig(64, 32, Launch(4, 4)),
+    (2, 16, False): TileConfig(64, 128, Launch(4, 4)),
+    (2, 32, False): TileConfig(64, 64, Launch(4, 4)),
+    (2, 64, False): TileConfig(64, 64, Launch(4, 4)),
+    (2, 16, True): TileConfig(64, 64, Launch(4, 4)),
+    (2, 64, True): TileConfig(64, 32, Launch(8, 4)),
 }
-_EXPAND_LARGE: TileTable = {**_EXPAND_SMALL, (2, 16): TileConfig(128, 128, Launch(8, 2))}
+# Without Hopper's matrix unit, whose operands stay in shared memory, that tile spills.
+_SHRINK_SM80: TileTable = {**_SHRINK_LARGE, (2, 64, True): TileConfig(32, 64, Launch(8, 3))}
+_EXPAND_LARGE: TileTable = {**_EXPAND_SMALL, (2, 16, False): TileConfig(128, 128, Launch(8, 2))}
 _OUTER_LARGE: TileTable = {
     **_OUTER_SMALL,
-    (2, 16): TileConfig(64, 128, Launch(4, 4)),
-    (2, 64): TileConfig(32, 64, Launch(4, 4)),
+    (2, 16, False): TileConfig(64, 64, Launch(4, 4)),
+    (2, 16, True): TileConfig(64, 64, Launch(4, 4)),
+    (2, 64, True): TileConfig(32, 64, Launch(8, 4)),
 }
 
 _KIB = 1024
@@ -173,7 +204,7 @@ _KIB = 1024
 ARCHS: dict[int, Arch] = {
     arch.capability: arch
     for arch in (
-        Arch("sm_80", 80, 163 * _KIB, 216, _SHRINK_LARGE, _EXPAND_LARGE, _OUTER_LARGE),
+        Arch("sm_80", 80, 163 * _KIB, 216, _SHRINK_SM80, _EXPAND_LARGE, _OUTER_LARGE),
         Arch("sm_86", 86, 99 * _KIB, 168, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL),
         Arch("sm_89", 89, 99 * _KIB, 256, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL),
         Arch("sm_90", 90, 227 * _KIB, 264, _SHRINK_LARGE, _EXPAND_LARGE, _OUTER_LARGE),

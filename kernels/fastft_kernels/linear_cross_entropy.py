@@ -47,11 +47,13 @@ def _cross_entropy_kernel(
             for start in range(0, V, BLOCK_V):
                 tl.store(slab + start + lanes, zeros, mask=start + lanes < V)
     else:
-        # Read before the gradient overwrites it.
-        z_label = tl.load(slab + label).to(tl.float32)
+        # Read before the gradient overwrites it. A label outside the vocabulary, which only a check
+        # on the host could refuse, makes the loss NaN instead of a stray access.
+        known = (label >= 0) & (label < V)
+        z_label = tl.load(slab + label, mask=known, other=float("nan")).to(tl.float32)
         if HAS_BIAS:
-            z_label += tl.load(bias_ptr + label).to(tl.float32)
-        # Each lane keeps its own running maximum and sum: one reduction at the end, not one a block.
+            z_label += tl.load(bias_ptr + label, mask=known, other=0.0).to(tl.float32)
+        # Each lane keeps a running maximum and sum of its own: one reduction, at the end.
         top = tl.full((BLOCK_V,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_V,), tl.float32)
         where_top = tl.zeros((BLOCK_V,), tl.int32)
@@ -79,9 +81,7 @@ def _cross_entropy_kernel(
                 if HAS_BIAS:
                     z += tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)
                 gradient = tl.exp(z - lse) - tl.where(columns == label, 1.0, 0.0)
-                tl.store(
-                    slab + columns, gradient.to(slab_ptr.dtype.element_ty), mask=columns < V
-                )
+                tl.store(slab + columns, gradient.to(slab_ptr.dtype.element_ty), mask=columns < V)
 
 
 def supports(device_type: str, dtype: torch.dtype, weight_requires_grad: bool) -> str | None:
@@ -110,6 +110,7 @@ def fwd(
     None and fully overwritten. hidden is (T, H), weight (V, H), labels int64 (T,).
     """
     launch = config.for_device(hidden.device).cross_entropy
+    bias = bias if bias is None else bias.contiguous()
     with device_guard(hidden):
         kept = _kept_tokens(hidden, weight, labels, ignore_index, launch)
         tokens = hidden.shape[0] if kept is None else kept.numel()

@@ -83,6 +83,7 @@ def fwd(
     dropout_ps: list[float],
 ) -> None:
     """Writes y_i (M, N_i) and s_i = drop_i(x) A_i^T (M, r_i) for every sibling."""
+    lora_as, lora_bs = _dense(lora_as), _dense(lora_bs)
     with device_guard(x):
         for y, weight in zip(ys, weights, strict=True):
             torch.mm(x, weight.t(), out=y)
@@ -106,6 +107,7 @@ def bwd(
     dropout_ps: list[float],
 ) -> None:
     """Writes dx (M, K), dA_i (r_i, K) and dB_i (N_i, r_i), each where it is not None."""
+    lora_as, lora_bs = _dense(lora_as), _dense(lora_bs)
     with device_guard(x):
         for dy, s, db, scaling in zip(dys, ss, dbs, scalings, strict=True):
             if db is not None:
@@ -135,6 +137,11 @@ def bwd(
                 [masks[i] for i in wanted],
                 transposed=False,
             )
+
+
+def _dense(adapters: Sequence[Tensor]) -> list[Tensor]:
+    """Adapters may be views (tied, sliced or transposed); the kernels read rows. Small to copy."""
+    return [adapter.contiguous() for adapter in adapters]
 
 
 def _keep_scales(masks: Sequence[Tensor | None], ps: Sequence[float]) -> list[float]:
@@ -196,13 +203,14 @@ def _shrink(
     for group in _groups(masks):
         group_outs = _pick(outs, group)
         ranks = _ranks(group_outs)
-        block_r = config.block_r_for(max(ranks))
-        tile = arch.shrink[x.element_size(), block_r]
+        masked = masks[group[0]] is not None
+        stacked = masked or len(group) > 1
+        block_r, tile = config.tile_for(arch.shrink, x.element_size(), max(ranks), stacked)
         grid = (triton.cdiv(tokens, tile.block_m), triton.cdiv(max(ranks), block_r))
         _shrink_kernel[grid](
             x, *_pick(matrices, group), *group_outs, *_pick_masks(masks, group, x),
             tokens, features, *ranks, *_scales(scales, group),
-            SIBLINGS=len(group), MASKED=masks[group[0]] is not None, TRANSPOSED=transposed,
+            SIBLINGS=len(group), MASKED=masked, TRANSPOSED=transposed,
             BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_K=tile.block_n,
             **tile.launch.options(),
         )  # fmt: skip
@@ -226,13 +234,14 @@ def _expand_add(
     for group in _groups(masks):
         group_ss = _pick(ss, group)
         ranks = _ranks(group_ss)
-        block_r = config.block_r_for(max(ranks))
-        tile = arch.expand[y.element_size(), block_r]
+        masked = masks[group[0]] is not None
+        stacked = masked or len(group) > 1
+        block_r, tile = config.tile_for(arch.expand, y.element_size(), max(ranks), stacked)
         grid = (triton.cdiv(tokens, tile.block_m) * triton.cdiv(features, tile.block_n),)
         _expand_add_kernel[grid](
             y, y if bias is None else bias, *group_ss, *_pick(matrices, group),
             *_pick_masks(masks, group, y), tokens, features, *ranks, *_scales(scales, group),
-            SIBLINGS=len(group), HAS_BIAS=bias is not None, MASKED=masks[group[0]] is not None,
+            SIBLINGS=len(group), HAS_BIAS=bias is not None, MASKED=masked,
             TRANSPOSED=transposed, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r,
             **tile.launch.options(),
         )  # fmt: skip
@@ -257,8 +266,9 @@ def _outer(
     arch = config.for_device(x.device)
     for group in _groups(masks):
         ranks = _ranks(_pick(ds, group))
-        block_r = config.block_r_for(max(ranks))
-        tile = arch.outer[x.element_size(), block_r]
+        masked = masks[group[0]] is not None
+        stacked = masked or len(group) > 1
+        block_r, tile = config.tile_for(arch.outer, x.element_size(), max(ranks), stacked)
         blocks = (triton.cdiv(features, tile.block_n), triton.cdiv(max(ranks), block_r))
         splits, rows_per_split = _split(tokens, tile.block_m, blocks, arch.target_programs)
         partials = [
@@ -268,15 +278,18 @@ def _outer(
         _outer_partial_kernel[(*blocks, splits)](
             x, *_pick(ds, group), *_padded(partials), *_pick_masks(masks, group, x),
             tokens, features, *ranks, rows_per_split,
-            SIBLINGS=len(group), MASKED=masks[group[0]] is not None,
+            SIBLINGS=len(group), MASKED=masked,
             BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_K=tile.block_n,
             **tile.launch.options(),
         )  # fmt: skip
         for i, partial in zip(group, partials, strict=True):
-            _outer_reduce_kernel[(triton.cdiv(outs[i].numel(), arch.reduce.block),)](
-                outs[i], partial, splits, features, ds[i].shape[1], float(scales[i]),
+            out = outs[i] if outs[i].is_contiguous() else outs[i].new_empty(outs[i].shape)
+            _outer_reduce_kernel[(triton.cdiv(out.numel(), arch.reduce.block),)](
+                out, partial, splits, features, ds[i].shape[1], float(scales[i]),
                 TRANSPOSED=transposed, BLOCK=arch.reduce.block, **arch.reduce.launch.options(),
             )  # fmt: skip
+            if out is not outs[i]:
+                outs[i].copy_(out)
 
 
 def _split(tokens: int, block_m: int, blocks: tuple[int, int], target: int) -> tuple[int, int]:

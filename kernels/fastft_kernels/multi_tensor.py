@@ -67,7 +67,7 @@ def plan_for(
     exp_avg_sqs: Sequence[Tensor],
     chunk: int,
 ) -> Plan:
-    """The plan of these tensors (at least one, all on one device), from the cache if it is there."""
+    """The plan of these tensors (at least one, all on one device), cached."""
     device = params[0].device
     key = (
         device,

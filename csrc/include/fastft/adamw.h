@@ -22,11 +22,11 @@ struct AdamWScalars {
   float beta2;
   float one_minus_beta1;
   float one_minus_beta2;
-  float decay;            // 1 - lr * weight_decay
-  float step_size;        // lr / (1 - beta1^t)
-  float inv_sqrt_bias2;   // 1 / sqrt(1 - beta2^t)
+  float decay;           // 1 - lr * weight_decay
+  float step_size;       // lr / (1 - beta1^t)
+  float inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^t)
   float eps;
-  float gradient_scale;   // clip coefficient, negative when maximising
+  float gradient_scale;  // clip coefficient, negative when maximising
 };
 
 FASTFT_HD AdamWScalars adamw_scalars(AdamWHyper hyper, double beta1_power, double beta2_power,

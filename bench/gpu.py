@@ -1,0 +1,269 @@
+"""``make gpu OUT=dir``: builds, tests and measures everything on the GPU of this machine.
+
+    python -m bench.gpu OUT
+
+Writes OUT/gpu.json (versions, device, commit, every step, every kernel), OUT/tests.jsonl (every
+GPU test with its errors and times), OUT/<suite>.jsonl (benchmarks) and a log of each step, copies
+the benchmarks to bench/results/ under the GPU's name, and brings bench/results/verified.json up
+to date. Needs no network, and under nine minutes: each step has a limit, and the steps share one.
+
+Exit status: 0 all well; 1 a step failed (the others still ran); 2 nothing could be run here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import ledger
+from .ledger import ROOT, Entry, write_atomically
+
+__all__ = ["STEPS", "Outcome", "Step", "collect", "main", "obstacles", "run_step"]
+
+# All of it stays under nine minutes, with room to write results and to end a step that hangs.
+TOTAL_LIMIT_S = 520.0
+# A step that could get less than this is not worth starting.
+_SHORTEST_S = 5.0
+_REPORT = "FASTFT_GPU_REPORT"
+SUITES = ("lora", "loss", "optim")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command with a time limit; ``{out}`` in it is the output folder."""
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended: "ok", "failed", "timed out" or "no time left"."""
+
+    name: str
+    state: str
+    seconds: float
+    command: str
+    log: str
+
+
+_PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider")
+# A package that this machine lacks breaks the collection of other tests, not of these.
+_TESTS = ("--continue-on-collection-errors", "tests")
+_BENCH = (sys.executable, "-m", "bench")
+
+STEPS: tuple[Step, ...] = (
+    Step(
+        "build",
+        (sys.executable, "setup.py", "build_ext", "--inplace"),
+        170,
+        {"FASTFT_CUDA": "1"},
+    ),
+    Step("tests", (*_PYTEST, *_TESTS), 180, {_REPORT: "{out}/tests.jsonl"}),
+    *(
+        Step(suite, (*_BENCH, suite, "--device", "cuda", "--json", f"{{out}}/{suite}.jsonl"), 90)
+        for suite in SUITES
+    ),
+)
+
+
+def obstacles() -> list[str]:
+    """What keeps the run from starting on this machine; empty where nothing does."""
+    found = [
+        f"the package {name!r} is missing: install it, or use the Python that has it"
+        for name in ("torch", "triton", "pytest")
+        if importlib.util.find_spec(name) is None
+    ]
+    if not any("'torch'" in text for text in found):
+        import torch
+
+        if torch.version.cuda is None:
+            found.append(f"torch {torch.__version__} is built without CUDA")
+        elif not torch.cuda.is_available():
+            found.append("torch finds no CUDA device: check nvidia-smi and CUDA_VISIBLE_DEVICES")
+    return found
+
+
+def facts() -> dict[str, Any]:
+    """Device, versions and commit of this run."""
+    import torch
+
+    from .records import commit, versions
+
+    properties = torch.cuda.get_device_properties(0)
+    known = dict(versions())
+    driver = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    if driver:
+        known["driver"] = driver.splitlines()[0]
+    return {
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "versions": known,
+        "commit": commit(),
+        "date": ledger.now(),
+    }
+
+
+def _output(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def run_step(step: Step, out: Path, deadline: float, environment: Mapping[str, str]) -> Outcome:
+    """Runs one step in a process group of its own; its output goes to OUT/<name>.log."""
+    command = [part.replace("{out}", str(out)) for part in step.command]
+    log = out / f"{step.name}.log"
+    limit = min(step.limit_s, deadline - time.monotonic())
+    text = " ".join(command)
+    if limit < _SHORTEST_S:
+        return Outcome(step.name, "no time left", 0.0, text, log.name)
+    own = {name: v.replace("{out}", str(out)) for name, v in step.environment.items()}
+    begin = time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**environment, **own},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            state = "ok" if process.wait(timeout=limit) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            state = "timed out"
+        finally:
+            _end(process)
+    return Outcome(step.name, state, round(time.monotonic() - begin, 1), text, log.name)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and its children: compilers and workers must not hold the GPU."""
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def environment_for(capability: str) -> dict[str, str]:
+    """The environment of every step: this checkout, and machine code for this GPU only."""
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    chosen = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    suffix = "a" if capability.startswith("9.") else ""
+    chosen.setdefault("TORCH_CUDA_ARCH_LIST", f"{capability}{suffix}")
+    chosen.pop("TRITON_INTERPRET", None)
+    return chosen
+
+
+def collect(lines: Iterable[str], found: Mapping[str, Any]) -> dict[str, Entry]:
+    """Entries of the kernels whose GPU tests all passed, from the lines of tests.jsonl.
+
+    A line is {"kernel", "test", "outcome", "error": {...}, "time_ms": {...}}. A kernel with a
+    failed or skipped test, or with none, gets no entry: the ledger says nothing it has not seen.
+    """
+    tests: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        if line.strip():
+            test = json.loads(line)
+            tests.setdefault(test["kernel"], []).append(test)
+    sources = ledger.kernels()
+    entries = {}
+    for kernel, results in tests.items():
+        if kernel not in sources or any(test["outcome"] != "passed" for test in results):
+            continue
+        error: dict[str, float] = {}
+        time_ms: dict[str, float] = {}
+        for test in results:
+            time_ms |= test.get("time_ms", {})
+            for name, value in test.get("error", {}).items():
+                error[name] = max(value, error.get(name, 0.0))
+        entries[kernel] = Entry(
+            source=ledger.source_hash(sources[kernel]),
+            device=found["device"],
+            date=found["date"],
+            commit=found["commit"],
+            tests=len(results),
+            error=error,
+            time_ms=time_ms,
+            versions=found["versions"],
+        )
+    return entries
+
+
+def run(out: Path, steps: Sequence[Step] = STEPS, results: Path | None = None) -> int:
+    """All steps; returns the exit status. ``results`` is where the committed results lie."""
+    results = results or ROOT / "bench" / "results"
+    out = out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    # Lines of an earlier run are not this run's.
+    for old in ("tests", *SUITES):
+        (out / f"{old}.jsonl").unlink(missing_ok=True)
+    deadline = time.monotonic() + TOTAL_LIMIT_S
+    found = facts()
+    environment = environment_for(found["capability"])
+    print(f"{found['device']}, commit {found['commit']}", flush=True)
+    outcomes = []
+    for step in steps:
+        outcome = run_step(step, out, deadline, environment)
+        outcomes.append(outcome)
+        print(f"{outcome.name:8} {outcome.state:12} {outcome.seconds:6.1f} s", flush=True)
+        if outcome.state == "failed":
+            print("".join(f"    {line}\n" for line in _tail(out / outcome.log)), end="", flush=True)
+    tests = out / "tests.jsonl"
+    entries = collect(tests.read_text().splitlines(), found) if tests.is_file() else {}
+    ledger.record(entries, results / "verified.json")
+    slug = re.sub(r"[^a-z0-9]+", "-", found["device"].lower()).strip("-")
+    for outcome in outcomes:
+        measured = out / f"{outcome.name}.jsonl"
+        if outcome.name in SUITES and outcome.state == "ok" and measured.is_file():
+            write_atomically(results / f"{slug}-{outcome.name}.jsonl", measured.read_text())
+    document = {
+        **found,
+        "steps": [asdict(outcome) for outcome in outcomes],
+        "kernels": {kernel: asdict(entry) for kernel, entry in entries.items()},
+    }
+    write_atomically(out / "gpu.json", json.dumps(document, indent=1) + "\n")
+    shutil.copyfile(results / "verified.json", out / "verified.json")
+    for line in ledger.status(results / "verified.json"):
+        print(line)
+    return 0 if all(outcome.state == "ok" for outcome in outcomes) else 1
+
+
+def _tail(log: Path, lines: int = 15) -> list[str]:
+    return log.read_text(errors="replace").splitlines()[-lines:]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("out", type=Path, help="folder for results and logs")
+    out: Path = parser.parse_args(arguments).out
+    problems = obstacles()
+    if problems:
+        for problem in problems:
+            print(f"bench.gpu: {problem}", file=sys.stderr)
+        return 2
+    return run(out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

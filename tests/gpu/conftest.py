@@ -1,0 +1,63 @@
+"""GPU tests: skipped with a reason where there is no GPU, reported to bench.gpu where there is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+_OBSERVED = pytest.StashKey["Observed"]()
+
+
+@dataclass
+class Observed:
+    """What a test measured of its kernel."""
+
+    error: dict[str, float] = field(default_factory=dict)
+    time_ms: dict[str, float] = field(default_factory=dict)
+
+    def saw(self, name: str, error: float) -> None:
+        self.error[name] = max(error, self.error.get(name, 0.0))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device: run `make gpu` on a machine that has one")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
+def observed(request: pytest.FixtureRequest) -> Observed:
+    """Where a test puts errors and times for the ledger."""
+    return request.node.stash.setdefault(_OBSERVED, Observed())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Appends a line for each test of a kernel to the file bench.gpu names."""
+    report: Any = yield
+    path = os.environ.get("FASTFT_GPU_REPORT")
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    kernel = parameters.get("kernel")
+    # A test ends in its call; one that never got so far ends in its setup.
+    ends = report.when == "call" or (report.when == "setup" and not report.passed)
+    if path and kernel and ends:
+        seen = item.stash.get(_OBSERVED, Observed())
+        line = {
+            "kernel": kernel,
+            "test": item.nodeid,
+            "outcome": report.outcome,
+            "error": seen.error,
+            "time_ms": seen.time_ms,
+        }
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    return report

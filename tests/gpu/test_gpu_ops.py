@@ -1,0 +1,303 @@
+"""Every GPU backend, through fastft.ops, against float64: the cases the interpreter proves the
+kernels on, and sizes like those of real models, where the real code paths are."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import ledger
+from fastft import backends, ops
+from fastft.ops.lora_linear import lora_linear_siblings
+from fastft.reference import adamw as adamw_reference
+from fastft.reference import lora_linear as lora_reference
+from tests.kernels.bounds import assert_as_accurate, relative_errors
+from tests.kernels.cases import (
+    ADAMW_TENSORS,
+    BF16,
+    F16,
+    F32,
+    IGNORED,
+    LORA_CASES,
+    LOSS_CASES,
+    AdamWState,
+    LoraCase,
+    LoraInputs,
+    LossCase,
+    LossInputs,
+)
+
+pytestmark = pytest.mark.gpu
+
+KERNELS = list(ledger.kernels())
+LARGE_LORA = {
+    "attention-bf16": LoraCase(
+        2048, 2048, (2048, 512, 512), (16, 16, 16), BF16, F32, (0.05, 0.05, 0.05), bias=False
+    ),
+    "mlp-r64-bf16": LoraCase(1024, 2048, (5632, 5632), (64, 64), BF16, F32, (0.1, 0.1)),
+    "odd-f16": LoraCase(777, 1001, (2047,), (33,), F16, F32),
+    "r256-f32": LoraCase(513, 1030, (640,), (256,)),
+}
+LARGE_LOSS = {
+    "vocabulary-32000-bf16": LossCase(1024, 512, 32000, BF16, False, 300),
+    "vocabulary-50257-f32": LossCase(200, 257, 50257, F32, True, 64),
+    "vocabulary-32001-f16": LossCase(301, 128, 32001, F16, True, 301),
+}
+LARGE_ADAMW = [
+    *ADAMW_TENSORS,
+    (3_000_001, F32, F32),
+    (1_000_003, BF16, BF16),
+    (65_536, BF16, F32),
+    *[(4096, F32, F32)] * 300,
+]
+
+
+def of(op: str) -> Any:
+    """Parametrizes a test over the GPU kernels of ``op``."""
+    return pytest.mark.parametrize("kernel", [k for k in KERNELS if k.endswith(f"/{op}")])
+
+
+def backend_of(kernel: str, **facts: Any) -> str:
+    """The backend's name; a skip where this build lacks it, and no other reason is accepted."""
+    name, op = kernel.split("/")
+    reason = dict(backends.explain_op(op, **facts))[name]
+    if reason is not None and "built without CUDA" in reason:
+        pytest.skip(reason)
+    assert reason is None, f"{kernel} must run here: {reason}"
+    return name
+
+
+def compare(
+    observed: Any,
+    got: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    logits: torch.dtype | None = None,
+) -> None:
+    for name, value in got.items():
+        rounded_to = logits if name == "loss" else None
+        assert_as_accurate(name, value, plain[name], truth[name], rounded_to)
+        kind = f"{name.rstrip('0123456789')} {str(value.dtype).removeprefix('torch.')}"
+        observed.saw(kind, relative_errors(value, truth[name])[1])
+
+
+def median_ms(run: Callable[[], None], rounds: int = 20) -> float:
+    """Median of single runs, each between two events, after a warm-up and with a cold L2."""
+    flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(rounds):
+        flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def lora_launcher(inputs: LoraInputs, backend: str) -> Any:
+    """The module of ``backend`` that serves this case."""
+    adapter = inputs.lora_as[0]
+    facts = {"dtype": inputs.x.dtype, "adapter_dtype": adapter.dtype, "r": adapter.shape[0]}
+    return backends.select("lora_linear", backend, device_type=inputs.x.device.type, **facts)[1]
+
+
+def lora_through_op(inputs: LoraInputs, backend: str) -> dict[str, Tensor]:
+    """ys and gradients from the public operation; ``inputs.masks`` become the masks it drew."""
+    torch.manual_seed(7)
+    launcher, drawn = lora_launcher(inputs, backend), []
+
+    def dropout_mask(out: Tensor, seed: Tensor, p: float) -> None:
+        draw(out, seed, p)
+        drawn.append(out)
+
+    draw, launcher.dropout_mask = launcher.dropout_mask, dropout_mask
+    x = inputs.x.detach().requires_grad_()
+    lora_as = [a.detach().requires_grad_() for a in inputs.lora_as]
+    lora_bs = [b.detach().requires_grad_() for b in inputs.lora_bs]
+    try:
+        ys = lora_linear_siblings(
+            x, inputs.weights, lora_as, lora_bs, scalings=inputs.scalings, biases=inputs.biases,
+            dropout_ps=inputs.ps, backend=backend,
+        )  # fmt: skip
+    finally:
+        launcher.dropout_mask = draw
+    left = iter(drawn)
+    inputs.masks = [next(left) if p else None for p in inputs.ps]
+    gradients = torch.autograd.grad(ys, [x, *lora_as, *lora_bs], inputs.dys)
+    n = len(ys)
+    names = ["dx", *(f"da{i}" for i in range(n)), *(f"db{i}" for i in range(n))]
+    results = {f"y{i}": y.detach() for i, y in enumerate(ys)}
+    return {**results, **dict(zip(names, gradients, strict=True))}
+
+
+@of("lora_linear")
+@pytest.mark.parametrize("name", [*LORA_CASES, *LARGE_LORA])
+def test_lora_linear(kernel: str, name: str, device: torch.device, observed: Any) -> None:
+    case = {**LORA_CASES, **LARGE_LORA}[name]
+    facts = {"dtype": case.dtype, "adapter_dtype": case.adapter_dtype, "r": max(case.ranks)}
+    backend = backend_of(kernel, device_type="cuda", **facts)
+    inputs = case.inputs(device)
+    got = lora_through_op(inputs, backend)
+    compare(observed, got, inputs.autograd(case.dtype), inputs.autograd(torch.float64))
+
+
+@of("lora_linear")
+def test_lora_linear_same_inputs_same_bits(kernel: str, device: torch.device) -> None:
+    backend = backend_of(kernel, device_type="cuda", dtype=BF16, adapter_dtype=F32, r=16)
+    inputs = LARGE_LORA["attention-bf16"].inputs(device)
+    first, second = (lora_through_op(inputs, backend) for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@of("lora_linear")
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_dropout_keeps_the_fraction_asked_for(kernel: str, p: float, device: torch.device) -> None:
+    backend = backend_of(kernel, device_type="cuda", dtype=BF16, adapter_dtype=F32, r=16)
+    inputs = LoraCase(1, 8, (8,), (1,), BF16).inputs(device)
+    launcher = lora_launcher(inputs, backend)
+    mask = torch.empty((1000, 513), dtype=torch.uint8, device=device)
+    launcher.dropout_mask(mask, torch.tensor([12345], device=device), p)
+    kept = lora_reference.unpack_mask(mask, 8 * 513).double().mean().item()
+    assert abs(kept - (1 - p)) < 5 * (p * (1 - p) / (1000 * 513 * 8)) ** 0.5
+
+
+@of("lora_linear")
+@pytest.mark.parametrize("r", [16, 64])
+def test_lora_linear_time(kernel: str, r: int, device: torch.device, observed: Any) -> None:
+    backend = backend_of(kernel, device_type="cuda", dtype=BF16, adapter_dtype=F32, r=r)
+    inputs = LoraCase(8192, 4096, (4096,), (r,), BF16, F32, bias=False).inputs(device)
+    lora_through_op(inputs, backend)
+    name = f"forward+backward 8192x4096x4096 bf16 r={r}"
+    observed.time_ms[name] = median_ms(lambda: lora_through_op(inputs, backend))
+    assert observed.time_ms[name] > 0
+
+
+def loss_through_op(
+    inputs: LossInputs, backend: str, chunk: int | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    hidden = inputs.hidden.detach().requires_grad_()
+    weight = inputs.weight.detach().requires_grad_()
+    loss, accuracy = ops.linear_cross_entropy(
+        hidden, weight, inputs.labels, bias=inputs.bias, ignore_index=IGNORED, reduction="sum",
+        return_accuracy=True, backend=backend, chunk=chunk,
+    )  # fmt: skip
+    d_hidden, d_weight = torch.autograd.grad(loss, (hidden, weight))
+    return {"loss": loss.detach()[None], "d_hidden": d_hidden, "d_weight": d_weight}, accuracy
+
+
+@of("linear_cross_entropy")
+@pytest.mark.parametrize("name", [*LOSS_CASES, *LARGE_LOSS])
+def test_linear_cross_entropy(kernel: str, name: str, device: torch.device, observed: Any) -> None:
+    case = {**LOSS_CASES, **LARGE_LOSS}[name]
+    facts = {"dtype": case.dtype, "weight_requires_grad": True}
+    backend = backend_of(kernel, device_type="cuda", **facts)
+    inputs = case.inputs(device)
+    got, accuracy = loss_through_op(inputs, backend, case.chunk)
+    truth = inputs.autograd(torch.float64)
+    compare(observed, got, inputs.autograd(case.dtype), truth, case.dtype)
+    counted = int((inputs.labels != IGNORED).sum())
+    # The library may round a logit the other way in another slab: a tie may fall either way.
+    assert abs(float(accuracy) * counted - inputs.n_correct()) <= 1.5
+
+
+@of("linear_cross_entropy")
+def test_compaction_of_ignored_tokens(kernel: str, device: torch.device, observed: Any) -> None:
+    """Above the size where ignored tokens are dropped first: same results, zeros where ignored."""
+    backend = backend_of(kernel, device_type="cuda", dtype=BF16, weight_requires_grad=True)
+    inputs = LossCase(4096, 2048, 32000, BF16, False, 2048).inputs(device)
+    got, _ = loss_through_op(inputs, backend, 2048)
+    assert not got["d_hidden"][inputs.labels == IGNORED].any()
+    compare(observed, got, inputs.autograd(BF16), inputs.autograd(torch.float64), BF16)
+
+
+@of("linear_cross_entropy")
+def test_linear_cross_entropy_time(kernel: str, device: torch.device, observed: Any) -> None:
+    backend = backend_of(kernel, device_type="cuda", dtype=BF16, weight_requires_grad=False)
+    inputs = LossCase(8192, 2048, 32000, BF16, False, 2048).inputs(device)
+
+    def run() -> None:
+        hidden = inputs.hidden.detach().requires_grad_()
+        loss = ops.linear_cross_entropy(hidden, inputs.weight, inputs.labels, backend=backend)
+        loss.backward()
+
+    name = "loss+d_hidden 8192x2048x32000 bf16, a third ignored"
+    observed.time_ms[name] = median_ms(run)
+    assert observed.time_ms[name] > 0
+
+
+@of("adamw")
+@pytest.mark.parametrize("max_norm", [0.0, 1.0])
+def test_adamw(kernel: str, max_norm: float, device: torch.device, observed: Any) -> None:
+    backend = backend_of(kernel, device_type="cuda", dtype=F16)
+    own = AdamWState.make(LARGE_ADAMW, device)
+    plain, truth = own.copy(), own.copy(torch.float64)
+    for _ in range(2):
+        ops.adamw(*own.arguments(), max_norm=max_norm, backend=backend)  # type: ignore[arg-type]
+        adamw_reference.step(*plain.arguments(), max_norm=max_norm, maximize=False)  # type: ignore[arg-type]
+        adamw_reference.step(*truth.arguments(), max_norm=max_norm, maximize=False)  # type: ignore[arg-type]
+    compare(observed, own.tensors(), plain.tensors(), truth.tensors())
+    torch.testing.assert_close(own.stats.double(), truth.stats, rtol=1e-5, atol=0)
+
+
+@of("adamw")
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_adamw_skips_on_the_device(kernel: str, bad: float, device: torch.device) -> None:
+    backend = backend_of(kernel, device_type="cuda", dtype=F16)
+    state = AdamWState.make(ADAMW_TENSORS, device)
+    state.grads[0][-1] = bad
+    before = state.copy()
+    # Tables for these addresses go up first; the step itself may not wait for the device.
+    ops.adamw(*state.arguments(), max_norm=1.0, backend=backend)  # type: ignore[arg-type]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.adamw(*state.arguments(), max_norm=1.0, backend=backend)  # type: ignore[arg-type]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert float(state.stats[2]) == 2.0
+    for name, value in before.tensors().items():
+        assert torch.equal(state.tensors()[name], value) or name == "g0", name
+
+
+@of("adamw")
+def test_adamw_on_another_stream(kernel: str, device: torch.device) -> None:
+    """The update runs on the current stream: work before it there is seen, without a sync."""
+    backend = backend_of(kernel, device_type="cuda", dtype=F32)
+    expected = AdamWState.make([(1_000_000, F32, F32)], device)
+    own = expected.copy()
+    final = own.grads[0].clone()
+    ops.adamw(*expected.arguments(), backend=backend)  # type: ignore[arg-type]
+    own.grads[0].zero_()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        own.grads[0].copy_(final)
+        ops.adamw(*own.arguments(), backend=backend)  # type: ignore[arg-type]
+    torch.cuda.synchronize()
+    assert torch.equal(own.params[0], expected.params[0])
+
+
+@of("adamw")
+def test_adamw_time(kernel: str, device: torch.device, observed: Any) -> None:
+    backend = backend_of(kernel, device_type="cuda", dtype=F32)
+    state = AdamWState.make([(65_536, F32, F32)] * 448, device)
+    name = "448 tensors of 65536, f32"
+    observed.time_ms[name] = median_ms(
+        lambda: ops.adamw(*state.arguments(), max_norm=1.0, backend=backend)  # type: ignore[arg-type]
+    )
+    assert observed.time_ms[name] > 0
+
+
+def test_every_gpu_kernel_is_tested() -> None:
+    tested = {"lora_linear", "linear_cross_entropy", "adamw"}
+    assert {kernel.split("/")[1] for kernel in KERNELS} == tested

@@ -1,0 +1,249 @@
+"""The cases every kernel is proved on, declared once: interpreted on the CPU and run on a GPU.
+
+A case makes its inputs on the CPU from a fixed seed, moves them where it is told, and computes the
+same thing in plain torch in any dtype: in float64 that is the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastft.reference import linear_cross_entropy as loss_reference
+from fastft.reference import lora_linear as lora_reference
+
+__all__ = ["ADAMW_TENSORS", "LORA_CASES", "LOSS_CASES", "AdamWState", "LoraCase", "LossCase"]
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+IGNORED = -100
+CPU = torch.device("cpu")
+
+
+class _Random:
+    """Normal numbers from a seed, the same wherever they go."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.device, dtype)
+
+
+def _leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype).requires_grad_()
+
+
+@dataclass(frozen=True)
+class LoraCase:
+    """Siblings that share x: shapes, dtypes, one dropout each."""
+
+    tokens: int
+    features: int
+    widths: tuple[int, ...]
+    ranks: tuple[int, ...]
+    dtype: torch.dtype = F32
+    adapter_dtype: torch.dtype = F32
+    ps: tuple[float, ...] = ()
+    bias: bool = True
+
+    @property
+    def dropouts(self) -> list[float]:
+        return list(self.ps or (0.0,) * len(self.widths))
+
+    def inputs(self, device: torch.device = CPU) -> LoraInputs:
+        random = _Random(device)
+
+        def normal(*shape: int) -> Tensor:
+            return random.normal(*shape, dtype=self.dtype)
+
+        pairs = list(zip(self.widths, self.ranks, strict=True))
+        masks = []
+        for i, p in enumerate(self.dropouts):
+            generator = torch.Generator().manual_seed(100 + i)
+            kept = torch.rand(self.tokens, self.features, generator=generator) >= p
+            masks.append(lora_reference.pack_mask(kept).to(device) if p else None)
+        return LoraInputs(
+            x=normal(self.tokens, self.features),
+            weights=[normal(w, self.features) / 8 for w in self.widths],
+            biases=[normal(w) if self.bias else None for w in self.widths],
+            lora_as=[random.normal(r, self.features, dtype=self.adapter_dtype) for r in self.ranks],
+            lora_bs=[random.normal(w, r, dtype=self.adapter_dtype) for w, r in pairs],
+            scalings=[0.5 + 0.25 * i for i in range(len(self.widths))],
+            dys=[normal(self.tokens, w) for w in self.widths],
+            masks=masks,
+            ps=self.dropouts,
+        )
+
+
+@dataclass
+class LoraInputs:
+    """The tensors of a case."""
+
+    x: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    lora_as: list[Tensor]
+    lora_bs: list[Tensor]
+    scalings: list[float]
+    dys: list[Tensor]
+    masks: list[Tensor | None]
+    ps: list[float]
+
+    def tensors(self) -> list[Tensor]:
+        optional = [t for t in (*self.biases, *self.masks) if t is not None]
+        return [self.x, *self.weights, *self.lora_as, *self.lora_bs, *self.dys, *optional]
+
+    def autograd(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Outputs and gradients in plain torch at ``dtype``, adapters cast as autocast does."""
+        x = _leaf(self.x, dtype)
+        lora_as, lora_bs = ([_leaf(t, dtype) for t in ts] for ts in (self.lora_as, self.lora_bs))
+        n = len(self.weights)
+        ys, results = [], {}
+        for i, weight in enumerate(self.weights):
+            bias = self.biases[i]
+            y = lora_reference.lora_linear(
+                x, weight.to(dtype), None if bias is None else bias.to(dtype),
+                lora_as[i], lora_bs[i], self.scalings[i], self.masks[i], self.ps[i],
+            )  # fmt: skip
+            ys.append(y)
+            s = lora_reference.drop(x, self.masks[i], self.ps[i]) @ lora_as[i].t()
+            results |= {f"y{i}": y.detach(), f"s{i}": s.detach()}
+        leaves, dys = [x, *lora_as, *lora_bs], [dy.to(dtype) for dy in self.dys]
+        gradients = torch.autograd.grad(ys, leaves, dys)
+        names = ["dx", *(f"da{i}" for i in range(n)), *(f"db{i}" for i in range(n))]
+        return {**results, **dict(zip(names, gradients, strict=True))}
+
+
+LORA_CASES = {
+    "siblings": LoraCase(70, 100, (50, 33, 90), (5, 16, 20)),
+    "siblings-dropout": LoraCase(70, 100, (50, 33, 90), (5, 16, 20), ps=(0.1, 0.5, 0.3)),
+    "siblings-bf16": LoraCase(70, 100, (50, 33, 90), (5, 16, 20), BF16, F32, (0.1, 0.1, 0.1)),
+    "four-siblings-some-dropped": LoraCase(
+        20, 40, (24, 17, 9, 30), (4, 4, 2, 8), F32, F32, (0.0, 0.2, 0.0, 0.6)
+    ),
+    "one-row": LoraCase(1, 7, (3,), (1,), bias=False),
+    "one-row-bf16": LoraCase(1, 9, (5,), (2,), BF16, F32, (0.25,)),
+    "aligned-bf16": LoraCase(128, 64, (128,), (16,), BF16, F32),
+    "bf16-adapters": LoraCase(65, 72, (40,), (17,), BF16, BF16, (0.05,)),
+    "f16": LoraCase(65, 72, (40,), (33,), F16, F32, (0.05,)),
+    "rank-over-a-block": LoraCase(40, 90, (80,), (70,), BF16, F32, (0.1,)),
+    "rank-over-a-block-f32": LoraCase(40, 90, (80,), (70,)),
+    "many-tokens-split": LoraCase(700, 24, (20,), (8,)),
+    "wide": LoraCase(17, 300, (270,), (4,), BF16, BF16),
+}
+
+
+@dataclass(frozen=True)
+class LossCase:
+    """A head and labels of which every third is ignored."""
+
+    tokens: int
+    hidden: int
+    vocabulary: int
+    dtype: torch.dtype
+    bias: bool
+    chunk: int
+
+    def inputs(self, device: torch.device = CPU) -> LossInputs:
+        random = _Random(device)
+        hidden = random.normal(self.tokens, self.hidden, dtype=self.dtype)
+        weight = random.normal(self.vocabulary, self.hidden, dtype=self.dtype) / self.hidden**0.5
+        bias = random.normal(self.vocabulary, dtype=self.dtype) if self.bias else None
+        labels = torch.randint(0, self.vocabulary, (self.tokens,), generator=random.generator)
+        labels[2::3] = IGNORED
+        return LossInputs(hidden, weight, bias, labels.to(device))
+
+
+@dataclass
+class LossInputs:
+    """The tensors of a case."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+
+    def autograd(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Summed loss and its gradients in plain torch at ``dtype``."""
+        hidden, weight = _leaf(self.hidden, dtype), _leaf(self.weight, dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        loss = loss_reference.linear_cross_entropy(hidden, weight, bias, self.labels, IGNORED)
+        d_hidden, d_weight = torch.autograd.grad(loss, (hidden, weight))
+        return {"loss": loss.detach()[None], "d_hidden": d_hidden, "d_weight": d_weight}
+
+    def n_correct(self) -> int:
+        """Tokens that count whose largest logit, rounded as the slab is, is the label's."""
+        logits = torch.nn.functional.linear(self.hidden, self.weight).float()
+        logits = logits if self.bias is None else logits + self.bias.float()
+        hit = (logits.argmax(1) == self.labels) & (self.labels != IGNORED)
+        return int(hit.sum())
+
+
+LOSS_CASES = {
+    "f32": LossCase(20, 30, 500, F32, False, 7),
+    "f32-bias-two-blocks": LossCase(9, 12, 4500, F32, True, 4),
+    "bf16": LossCase(20, 30, 500, BF16, False, 7),
+    "bf16-bias-two-blocks": LossCase(9, 12, 5001, BF16, True, 100),
+    "f16": LossCase(11, 24, 333, F16, True, 11),
+    "one-row": LossCase(1, 8, 37, F32, False, 1),
+    "chunk-of-one": LossCase(5, 8, 37, BF16, True, 1),
+}
+
+
+@dataclass
+class AdamWState:
+    """All tensors of an optimizer step."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: Tensor
+    hyper: Tensor
+    stats: Tensor = field(default_factory=lambda: torch.zeros(3))
+
+    @classmethod
+    def make(
+        cls,
+        tensors: Sequence[tuple[int, torch.dtype, torch.dtype]],
+        device: torch.device = CPU,
+    ) -> AdamWState:
+        """Tensors of (size, dtype, dtype of the gradient), each with its own hyper-parameters."""
+        random, n = _Random(device), len(tensors)
+        hyper = [[1e-2 / (i + 1), 0.9, 0.999, 1e-8, 0.1 * i] for i in range(n)]
+        return cls(
+            [random.normal(size, dtype=dtype) for size, dtype, _ in tensors],
+            [random.normal(size, dtype=dtype) for size, _, dtype in tensors],
+            [random.normal(size, dtype=F32) * 0.1 for size, *_ in tensors],
+            [random.normal(size, dtype=F32).square() * 0.1 for size, *_ in tensors],
+            (torch.arange(n, dtype=F32) * 10).to(device),
+            torch.tensor(hyper, dtype=F32).view(n, 5).to(device),
+            torch.zeros(3, device=device),
+        )
+
+    def lists(self) -> tuple[list[Tensor], ...]:
+        return self.params, self.grads, self.exp_avgs, self.exp_avg_sqs
+
+    def arguments(self) -> tuple[object, ...]:
+        return *self.lists(), self.steps, self.hyper, self.stats
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = zip(("p", "g", "m", "v"), self.lists(), strict=True)
+        lists = {f"{name}{i}": t for name, group in named for i, t in enumerate(group)}
+        return {**lists, "steps": self.steps, "hyper": self.hyper}
+
+    def copy(self, dtype: torch.dtype | None = None) -> AdamWState:
+        lists = [[t.to(dtype or t.dtype, copy=True) for t in group] for group in self.lists()]
+        rest = [t.to(dtype or t.dtype, copy=True) for t in (self.steps, self.hyper, self.stats)]
+        return AdamWState(*lists, *rest)
+
+
+# Over a chunk, under a vector, empty, one element, exactly a chunk, mixed and 16-bit dtypes.
+ADAMW_TENSORS = [
+    (20001, F32, F32), (5, BF16, BF16), (0, F32, F32), (1, F32, F32), (8192, F32, F32),
+    (777, BF16, F32), (63, F16, F16),
+]  # fmt: skip

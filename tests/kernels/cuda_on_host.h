@@ -1,0 +1,74 @@
+// Enough of CUDA to run a kernel on the CPU: a block is a set of threads, a barrier is a barrier.
+// Only what csrc/cuda uses; a kernel that needs more extends it. Blocks run one after another.
+#pragma once
+
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct Index {
+  unsigned x = 0;
+};
+inline thread_local Index threadIdx;
+inline Index blockIdx;
+
+namespace host {
+
+struct Warp {
+  std::barrier<> barrier{32};
+  double lanes[32];
+};
+inline std::unique_ptr<std::barrier<>> block;
+inline std::vector<std::unique_ptr<Warp>> warps;
+
+// kernel<<<blocks, threads, 0, stream>>>(args...)
+template <typename Kernel, typename... Args>
+void launch(Kernel kernel, unsigned blocks, unsigned threads, Args... args) {
+  for (unsigned b = 0; b < blocks; ++b) {
+    blockIdx.x = b;
+    block = std::make_unique<std::barrier<>>(threads);
+    warps.clear();
+    for (unsigned w = 0; w < threads / 32; ++w) warps.push_back(std::make_unique<Warp>());
+    std::vector<std::thread> pool;
+    for (unsigned t = 0; t < threads; ++t)
+      pool.emplace_back([=] {
+        threadIdx.x = t;
+        kernel(args...);
+        block->arrive_and_drop();
+      });
+    for (auto& thread : pool) thread.join();
+  }
+}
+
+}  // namespace host
+
+inline void __syncthreads() { host::block->arrive_and_wait(); }
+
+template <typename T>
+T __shfl_down_sync(unsigned, T value, int offset) {
+  host::Warp& warp = *host::warps[threadIdx.x / 32];
+  const unsigned lane = threadIdx.x % 32;
+  warp.lanes[lane] = static_cast<double>(value);
+  warp.barrier.arrive_and_wait();
+  const T other = lane + offset < 32 ? static_cast<T>(warp.lanes[lane + offset]) : value;
+  warp.barrier.arrive_and_wait();
+  return other;
+}
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }

@@ -1,0 +1,52 @@
+"""Runs the tests of ``interpreted/`` under TRITON_INTERPRET=1, each file in a process of its own.
+
+Triton decides at import whether kernels are interpreted, so no other process can run them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_interpreted(file: Path) -> None:
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+    environment.pop("PYTEST_ADDOPTS", None)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        str(file),
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None, done.stdout
+    assert "skipped" not in done.stdout, done.stdout
+
+
+def test_every_operation_is_interpreted() -> None:
+    from fastft_kernels import OPS
+
+    covered = {file.stem.removeprefix("test_") for file in FILES}
+    assert set(OPS) <= covered, f"no interpreted test for {set(OPS) - covered}"
