@@ -1,4 +1,4 @@
-"""Entry point of the command line. The commands are in ``fastft.train.commands``."""
+"""Entry point of the command line. The commands are in ``fastft.commands``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["app"]
 def app() -> None:
     """Runs ``fastft``; says what to install where only the kernels are."""
     try:
-        from fastft.train.commands import app as commands
+        from fastft.commands import app as commands
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich", "click"):
             raise

@@ -52,6 +52,7 @@ def _quiet_libraries() -> None:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -115,11 +116,15 @@ def demo(
             "batch": batch,
             "length": length,
         }
+        chosen = {name: value for name, value in given.items() if value is not None}
+        if steps is not None:
+            # Who asks for a number of steps gets it, however long it takes.
+            chosen["train_seconds"] = None
         settings = DemoSettings(
             out=out,
             dtype=dtype,
-            command=shell_command(sys.argv),
-            **{name: value for name, value in given.items() if value is not None},
+            command=shell_command(sys.argv[1:]),
+            **chosen,
         )
         console = Console()
         started = time.perf_counter()

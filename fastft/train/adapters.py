@@ -210,8 +210,9 @@ def _check_model(model: nn.Module, weights: dict[str, torch.Tensor], path: Path)
         weight = getattr(modules[name], "weight", None)
         features = tensor.shape[1] if side == "A.weight" else tensor.shape[0]
         # Quantised weights are packed, so only plain matrices say their features.
-        plain = weight is not None and weight.dim() == 2 and weight.is_floating_point()
-        if plain and features not in weight.shape:
+        if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+            continue
+        if features not in weight.shape:
             wrong.append(f"{name} ({features} against {tuple(weight.shape)})")
     got = []
     if absent:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fastft.errors import FastftError
 
-__all__ = ["Interrupted", "StepEvent", "StepReporter", "StopOnInterrupt", "StopOnNan"]
+__all__ = ["Interrupted", "StepEvent", "StepReporter", "StopAfter", "StopOnInterrupt", "StopOnNan"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -113,6 +113,27 @@ class StopOnNan(TrainerCallback):
                 remedy="Lower learning_rate, or set dtype: float32. "
                 "The checkpoints before this step are whole.",
             )
+
+
+class StopAfter(TrainerCallback):
+    """Ends training after so many steps, or after so many seconds but not before ``least`` steps;
+    the schedule stays that of ``max_steps``."""
+
+    def __init__(self, steps: int | None, seconds: float | None, least: int) -> None:
+        self._steps, self._seconds, self._least = steps, seconds, least
+        self._started = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        late = self._seconds is not None and time.perf_counter() - self._started > self._seconds
+        if state.global_step == self._steps or (late and state.global_step >= self._least):
+            control.should_training_stop = True
 
 
 class StopOnInterrupt(TrainerCallback):

@@ -36,6 +36,9 @@ BATCH, LENGTH, STEPS = 8, 128, 30
 EVAL_EXAMPLES = 32
 # Thirty steps of eight examples: a short run bears a larger rate than the customary 2e-4.
 LEARNING_RATE = 1e-3
+# On a slow or busy machine the default run ends early: plain PEFT after so many seconds, fastft
+# after as many steps. Thus the whole demo stays under eight minutes.
+TRAIN_SECONDS = 170.0
 # The first steps fill caches and allocate; they do not count for the throughput.
 WARMUP_STEPS = 3
 
@@ -48,6 +51,7 @@ class DemoSettings:
     data: str = DEFAULT_DATA
     out: Path = Path("out/demo")
     steps: int = STEPS
+    train_seconds: float | None = TRAIN_SECONDS
     batch: int = BATCH
     length: int = LENGTH
     learning_rate: float = LEARNING_RATE
@@ -120,8 +124,15 @@ def run_demo(settings: DemoSettings, view: View) -> Path:
     records = [SideRecord(name) for name in SIDES]
     for record in records:
         cfg = side_config(settings, record.name, model, data)
+        first = record is records[0]
+        task = {
+            "config": cfg.to_dict(),
+            "sample": record is records[-1],
+            "stop_steps": None if first else len(records[0].steps),
+            "stop_seconds": settings.train_seconds if first else None,
+        }
         view.event(record.name, {"event": "start"})
-        for event in run_side(cfg, record.name, settings.out, sample=record.name == SIDES[-1]):
+        for event in run_side(task, record.name, settings.out):
             record.events.append(event)
             view.event(record.name, event)
         view.event(record.name, {"event": "end"})
@@ -178,10 +189,10 @@ def _data_files(settings: DemoSettings, view: View) -> dict[str, Any]:
     return {"data": str(paths["train"]), "eval_data": str(paths["test"])}
 
 
-def run_side(cfg: TrainConfig, name: str, out: Path, sample: bool) -> Iterator[dict[str, Any]]:
-    """Starts the worker and yields its events; its stderr goes to ``<out>/<name>.log``."""
+def run_side(task: dict[str, Any], name: str, out: Path) -> Iterator[dict[str, Any]]:
+    """Starts the worker on ``task`` (see ``fastft.train.worker``) and yields its events; its
+    stderr goes to ``<out>/<name>.log``."""
     log_path = out / f"{name}.log"
-    task = json.dumps({"config": cfg.to_dict(), "sample": sample})
     with log_path.open("w", encoding="utf-8") as log:
         worker = subprocess.Popen(
             [sys.executable, "-m", "fastft.train.worker"],
@@ -195,7 +206,7 @@ def run_side(cfg: TrainConfig, name: str, out: Path, sample: bool) -> Iterator[d
         try:
             if worker.stdin is None or worker.stdout is None:
                 raise OSError("no pipe to the worker")
-            worker.stdin.write(task)
+            worker.stdin.write(json.dumps(task))
             worker.stdin.close()
             for line in worker.stdout:
                 event = json.loads(line)
@@ -229,8 +240,8 @@ def _failure(name: str, code: int, problem: str | None, log_path: Path) -> Fastf
 
 
 def shell_command(arguments: list[str]) -> str:
-    """The command line as one could type it again."""
-    return shlex.join([Path(arguments[0]).name, *arguments[1:]])
+    """The command line as one could type it again, from the arguments after the program's name."""
+    return shlex.join(["fastft", *arguments])
 
 
 def read_report(page: Path) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from fastft.train.report_page import PAGE
 
 __all__ = ["make_report", "write_report"]
 
+# Environment variables that change how fast or how large a run is.
+SPEED_VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_", "CUDA_", "PYTORCH_", "TRITON_")
 PACKAGES = ("fastft", "torch", "triton", "transformers", "peft", "accelerate", "datasets")
 
 
@@ -89,14 +91,9 @@ def make_report(
         "command": settings.command,
         "versions": {"python": platform.python_version(), **_versions()},
         "environment": {
-            name: os.environ[name]
-            for name in (
-                "OMP_NUM_THREADS",
-                "MALLOC_MMAP_MAX_",
-                "MALLOC_TRIM_THRESHOLD_",
-                "CUDA_VISIBLE_DEVICES",
-            )
-            if name in os.environ
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(SPEED_VARIABLES)
         },
     }
 
@@ -273,7 +270,8 @@ def _facts_table(report: dict[str, Any]) -> str:
         f"{report['trainable_parameters']:,} of them trained), {report['dtype']}",
         "data": f"{settings['data']}: {report['train_examples']:,} training and "
         f"{report['eval_examples']:,} held-out examples used",
-        "schedule": f"{settings['steps']} steps of {settings['batch']} x {settings['length']} "
+        "schedule": f"{len(report['loss']['fastft'])} steps "
+        f"(planned: {settings['steps']}) of {settings['batch']} x {settings['length']} "
         f"tokens, learning rate {settings['learning_rate']:g}, seed {settings['seed']}",
         "adapter read back": f"largest difference of logits "
         f"{_number(report['adapter_reload_max_diff'], 'g')}",

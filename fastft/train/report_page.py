@@ -18,7 +18,8 @@ PAGE = """\
   h2 { margin: 2.2rem 0 .6rem; border-bottom: 1px solid #e3e6ea; padding-bottom: .2rem; }
   h3 { margin: 1rem 0 .3rem; font-size: 1rem; }
   .headline { font-size: 1.15rem; }
-  .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 1rem; }
+  .charts { display: grid; gap: 1rem;
+            grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); }
   figure { margin: 0; }
   figure img { width: 100%; height: auto; }
   figcaption { color: #5b616b; font-size: .9rem; }

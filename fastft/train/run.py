@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import inspect
 import os
@@ -32,6 +33,7 @@ from fastft.train.checkpoints import (
 from fastft.train.config import TrainConfig, load_config
 from fastft.train.data import DataSplits, collator, load_data
 from fastft.train.lora_setup import add_lora, check_targets
+from fastft.train.machine import native_bfloat16, working_device
 from fastft.train.models import load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Prepared", "TrainResult", "prepare", "train"]
 
+DISK_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG}
+)
 CONFIG_FILE = "train_config.yaml"
 # A resumed run must be the one that was stopped: these decide its parameters and batches.
 FIXED_ON_RESUME = [
@@ -59,8 +64,6 @@ FIXED_ON_RESUME = [
     "completion_only_loss",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
-    "max_steps",
-    "num_train_epochs",
     "learning_rate",
     "lr_scheduler_type",
     "warmup_steps",
@@ -136,8 +139,9 @@ def train(
     for note in prepared.data.notes:
         notice(note)
     state = run_trainer(prepared)
-    eval_loss = evaluate(prepared)
+    # Saved before anything else can go wrong.
     adapter = save_adapter(prepared.model, Path(cfg.output_dir) / "adapter")
+    eval_loss = evaluate(prepared)
     return TrainResult(
         adapter=adapter,
         steps=state.global_step,
@@ -179,6 +183,8 @@ def prepare(
         optimizer_cls_and_kwargs=_optimizer(cfg) if cfg.fused else None,
     )
     _quiet(trainer)
+    if cfg.fused:
+        _learn_siblings(model, trainer.args.device)
     if report is not None:
         trainer.add_callback(StepReporter(report, trainer.batches))
     return Prepared(cfg, model, tokenizer, data, trainer, interrupt, resume)
@@ -192,19 +198,22 @@ def run_trainer(prepared: Prepared) -> Any:
     try:
         with prepared.interrupt.watching():
             output = trainer.train(resume_from_checkpoint=resume)
-    except OSError as error:
+    except Exception as error:
+        if not _is_disk_error(error):
+            raise
         remove_partial(cfg.output_dir)
         raise _save_failed(cfg, error) from error
-    except Exception as error:
-        # safetensors and torch.save report a full disk as errors of their own.
-        if type(error).__module__.startswith("safetensors") or "PytorchStreamWriter" in str(error):
-            remove_partial(cfg.output_dir)
-            raise _save_failed(cfg, error) from error
-        raise
-    if prepared.interrupt.requested:
-        whole = resolve_resume("last", cfg.output_dir)
-        raise Interrupted(trainer.state.global_step, str(whole))
+    # A signal during the last step changes nothing: the run is over.
+    if prepared.interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(trainer.state.global_step, str(resolve_resume("last", cfg.output_dir)))
     return output
+
+
+def _is_disk_error(error: Exception) -> bool:
+    """Whether writing failed: safetensors and torch.save have errors of their own for it."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_ERRORS
+    return type(error).__module__.startswith("safetensors") or "PytorchStreamWriter" in str(error)
 
 
 def _save_failed(cfg: TrainConfig, error: Exception) -> FastftError:
@@ -244,6 +253,18 @@ def explanation(prepared: Prepared) -> dict[str, Any] | None:
     return dict(fastft.explain(prepared.model).to_dict())
 
 
+def _learn_siblings(model: Any, device: torch.device) -> None:
+    """One short forward, so that layers which share an input are known before the first step: it
+    then rounds like all others, and a resumed run repeats the uninterrupted one bit for bit."""
+    import torch
+
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
+    model.train(training)
+
+
 def _optimizer(cfg: TrainConfig) -> tuple[type, dict[str, Any]]:
     import fastft.optim
 
@@ -258,8 +279,15 @@ def _optimizer(cfg: TrainConfig) -> tuple[type, dict[str, Any]]:
 
 def training_arguments(cfg: TrainConfig, evaluates: bool) -> TrainingArguments:
     """``cfg`` in Transformers' terms."""
-    import torch
-
+    device_type = working_device().type
+    if cfg.autocast and device_type != "cpu" and not native_bfloat16(device_type):
+        raise ConfigError(
+            "TrainConfig",
+            "autocast",
+            expected="false on a GPU that does not multiply bfloat16",
+            got="true",
+            remedy="Use dtype: float32 or, on CUDA, float16.",
+        )
     renamed: dict[str, Any] = {}
     if cfg.gradient_checkpointing:
         # Transformers is renaming it; each version takes its own name without a warning.
@@ -268,6 +296,7 @@ def training_arguments(cfg: TrainConfig, evaluates: bool) -> TrainingArguments:
         renamed = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=cfg.output_dir,
+        use_cpu=device_type == "cpu",
         per_device_train_batch_size=cfg.per_device_train_batch_size,
         per_device_eval_batch_size=cfg.per_device_eval_batch_size,
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
@@ -300,7 +329,7 @@ def training_arguments(cfg: TrainConfig, evaluates: bool) -> TrainingArguments:
         train_sampling_strategy="group_by_length" if cfg.group_by_length else "random",
         report_to=cfg.report_to,
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=device_type == "cuda",
         **renamed,
     )
 

@@ -43,6 +43,11 @@ class _Clock:
     def step(self, side: str, seconds: float) -> None:
         self._seconds[side].append(seconds)
 
+    def end(self) -> int:
+        """The running side has ended: the other will take as many steps. Returns that number."""
+        self._steps = max(map(len, self._seconds.values()))
+        return self._steps
+
     def done(self) -> int:
         return sum(map(len, self._seconds.values()))
 
@@ -82,6 +87,8 @@ class PlainView:
             self._say(f"{name}: {_loaded_line(event)}")
         elif event["event"] == "state":
             self._say(f"{name}: {event['text']}")
+        elif event["event"] == "trained":
+            self._total = self._clock.end()
         elif event["event"] == "step":
             self._clock.step(side, event["seconds"])
             left = self._clock.left()
@@ -135,6 +142,8 @@ class LiveView:
                 description=f"{NAMES[side]}: training",
                 left=f"about {human_seconds(left)} left" if left is not None else "",
             )
+        elif kind == "trained":
+            self._progress.update(self._task, total=2 * self._clock.end())
         elif kind == "loaded":
             self._title = _loaded_line(event)
         elif kind == "state":

@@ -1,7 +1,8 @@
 """One side of the demo, in a process of its own: ``python -m fastft.train.worker``.
 
-Reads a JSON object from stdin, ``{"config": {...}, "sample": bool}``, and writes one JSON object
-a line to stdout; what libraries print goes to stderr. A process each keeps the sides apart:
+Reads a JSON object from stdin, ``{"config": {...}, "sample": bool, "stop_steps": int or null,
+"stop_seconds": float or null}``, and writes one JSON object a line to stdout; what libraries print
+goes to stderr. A process each keeps the sides apart:
 patches, allocator state and peak memory of one do not reach the other.
 """
 
@@ -24,6 +25,8 @@ Emit = Callable[..., None]
 
 # Tokens generated for the sample: enough for a docstring of two or three lines.
 SAMPLE_TOKENS = 48
+# A time limit leaves at least the demo's warm-up steps and as many timed ones.
+LEAST_STEPS = 6
 
 
 def main() -> int:
@@ -39,7 +42,7 @@ def main() -> int:
 
     try:
         task = json.load(sys.stdin)
-        _work(task["config"], bool(task["sample"]), emit)
+        _work(task, emit)
     except FastftError as error:
         emit("error", text=str(error))
         return 2
@@ -48,12 +51,14 @@ def main() -> int:
     return 0
 
 
-def _work(config: dict[str, Any], sample: bool, emit: Emit) -> None:
+def _work(task: dict[str, Any], emit: Emit) -> None:
+    from fastft.train.callbacks import StopAfter
     from fastft.train.config import config_from_dict
     from fastft.train.machine import PeakMemory, device_name, touch
     from fastft.train.run import explanation, prepare, run_trainer, save_adapter
 
-    cfg = config_from_dict(config)
+    cfg, sample = config_from_dict(task["config"]), bool(task["sample"])
+    stop = StopAfter(task["stop_steps"], task["stop_seconds"], least=LEAST_STEPS)
     emit("state", text="loading")
     memory: PeakMemory | None = None
 
@@ -61,7 +66,7 @@ def _work(config: dict[str, Any], sample: bool, emit: Emit) -> None:
         extra = memory.extra() if memory is not None else 0
         emit("step", **dataclasses.asdict(event), extra_bytes=extra)
 
-    prepared = prepare(cfg, report=report)
+    prepared = prepare(cfg, callbacks=[stop], report=report)
     model, trainer = prepared.model, prepared.trainer
     trainable, total = model.get_nb_trainable_parameters()
     emit(
@@ -115,9 +120,10 @@ def _evaluate(prepared: Any, before: bool) -> dict[str, float | None]:
 
 def _sample(prepared: Any) -> dict[str, str]:
     """The answer to one held-out example, greedily, with and without the adapters."""
-    example = min(prepared.data.eval_examples[:8], key=lambda e: len(_question(e)[0]))
+    some = sorted(prepared.data.eval_examples[:9], key=lambda e: len(_question(e)[0]))
+    # Of middling length: the shortest functions are trivial.
+    example = some[len(some) // 2]
     prompt, reference = _question(example)
-
     return {
         "prompt": prompt,
         "reference": reference,

@@ -1,0 +1,344 @@
+"""Whole runs of a tiny model: what comes out, Ctrl-C and resume, and what is refused before and
+during training."""
+
+import errno
+import json
+import math
+import os
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback
+
+from fastft.errors import AdapterError, ConfigError, FastftError
+from fastft.train import checkpoints
+from fastft.train.adapters import load_adapter
+from fastft.train.callbacks import Interrupted, StopAfter
+from fastft.train.config import TrainConfig
+from fastft.train.run import prepare, train
+from tests.train.tiny import make_model
+
+both = pytest.mark.parametrize("fused", [False, True], ids=["peft", "fused"])
+
+
+def weights(folder):
+    return load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
+
+
+class At(TrainerCallback):
+    """Does something when a step begins."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.action()
+
+
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+class TestWholeRun:
+    @both
+    def test_trains_saves_and_reads_back(self, settings, fused):
+        events, notices = [], []
+        cfg = TrainConfig(**settings, fused=fused)
+        result = train(cfg, report=events.append, notice=notices.append)
+        assert [event.step for event in events] == [1, 2, 3, 4, 5, 6]
+        assert events[-1].loss < events[0].loss
+        assert all(event.tokens > 0 and event.seconds > 0 for event in events)
+        assert result.steps == 6
+        assert math.isfinite(result.eval_loss)
+        assert result.adapter_reload_max_diff == 0.0
+        loaded = load_adapter(make_model(), result.adapter)
+        assert any(p.abs().sum() > 0 for n, p in loaded.named_parameters() if "lora_B" in n)
+        if fused:
+            modules = result.explanation["modules"]
+            assert sum(module["fused"] for module in modules if module["kind"] == "lora") == 14
+            assert result.explanation["calls"]["fused"] > 0
+        else:
+            assert result.explanation is None
+
+    def test_fused_and_plain_see_the_same_batches_and_agree(self, settings, tmp_path):
+        runs = []
+        for fused in (False, True):
+            events = []
+            out = str(tmp_path / f"fused-{fused}")
+            cfg = TrainConfig(**settings | {"output_dir": out, "fused": fused})
+            train(cfg, report=events.append)
+            runs.append(events)
+        plain, fused = runs
+        assert [e.batch_sha256 for e in plain] == [e.batch_sha256 for e in fused]
+        for a, b in zip(plain, fused):
+            assert b.loss == pytest.approx(a.loss, rel=1e-4)
+
+    @both
+    def test_accumulation_and_checkpointing_change_no_loss(self, settings, tmp_path, fused):
+        losses = []
+        for i, more in enumerate(
+            (
+                {},
+                {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+                {"gradient_checkpointing": True},
+            )
+        ):
+            events = []
+            out = str(tmp_path / f"out-{i}")
+            cfg = TrainConfig(
+                **settings | {"output_dir": out, "fused": fused, "max_steps": 3} | more
+            )
+            train(cfg, report=events.append)
+            losses.append([event.loss for event in events])
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        assert losses[2] == pytest.approx(losses[0], rel=1e-4)
+
+    @pytest.mark.parametrize("more", [{"autocast": True}, {"dtype": "bfloat16"}, {"strict": True}])
+    def test_numerics(self, settings, tmp_path, more):
+        losses = []
+        for fused in (False, True):
+            events = []
+            out = str(tmp_path / f"out-{fused}")
+            cfg = TrainConfig(
+                **settings | {"output_dir": out, "fused": fused, "max_steps": 3} | more
+            )
+            result = train(cfg, report=events.append)
+            losses.append([event.loss for event in events])
+        assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+        assert result.adapter_reload_max_diff == 0.0
+
+    def test_evaluates_on_the_way(self, settings):
+        logs = []
+
+        class Keep(TrainerCallback):
+            def on_evaluate(self, args, state, control, metrics, **kwargs):
+                logs.append((state.global_step, metrics["eval_loss"]))
+
+        result = train(TrainConfig(**settings | {"eval_steps": 3}), callbacks=[Keep()])
+        assert [step for step, _ in logs] == [3, 6, 6]
+        assert logs[-1][1] == result.eval_loss
+
+    @pytest.mark.parametrize(
+        ("stop", "steps"),
+        [(StopAfter(4, None, 1), 4), (StopAfter(None, 0.0, 3), 3), (StopAfter(None, 1e9, 3), 6)],
+    )
+    def test_ends_early_on_the_same_schedule(self, settings, stop, steps):
+        events = []
+        train(TrainConfig(**settings | {"save_steps": 0}), callbacks=[stop], report=events.append)
+        assert len(events) == steps
+        assert all(event.max_steps == 6 for event in events)
+
+    def test_group_by_length_and_epochs(self, settings):
+        cfg = TrainConfig(
+            **settings | {"group_by_length": True, "max_steps": -1, "num_train_epochs": 1}
+        )
+        assert train(cfg).steps == math.ceil(43 / 4)
+
+    def test_clipping_is_in_the_fused_step(self, settings, tmp_path):
+        ends = []
+        for norm in (0.0, 1e-3):
+            out = str(tmp_path / f"clip-{norm}")
+            cfg = TrainConfig(
+                **settings
+                | {"output_dir": out, "max_grad_norm": norm, "adam_epsilon": 1e-2, "max_steps": 2}
+            )
+            train(cfg)
+            ends.append(weights(out))
+        moved = [sum(t.abs().sum() for k, t in end.items() if "lora_B" in k) for end in ends]
+        # With epsilon far above the clipped gradients, their size shows in the update.
+        assert moved[1] < moved[0] / 2
+
+
+class TestInterrupt:
+    @both
+    def test_ctrl_c_then_resume_equals_the_uninterrupted_run(self, settings, tmp_path, fused):
+        # With dropout, the random state has to come back too.
+        settings |= {"fused": fused, "lora_dropout": 0.1}
+        straight = str(tmp_path / "straight")
+        train(TrainConfig(**settings | {"output_dir": straight}))
+
+        with pytest.raises(Interrupted) as caught:
+            train(TrainConfig(**settings), callbacks=[At(3, ctrl_c)])
+        assert caught.value.step == 3
+        last = Path(settings["output_dir"]) / "checkpoint-3"
+        assert caught.value.checkpoint == str(last)
+        assert checkpoints.is_whole(last)
+        assert not (Path(settings["output_dir"]) / "adapter").exists()
+
+        events = []
+        train(TrainConfig(**settings | {"resume_from_checkpoint": "last"}), report=events.append)
+        assert [event.step for event in events] == [4, 5, 6]
+        resumed, whole = weights(settings["output_dir"]), weights(straight)
+        assert resumed.keys() == whole.keys()
+        for key, tensor in whole.items():
+            assert torch.equal(resumed[key], tensor), key
+
+    def test_handlers_come_back(self, settings):
+        before = signal.getsignal(signal.SIGINT)
+        train(TrainConfig(**settings | {"max_steps": 1}))
+        assert signal.getsignal(signal.SIGINT) is before
+
+    def test_second_ctrl_c_stops_at_once_and_the_last_checkpoint_is_whole(self, settings):
+        def twice():
+            ctrl_c()
+            ctrl_c()
+
+        with pytest.raises(KeyboardInterrupt) as caught:
+            train(TrainConfig(**settings), callbacks=[At(4, twice)])
+        assert not isinstance(caught.value, Interrupted)
+        found = checkpoints.checkpoints(settings["output_dir"])
+        assert [path.name for path in found] == ["checkpoint-2"]
+        assert checkpoints.is_whole(found[0])
+
+    def test_a_checkpoint_that_was_cut_off_is_passed_over(self, settings):
+        with pytest.raises(Interrupted):
+            train(TrainConfig(**settings), callbacks=[At(5, ctrl_c)])
+        newest = Path(settings["output_dir"]) / "checkpoint-5"
+        optimizer = newest / "optimizer.pt"
+        optimizer.write_bytes(optimizer.read_bytes()[:-10])
+        cfg = TrainConfig(**settings | {"resume_from_checkpoint": "last"})
+        assert prepare(cfg).resume.name == "checkpoint-4"
+        with pytest.raises(ConfigError, match=r"not whole\. Whole ones are: .*checkpoint-4"):
+            prepare(TrainConfig(**settings | {"resume_from_checkpoint": str(newest)}))
+
+    def test_resume_with_nothing_to_resume(self, settings):
+        with pytest.raises(ConfigError, match="a whole checkpoint under"):
+            train(TrainConfig(**settings | {"resume_from_checkpoint": "last"}))
+        with pytest.raises(ConfigError, match="no folder"):
+            train(TrainConfig(**settings | {"resume_from_checkpoint": "/none"}))
+
+    def test_resume_as_another_run(self, settings):
+        train(TrainConfig(**settings | {"max_steps": 2}))
+        with pytest.raises(ConfigError, match="as in the run that is resumed") as caught:
+            prepare(TrainConfig(**settings | {"resume_from_checkpoint": "last", "r": 8}))
+        assert caught.value.argument == "r"
+
+    def test_resume_for_longer(self, settings):
+        train(TrainConfig(**settings | {"max_steps": 2}))
+        cfg = TrainConfig(**settings | {"resume_from_checkpoint": "last", "max_steps": 4})
+        assert train(cfg).steps == 4
+
+    def test_ctrl_c_in_the_last_step_changes_nothing(self, settings):
+        result = train(TrainConfig(**settings), callbacks=[At(6, ctrl_c)])
+        assert result.steps == 6
+        assert result.adapter.is_dir()
+
+    def test_a_fresh_run_over_old_checkpoints(self, settings):
+        train(TrainConfig(**settings | {"max_steps": 2}))
+        with pytest.raises(ConfigError, match="resume_from_checkpoint: last"):
+            train(TrainConfig(**settings))
+
+
+class TestRefusedBeforeTraining:
+    @pytest.mark.parametrize("targets", [["q_proj", "v_prj"], ["v_prj"]])
+    def test_unknown_target_modules(self, settings, targets):
+        with pytest.raises(ConfigError, match="did you mean 'v_proj'") as caught:
+            prepare(TrainConfig(**settings, target_modules=targets))
+        for name in ("q_proj", "k_proj", "o_proj", "gate_proj", "lm_head"):
+            assert name in str(caught.value)
+
+    def test_pattern_that_matches_nothing_or_is_none(self, settings):
+        with pytest.raises(ConfigError, match="names of modules"):
+            prepare(TrainConfig(**settings, target_modules=r".*\.attention"))
+        with pytest.raises(ConfigError, match="a regular expression"):
+            prepare(TrainConfig(**settings, target_modules="(q_proj"))
+
+    def test_rank_above_the_features(self, settings):
+        with pytest.raises(ConfigError, match="at most 16, the smaller side of"):
+            prepare(TrainConfig(**settings | {"r": 64}))
+
+    @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+    def test_read_only_folder(self, settings, monkeypatch, number):
+        def refuse(*args, **kwargs):
+            raise OSError(number, os.strerror(number))
+
+        # Permission bits do not stop root, so the system call is made to fail.
+        monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)
+        with pytest.raises(ConfigError, match="a folder that can be written"):
+            train(TrainConfig(**settings))
+        assert list(Path(settings["output_dir"]).iterdir()) == []
+
+    def test_output_dir_is_a_file(self, settings, tmp_path):
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(ConfigError, match="a folder that can be written"):
+            train(TrainConfig(**settings | {"output_dir": str(tmp_path / "file")}))
+
+    def test_no_such_model(self, settings):
+        with pytest.raises(ConfigError, match="the hub id or the folder"):
+            train(TrainConfig(**settings | {"model": "/no/such/model"}))
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="float16 trains on CUDA")
+    def test_float16_without_a_gpu(self, settings):
+        with pytest.raises(ConfigError, match="loss scaling"):
+            train(TrainConfig(**settings | {"dtype": "float16"}))
+
+
+class TestFailuresDuringTraining:
+    @pytest.mark.parametrize("kind", ["oserror", "safetensors", "torch"])
+    def test_full_disk_at_a_checkpoint(self, settings, monkeypatch, kind):
+        from safetensors import SafetensorError
+
+        errors = {
+            "oserror": OSError(errno.ENOSPC, "No space left on device"),
+            "safetensors": SafetensorError("I/O error: No space left on device"),
+            "torch": RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"),
+        }
+        real = Trainer._save_optimizer_and_scheduler
+
+        def full(self, output_dir):
+            if self.state.global_step == 4:
+                raise errors[kind]
+            real(self, output_dir)
+
+        monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+        with pytest.raises(FastftError, match="Earlier checkpoints are whole"):
+            train(TrainConfig(**settings))
+        found = checkpoints.checkpoints(settings["output_dir"])
+        assert [path.name for path in found] == ["checkpoint-2"]
+        assert checkpoints.is_whole(found[0])
+        monkeypatch.undo()
+        cfg = TrainConfig(**settings | {"resume_from_checkpoint": "last"})
+        assert train(cfg).steps == 6
+
+    def test_full_disk_at_the_adapter_keeps_the_previous_one(self, settings, monkeypatch):
+        from peft import PeftModel
+
+        settings["save_steps"] = 0
+        train(TrainConfig(**settings | {"seed": 1}))
+        before = weights(settings["output_dir"])
+
+        def full(self, *args, **kwargs):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(PeftModel, "save_pretrained", full)
+        with pytest.raises(AdapterError, match=r"No space left.*untouched"):
+            train(TrainConfig(**settings))
+        after = weights(settings["output_dir"])
+        assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+    @both
+    def test_a_loss_that_is_nan_ends_the_run(self, settings, fused):
+        cfg = TrainConfig(**settings, fused=fused)
+
+        class Poison(TrainerCallback):
+            def on_step_begin(self, args, state, control, model=None, **kwargs):
+                if state.global_step == 2:
+                    with torch.no_grad():
+                        model.get_input_embeddings().weight.fill_(float("nan"))
+
+        with pytest.raises(FastftError, match="a finite value, got nan at step 3"):
+            train(cfg, callbacks=[Poison()])
+
+
+def test_run_writes_the_configuration_it_ran_with(settings):
+    import yaml
+
+    cfg = TrainConfig(**settings | {"max_steps": 1})
+    train(cfg)
+    written = Path(settings["output_dir"]) / "train_config.yaml"
+    assert yaml.safe_load(written.read_text()) == json.loads(json.dumps(cfg.to_dict()))
