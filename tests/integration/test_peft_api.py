@@ -1,0 +1,294 @@
+"""What PEFT users do to a PeftModel goes on working when its layers are fused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as PeftLinear
+from safetensors.torch import load_file
+
+import fastft
+from tests.integration import tiny
+
+BATCH = tiny.inputs("llama")
+
+
+@pytest.fixture
+def pair() -> tuple[PeftModel, PeftModel]:
+    """The same model twice: plain, and accelerated."""
+    plain = tiny.peft_model("llama")
+    return plain, fastft.accelerate(copy.deepcopy(plain))
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=BATCH["input_ids"]).logits
+
+
+def fused_and_not(model: torch.nn.Module) -> tuple[int, dict[str, int]]:
+    """Calls of LoRA layers since the counters were last at zero."""
+    reports = [m for m in fastft.explain(model).to_dict()["modules"] if m["kind"] == "lora"]
+    fallback: dict[str, int] = {}
+    for report in reports:
+        for reason, count in report["fallback_calls"].items():
+            fallback[reason] = fallback.get(reason, 0) + count
+    return sum(report["fused_calls"] for report in reports), fallback
+
+
+def test_merge_and_unload(pair: tuple[PeftModel, PeftModel]) -> None:
+    plain, fused = pair
+    merged = fused.merge_and_unload()
+    assert torch.equal(logits(merged), logits(plain.merge_and_unload()))
+    assert not tiny.lora_layers(merged)
+
+
+def test_merge_and_unmerge_in_place(pair: tuple[PeftModel, PeftModel]) -> None:
+    plain, fused = pair
+    for model in pair:
+        model.merge_adapter()
+    assert torch.equal(logits(fused), logits(plain))
+    count, fallback = fused_and_not(fused)
+    assert count == 0
+    assert set(fallback) == {"adapter merged into the base"}
+    for model in pair:
+        model.unmerge_adapter()
+    logits(fused)
+    assert fused_and_not(fused)[0] == len(tiny.lora_layers(fused))
+
+
+def test_deepcopy_is_independent(pair: tuple[PeftModel, PeftModel]) -> None:
+    plain, fused = pair
+    tiny.step(fused, BATCH)
+    twin = copy.deepcopy(fused)
+    exact = tiny.in_float64(plain)
+    with torch.no_grad():
+        for parameter in fused.parameters():
+            parameter.mul_(2.0)
+    tiny.assert_as_exact(tiny.step(twin, BATCH), tiny.step(plain, BATCH), tiny.step(exact, BATCH))
+    assert fused_and_not(twin)[0] == len(tiny.lora_layers(twin))
+    fastft.restore(twin)
+    tiny.assert_equal(tiny.step(twin, BATCH), tiny.step(plain, BATCH))
+    assert all(type(layer) is not PeftLinear for layer in tiny.lora_layers(fused).values())
+
+
+def test_save_and_load(pair: tuple[PeftModel, PeftModel], tmp_path: Path) -> None:
+    """The same file as PEFT writes; it loads into plain PEFT and into a fused model."""
+    plain, fused = pair
+    for name, model in zip(("plain", "fused"), pair, strict=True):
+        model.save_pretrained(tmp_path / name)
+    theirs = load_file(tmp_path / "plain" / "adapter_model.safetensors")
+    ours = load_file(tmp_path / "fused" / "adapter_model.safetensors")
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    configs = [
+        json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in ("plain", "fused")
+    ]
+    for config in configs:
+        config["target_modules"] = sorted(config["target_modules"])
+    assert configs[0] == configs[1]
+
+    torch.manual_seed(0)
+    base = tiny.ARCHITECTURES["llama"].build()
+    loaded = PeftModel.from_pretrained(base, tmp_path / "fused", is_trainable=True)
+    assert torch.equal(logits(loaded), logits(plain))
+    fastft.accelerate(loaded)
+    assert torch.equal(logits(loaded), logits(fused))
+
+
+def test_load_adapter_into_an_accelerated_model(
+    pair: tuple[PeftModel, PeftModel], tmp_path: Path
+) -> None:
+    plain, fused = pair
+    tiny.fill_adapters(plain, seed=9)
+    plain.save_pretrained(tmp_path)
+    fused.load_adapter(tmp_path, "other", is_trainable=True)
+    fused.set_adapter("other")
+    exact = tiny.in_float64(plain)
+    with torch.no_grad():
+        truth = exact.eval()(input_ids=BATCH["input_ids"]).logits
+    bound = tiny.ERROR_FACTOR * tiny.relative(logits(plain), truth)
+    assert tiny.relative(logits(fused), truth) <= bound
+    assert fused_and_not(fused)[1] == {}
+
+
+def test_add_and_set_adapter(pair: tuple[PeftModel, PeftModel]) -> None:
+    """A second adapter of another rank and other targets; then both at once, which is PEFT's."""
+    plain, fused = pair
+    for model in pair:
+        torch.manual_seed(3)
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+        tiny.fill_adapters(model, seed=4)
+        model.set_adapter("second")
+    exact = tiny.in_float64(plain)
+    got = tiny.step(fused, BATCH)
+    assert all("second" in name for name in got[1])
+    tiny.assert_as_exact(got, tiny.step(plain, BATCH), tiny.step(exact, BATCH))
+    count, fallback = fused_and_not(fused)
+    assert count == 4
+    assert set(fallback) == {"no active adapter"}
+    for model in pair:
+        model.base_model.set_adapter(["default", "second"])
+    assert (
+        torch.equal(logits(fused), logits(plain))
+        or tiny.relative(logits(fused), logits(plain)) <= 8 * torch.finfo(torch.float32).eps
+    )
+    assert "several active adapters" in fused_and_not(fused)[1]
+    for model in pair:
+        model.set_adapter("default")
+    tiny.assert_as_exact(
+        tiny.step(fused, BATCH), tiny.step(plain, BATCH), tiny.step(tiny.in_float64(plain), BATCH)
+    )
+
+
+def test_delete_adapter(pair: tuple[PeftModel, PeftModel]) -> None:
+    _, fused = pair
+    fused.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    fused.delete_adapter("second")
+    assert not any("second" in name for name, _ in fused.named_parameters())
+    tiny.step(fused, BATCH)
+    assert fused_and_not(fused)[1] == {}
+
+
+def test_disable_adapter(pair: tuple[PeftModel, PeftModel]) -> None:
+    plain, fused = pair
+    with plain.disable_adapter(), fused.disable_adapter():
+        assert torch.equal(logits(fused), logits(plain))
+    assert set(fused_and_not(fused)[1]) == {"adapters disabled"}
+    logits(fused)
+    assert fused_and_not(fused)[0] == len(tiny.lora_layers(fused))
+
+
+def test_adapter_names_for_a_mixed_batch(pair: tuple[PeftModel, PeftModel]) -> None:
+    _, fused = pair
+    names = ["default", "__base__"]
+    with torch.no_grad():
+        theirs, ours = (
+            m.eval()(input_ids=BATCH["input_ids"], adapter_names=names).logits for m in pair
+        )
+    assert torch.equal(ours, theirs)
+    assert fused_and_not(fused)[0] == 0
+
+
+def test_dora_and_rslora() -> None:
+    """DoRA runs through PEFT and says so; rsLoRA is only another scaling, and runs fused."""
+    for options, expected in (({"use_dora": True}, False), ({"use_rslora": True}, True)):
+        plain = tiny.peft_model("llama", **options)
+        fused = fastft.accelerate(copy.deepcopy(plain))
+        result = [tiny.step(m, BATCH) for m in (fused, plain, tiny.in_float64(plain))]
+        tiny.assert_as_exact(*result)
+        count, fallback = fused_and_not(fused)
+        assert bool(count) is expected
+        assert bool(fallback) is not expected
+
+
+def test_lora_bias_falls_back() -> None:
+    plain = tiny.peft_model("qwen2", lora_bias=True, target_modules=["q_proj"])
+    fused = fastft.accelerate(copy.deepcopy(plain))
+    batch = tiny.inputs("qwen2")
+    result = [tiny.step(m, batch) for m in (fused, plain, tiny.in_float64(plain))]
+    tiny.assert_as_exact(*result)
+    assert fused_and_not(fused) == (0, {"lora_bias": 2})
+
+
+def test_trained_base_bias() -> None:
+    """`bias="lora_only"` trains the base layers' biases beside the adapters."""
+    plain = tiny.peft_model("qwen2", bias="lora_only")
+    fused = fastft.accelerate(copy.deepcopy(plain))
+    batch = tiny.inputs("qwen2")
+    got = tiny.step(fused, batch)
+    assert any(name.endswith("base_layer.bias") for name in got[1])
+    tiny.assert_as_exact(got, tiny.step(plain, batch), tiny.step(tiny.in_float64(plain), batch))
+
+
+def test_fastft_lora_is_get_peft_model_and_accelerate() -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    models = []
+    for make in (fastft.lora, get_peft_model):
+        torch.manual_seed(0)
+        models.append(make(tiny.ARCHITECTURES["llama"].build(), copy.deepcopy(config)))
+    assert type(models[0]) is type(models[1])
+    assert list(models[0].state_dict()) == list(models[1].state_dict())
+    tiny.step(models[0], BATCH)
+    assert fused_and_not(models[0]) == (4, {})
+
+
+def test_patch_peft_serves_every_way_to_make_adapters() -> None:
+    """get_peft_model and Transformers' own add_adapter give fused layers until unpatched."""
+    from peft.tuners.lora import model as peft_lora_model
+
+    original = peft_lora_model.dispatch_default
+    fastft.patch_peft()
+    try:
+        fastft.patch_peft()
+        model = tiny.peft_model("llama")
+        tiny.step(model, BATCH)
+        assert fused_and_not(model) == (len(tiny.lora_layers(model)), {})
+        torch.manual_seed(0)
+        native = tiny.ARCHITECTURES["llama"].build()
+        native.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]))
+        tiny.step(native, BATCH)
+        assert fused_and_not(native) == (2, {})
+    finally:
+        fastft.unpatch_peft()
+    assert peft_lora_model.dispatch_default is original
+    after = tiny.peft_model("llama")
+    assert all(type(layer) is PeftLinear for layer in tiny.lora_layers(after).values())
+
+
+def test_strict_raises_where_a_layer_cannot_be_fused() -> None:
+    model = tiny.peft_model("llama", use_dora=True)
+    types = {name: type(m) for name, m in model.named_modules()}
+    with pytest.raises(fastft.errors.VerificationError, match="DoRA"):
+        fastft.accelerate(model, strict=True)
+    assert {name: type(m) for name, m in model.named_modules()} == types
+
+
+def test_strict_raises_at_a_call_that_cannot_be_fused() -> None:
+    model = fastft.accelerate(tiny.peft_model("llama"), strict=True)
+    tiny.step(model, BATCH)
+    with model.disable_adapter(), pytest.raises(fastft.errors.BackendError, match="disabled"):
+        model(**BATCH)
+
+
+def test_verify_leaves_a_layer_alone_that_computes_something_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kernel gone wrong is noticed before it trains anything."""
+    from fastft.cpu import lora_linear
+
+    right = lora_linear.fwd
+
+    def wrong(ys: list, *rest: object) -> None:
+        right(ys, *rest)
+        ys[0][0, 0] += 1.0
+
+    monkeypatch.setattr(lora_linear, "fwd", wrong)
+    plain = tiny.peft_model("llama")
+    model = fastft.accelerate(copy.deepcopy(plain))
+    monkeypatch.undo()
+    assert all(type(layer) is PeftLinear for layer in tiny.lora_layers(model).values())
+    reports = [m for m in fastft.explain(model).to_dict()["modules"] if m["kind"] == "lora"]
+    assert all("verification" in report["reason"] for report in reports)
+
+
+def test_accelerate_twice_and_restore_twice_are_refused(
+    pair: tuple[PeftModel, PeftModel],
+) -> None:
+    _, fused = pair
+    with pytest.raises(fastft.errors.ArgumentError):
+        fastft.accelerate(fused)
+    fastft.restore(fused)
+    with pytest.raises(fastft.errors.ArgumentError):
+        fastft.restore(fused)
+
+
+def test_switches_of_accelerate() -> None:
+    for lora, loss in ((True, False), (False, True)):
+        model = fastft.accelerate(tiny.peft_model("llama"), lora=lora, loss=loss)
+        found = fastft.explain(model).to_dict()["modules"]
+        assert {m["kind"] for m in found if m["fused"]} == ({"lora"} if lora else {"loss"})
