@@ -1,4 +1,4 @@
-"""What an installed wheel must do, run outside the checkout with nothing but the wheel and torch."""
+"""What an installed wheel must do, outside the checkout, with the wheel and torch alone."""
 
 import pathlib
 import sys
