@@ -58,6 +58,7 @@ $(VENV)/train.stamp: $(VENV)/torch.stamp $(SOURCES)
 	$(PIP) install -q -c constraints.txt -e '.[train]'
 	@touch $@
 
-$(VENV)/test.stamp: $(VENV)/train.stamp
+# What tests need includes what training needs: one build serves both.
+$(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES)
 	$(PIP) install -q -c constraints.txt -e '.[train,test,lint]'
-	@touch $@
+	@touch $(VENV)/train.stamp $@

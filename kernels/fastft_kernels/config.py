@@ -174,7 +174,7 @@ _OUTER_SMALL: TileTable = {
     (4, 16, False): TileConfig(32, 64, Launch(4, 3)),
     (4, 32, False): TileConfig(32, 64, Launch(8, 2)),
     (2, 16, True): TileConfig(64, 64, Launch(4, 3)),
-    (2, 32, True): TileConfig(64, 64, Launch(8, 3)),
+    (2, 32, True): TileConfig(32, 64, Launch(8, 3)),
     (2, 64, True): TileConfig(32, 64, Launch(8, 3)),
     (4, 16, True): TileConfig(16, 64, Launch(8, 2)),
     (4, 32, True): TileConfig(16, 64, Launch(8, 2)),
