@@ -16,7 +16,7 @@ demo: $(VENV)/train.stamp ## fine-tune SmolLM2-135M with PEFT and with fastft, s
 	$(BIN)/fastft demo $(DEMO_FLAGS)
 
 test: $(VENV)/test.stamp ## all tests (no GPU needed)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/test.stamp ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

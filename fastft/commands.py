@@ -128,7 +128,7 @@ def demo(
         )
         console = Console()
         started = time.perf_counter()
-        with demo_view(console, settings.steps) as view:
+        with demo_view(console, settings.steps, settings.train_seconds) as view:
             page = run_demo(settings, view)
         console.print(summary(read_report(page), str(page), time.perf_counter() - started))
 

@@ -34,10 +34,11 @@ def human_seconds(seconds: float) -> str:
 
 class _Clock:
     """Time left, from the pace so far. Until the second side has run, its pace is taken to be that
-    of the first, so the estimate shrinks when it turns out faster."""
+    of the first, so the estimate shrinks when it turns out faster. ``limit``: seconds after which
+    the first side ends whatever its step; the second takes no more steps, so about as long."""
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
+    def __init__(self, steps: int, limit: float | None = None) -> None:
+        self._steps, self._limit = steps, limit
         self._seconds: dict[str, list[float]] = {side: [] for side in SIDES}
 
     def step(self, side: str, seconds: float) -> None:
@@ -60,15 +61,18 @@ class _Clock:
                 pace = sum(times[1:] or times) / len(times[1:] or times)
             if pace is None:
                 return None
-            total += (self._steps - len(times)) * pace
+            side_left = (self._steps - len(times)) * pace
+            if self._limit is not None:
+                side_left = min(side_left, max(0.0, self._limit - sum(times)) + pace)
+            total += side_left
         return total
 
 
 class PlainView:
     """One line for each step: for logs and pipes."""
 
-    def __init__(self, console: Console, steps: int) -> None:
-        self._console, self._clock, self._total = console, _Clock(steps), steps
+    def __init__(self, console: Console, steps: int, limit: float | None = None) -> None:
+        self._console, self._clock, self._total = console, _Clock(steps, limit), steps
 
     def __enter__(self) -> PlainView:
         return self
@@ -106,8 +110,8 @@ class PlainView:
 class LiveView:
     """A table of steps for both sides, and a progress bar over all steps of both."""
 
-    def __init__(self, console: Console, steps: int) -> None:
-        self._console, self._steps, self._clock = console, steps, _Clock(steps)
+    def __init__(self, console: Console, steps: int, limit: float | None = None) -> None:
+        self._console, self._steps, self._clock = console, steps, _Clock(steps, limit)
         self._events: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -197,9 +201,10 @@ def _memory_cell(event: dict[str, Any]) -> str:
     return human_bytes(event["extra_bytes"])
 
 
-def demo_view(console: Console, steps: int) -> LiveView | PlainView:
+def demo_view(console: Console, steps: int, limit: float | None = None) -> LiveView | PlainView:
     """The view that suits the console."""
-    return LiveView(console, steps) if console.is_terminal else PlainView(console, steps)
+    view = LiveView if console.is_terminal else PlainView
+    return view(console, steps, limit)
 
 
 def summary(report: dict[str, Any], html: str, seconds: float) -> Panel:

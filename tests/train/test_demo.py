@@ -188,6 +188,13 @@ class TestViews:
         assert re.search(r"about 0:12 left$", steps[1])
         assert "\x1b" not in console.file.getvalue()
 
+    def test_time_left_knows_the_limit(self, records):
+        console = self.console()
+        # 30 steps of 9 s would be minutes; the limit ends either side after 20 s and a step.
+        self.show(PlainView(console, 30, limit=20.0), records[:1])
+        first = next(line for line in console.file.getvalue().splitlines() if " step " in line)
+        assert first.endswith("about 0:49 left")
+
     def test_live_table(self, records):
         console = self.console(force_terminal=True)
         self.show(LiveView(console, 4), records)

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 import fastft.reference
 from fastft import doctor
-from fastft.doctor import OP_FACTS, TESTED, examine
 from fastft.commands import app
+from fastft.doctor import OP_FACTS, TESTED, examine
 
 
 @pytest.fixture(scope="module")
