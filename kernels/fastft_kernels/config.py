@@ -149,7 +149,7 @@ _SHRINK_SMALL: TileTable = {
     (2, 64, False): TileConfig(64, 64, Launch(4, 3)),
     (4, 16, False): TileConfig(64, 32, Launch(4, 3)),
     (4, 32, False): TileConfig(64, 32, Launch(4, 2)),
-    (2, 16, True): TileConfig(64, 64, Launch(4, 3)),
+    (2, 16, True): TileConfig(64, 64, Launch(8, 3)),
     (2, 32, True): TileConfig(64, 64, Launch(8, 3)),
     (2, 64, True): TileConfig(32, 64, Launch(8, 2)),
     (4, 16, True): TileConfig(64, 32, Launch(4, 2)),

@@ -139,6 +139,72 @@ def test_num_items_in_batch_and_shift_labels(name: str) -> None:
         )
 
 
+def test_logits_of_a_training_forward_carry_gradients() -> None:
+    """A loss of one's own on outputs.logits, beside labels, trains adapters as in plain PEFT."""
+    plain = tiny.peft_model("llama")
+    exact = tiny.in_float64(plain)
+    fused = fastft.accelerate(copy.deepcopy(plain))
+    batch = tiny.inputs("llama")
+
+    def own(model: nn.Module) -> tiny.Result:
+        model.zero_grad(set_to_none=True)
+        outputs = model(**batch)
+        loss = outputs.loss + (outputs.logits[:, -1].softmax(-1) ** 2).sum()
+        loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return loss.detach(), gradients
+
+    for _ in range(2):
+        tiny.assert_as_exact(own(fused), own(plain), own(exact))
+
+
+def test_training_after_generation() -> None:
+    """Steps, generation and evaluation in turns: what one left behind must not reach the other."""
+    plain = tiny.peft_model("llama")
+    exact = tiny.in_float64(plain)
+    fused = fastft.accelerate(copy.deepcopy(plain))
+    for seed in range(3):
+        batch = tiny.inputs("llama", seed=seed)
+        with torch.no_grad():
+            fused.generate(input_ids=batch["input_ids"], max_new_tokens=3, do_sample=False)
+            fused(**batch)
+        tiny.assert_as_exact(
+            tiny.step(fused, batch), tiny.step(plain, batch), tiny.step(exact, batch)
+        )
+
+
+def test_two_forwards_before_one_backward() -> None:
+    """Contrastive losses, DPO: both graphs stay whole."""
+    plain = tiny.peft_model("llama")
+    exact = tiny.in_float64(plain)
+    fused = fastft.accelerate(copy.deepcopy(plain))
+    first, second = tiny.inputs("llama", seed=1), tiny.inputs("llama", seed=2)
+
+    def both(model: nn.Module) -> tiny.Result:
+        model.zero_grad(set_to_none=True)
+        loss = model(**first).loss - 0.5 * model(**second).loss
+        loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return loss.detach(), gradients
+
+    for _ in range(3):
+        tiny.assert_as_exact(both(fused), both(plain), both(exact))
+
+
+def test_an_exception_in_a_forward_leaves_nothing_behind() -> None:
+    plain = tiny.peft_model("llama")
+    fused = fastft.accelerate(copy.deepcopy(plain))
+    batch = tiny.inputs("llama")
+    for _ in range(2):
+        tiny.step(fused, batch)
+    with pytest.raises(IndexError):
+        fused(input_ids=torch.full((1, 3), 10**6), labels=torch.zeros(1, 3, dtype=torch.int64))
+    logits = fused(input_ids=batch["input_ids"]).logits
+    assert type(logits) is torch.Tensor
+    exact = tiny.in_float64(plain)
+    tiny.assert_as_exact(tiny.step(fused, batch), tiny.step(plain, batch), tiny.step(exact, batch))
+
+
 def test_all_labels_ignored_is_what_plain_gives() -> None:
     plain = tiny.peft_model("llama")
     fused = fastft.accelerate(copy.deepcopy(plain))

@@ -189,6 +189,47 @@ def test_checkpoint_of_a_fused_run_continues_in_plain_peft(
     assert float(((theirs - truth) / truth).abs().max()) < 1e-4
 
 
+def test_evaluation_sees_the_logits(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """compute_metrics gets the logits that training did without."""
+    plain = tiny.peft_model("llama")
+    fused = fastft.accelerate(copy.deepcopy(plain))
+    seen = []
+    for model in (plain, fused):
+        kept: list[Any] = []
+
+        def metrics(prediction: Any, kept: list[Any] = kept) -> dict[str, float]:
+            kept.append(torch.from_numpy(prediction.predictions))
+            return {"rows": float(len(prediction.predictions))}
+
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(**arguments(tmp_path)),
+            eval_dataset=tokenized(tokenizer),
+            compute_metrics=metrics,
+        )
+        seen.append((trainer.evaluate(), kept[0]))
+    (theirs, their_logits), (ours, our_logits) = seen
+    assert ours["eval_rows"] == theirs["eval_rows"] == len(texts())
+    assert our_logits.shape == their_logits.shape
+    assert torch.allclose(our_logits, their_logits, rtol=1e-4, atol=1e-5)
+    assert abs(ours["eval_loss"] - theirs["eval_loss"]) <= 1e-5 * theirs["eval_loss"]
+
+
+def test_label_smoothing_sees_the_logits(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The Trainer then computes the loss itself, from the logits, and their gradient must flow."""
+    plain = tiny.peft_model("llama")
+    exact = tiny.in_float64(plain)
+    fused = fastft.accelerate(copy.deepcopy(plain))
+    runs = [
+        losses(train(model, tmp_path, tokenizer, label_smoothing_factor=0.1))
+        for model in (fused, plain, exact)
+    ]
+    assert_follows(*runs)
+    assert float(runs[0][-1]) < float(runs[0][0]), "nothing was learnt"
+
+
 def sft(
     model: Any, folder: Path, tokenizer: PreTrainedTokenizerFast, *, peft: bool, **changed: Any
 ) -> Any:

@@ -13,7 +13,7 @@ import pytest
 
 from fastft.errors import ConfigError, FastftError
 from fastft.train import demo
-from fastft.train.demo import DemoSettings, SideRecord, run_demo, shell_command, side_config
+from fastft.train.demo import STEPS, DemoSettings, SideRecord, run_demo, shell_command, side_config
 from fastft.train.report import make_report, render_html, write_report
 from fastft.train.view import LiveView, PlainView, human_bytes, human_seconds, summary
 
@@ -258,7 +258,7 @@ class TestDemo:
         assert run_demo(settings, PlainView(TestViews().console(), 30)).is_file()
         limits = [(task["stop_steps"], task["stop_seconds"], task["sample"]) for task in tasks]
         assert limits == [(None, 9.0, False), (4, None, True)]
-        assert [task["config"]["max_steps"] for task in tasks] == [30, 30]
+        assert [task["config"]["max_steps"] for task in tasks] == [STEPS, STEPS]
 
     def test_end_to_end(self, tmp_path, model_folder, data_file):
         arguments = ["--model", model_folder, "--data", data_file, "--out", tmp_path]
