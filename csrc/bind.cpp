@@ -73,13 +73,10 @@ py::dict build_info() {
 
 // Keeps freed memory in the process instead of handing it back to the system after each large
 // tensor, which costs a page fault for every 4 KiB of the next one. True where glibc took it.
-bool keep_heap(int64_t trim_threshold) {
+bool keep_heap() {
 #if defined(__GLIBC__)
-  // mallopt takes an int; the environment variable of the same name would take more.
-  const int threshold = trim_threshold > 0x7fffffff ? 0x7fffffff : static_cast<int>(trim_threshold);
-  return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, threshold) == 1;
+  return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, -1) == 1;  // -1: never trim
 #else
-  (void)trim_threshold;
   return false;
 #endif
 }
@@ -108,7 +105,7 @@ PYBIND11_MODULE(_C, m) {
   const auto free_gil = py::call_guard<py::gil_scoped_release>();
 
   m.def("build_info", &build_info);
-  m.def("keep_heap", &keep_heap, py::arg("trim_threshold"));
+  m.def("keep_heap", &keep_heap);
   m.def("max_threads", &max_threads);
 
   m.def(

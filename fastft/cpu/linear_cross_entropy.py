@@ -48,7 +48,7 @@ def fwd(
     vocab = weight.shape[0]
     # A 16-bit slab where the processor multiplies 16 bits; float32 panels otherwise.
     slab_dtype = hidden.dtype if native_bfloat16() else torch.float32
-    wide_bias = None if bias is None else bias.float()
+    wide_bias = None if bias is None else bias.float().contiguous()
     for start in range(0, labels.numel(), chunk):
         part = slice(start, min(labels.numel(), start + chunk))
         rows = part.stop - part.start

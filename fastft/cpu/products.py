@@ -48,7 +48,10 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 @functools.cache
 def native_bfloat16() -> bool:
     """Whether torch's bfloat16 products run on this processor's own instructions."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # Builds of torch without oneDNN (Apple silicon) do not even register the question.
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def _direct(dtype: torch.dtype) -> bool:

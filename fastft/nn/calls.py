@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ def count(module: nn.Module, reason: str | None) -> None:
             got=reason,
             remedy="Use strict=False to run such calls through PEFT.",
         )
-    if _paused:
+    if getattr(_thread, "paused", False):
         return
     _TOTAL.add(reason)
     counts = _BY_MODULE.get(module)
@@ -66,17 +67,17 @@ def count(module: nn.Module, reason: str | None) -> None:
     counts.add(reason)
 
 
-_paused: list[bool] = []
+_thread = threading.local()
 
 
 @contextmanager
 def uncounted() -> Iterator[None]:
     """Calls inside count nowhere: verification is no training."""
-    _paused.append(True)
+    _thread.paused = True
     try:
         yield
     finally:
-        _paused.pop()
+        _thread.paused = False
 
 
 def call_counts(module: nn.Module | None = None) -> CallCounts:

@@ -24,12 +24,9 @@ _METADATA = {
     Tensor.device.__get__,  # type: ignore[attr-defined]
     Tensor.layout.__get__,  # type: ignore[attr-defined]
     Tensor.ndim.__get__,  # type: ignore[attr-defined]
-    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
     Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
     Tensor.is_sparse.__get__,  # type: ignore[attr-defined]
     Tensor.is_meta.__get__,  # type: ignore[attr-defined]
-    Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
-    Tensor.grad_fn.__get__,  # type: ignore[union-attr]
     Tensor.size,
     Tensor.dim,
     Tensor.numel,
@@ -44,6 +41,9 @@ _METADATA = {
     torch.is_complex,
     torch.is_tensor,
 }
+
+
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
 class DeferredLogits(Tensor):
@@ -76,8 +76,10 @@ class DeferredLogits(Tensor):
         return self
 
     def value(self) -> Tensor:
-        """The logits, computed at the first call."""
-        if self._value is None:
+        """The logits, computed at the first call, and once more when a graph is wanted and the
+        first call had none."""
+        wants_graph = torch.is_grad_enabled() and self.hidden_states.requires_grad
+        if self._value is None or (wants_graph and not self._value.requires_grad):
             self._value = self._compute(self.hidden_states).to(self.dtype)
         return self._value
 
@@ -97,6 +99,8 @@ class DeferredLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else None
+        if func is _REQUIRES_GRAD:
+            return first.hidden_states.requires_grad  # type: ignore[union-attr]
         if isinstance(first, DeferredLogits) and first._value is None:
             # Casts and copies that loops around the model make of every output.
             target = _cast_target(func, args, kwargs)

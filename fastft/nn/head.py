@@ -24,7 +24,8 @@ class FusedHead(nn.Linear):
     """``nn.Linear`` that defers its product while its model computes a loss."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or self not in _deferring:
+        # A head that FSDP shards by itself has another class, and no weight once this returns.
+        if type(self) is not FusedHead or torch.compiler.is_compiling() or self not in _deferring:
             return super().forward(hidden_states)
         dtype = autocast_dtype(hidden_states.device.type) or hidden_states.dtype
         return DeferredLogits(hidden_states, self, self._product, dtype)
@@ -68,8 +69,25 @@ class CausalLMLoss:
     ) -> Tensor:
         if not isinstance(logits, DeferredLogits) or args or logits.shape[-1] != vocab_size:
             return self.original(logits, labels, vocab_size, *args, **kwargs)
-        count(logits.head, None)
+        reason = _refusal(logits)
+        count(logits.head, reason)
+        if reason is not None:
+            return self.original(logits.value(), labels, vocab_size, **kwargs)
         return causal_lm_loss(logits.hidden_states, logits.head, labels, **kwargs)
+
+
+def _refusal(logits: DeferredLogits) -> str | None:
+    """Why the loss over these logits cannot be fused; None when it can."""
+    weight, bias, hidden = logits.head.weight, logits.head.bias, logits.hidden_states
+    if type(weight) not in (Tensor, nn.Parameter) or type(hidden) is not Tensor:
+        return "tensor subclass"
+    if weight.device != hidden.device:
+        return "several devices"
+    if bias is not None and bias.requires_grad:
+        return "the head's bias is trained"
+    if weight.dtype != hidden.dtype and autocast_dtype(hidden.device.type) is None:
+        return "mixed dtypes"
+    return None
 
 
 def causal_lm_loss(

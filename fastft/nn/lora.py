@@ -27,8 +27,10 @@ class Rule:
 
 
 def _hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
     return bool(
-        module._forward_hooks
+        "forward" in vars(module)
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -62,6 +64,7 @@ def _odd_scaling(layer: PeftLinear) -> bool:
 
 # What the layer is. The order matters: a rule may rely on the ones above it having not applied.
 MODULE_RULES: tuple[Rule, ...] = (
+    Rule("forward replaced on the layer itself", lambda m: "forward" in vars(m)),
     Rule("adapters disabled", lambda m: m.disable_adapters),
     Rule("adapter merged into the base", lambda m: m.merged),
     Rule("fan_in_fan_out", lambda m: m.fan_in_fan_out),
@@ -99,6 +102,12 @@ def _foreign_tensors(layer: PeftLinear, x: Any) -> bool:
     return not all(_plain(t) for t in (x, layer.base_layer.weight, a, b))
 
 
+def _transformed(layer: PeftLinear, x: Any) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _several_devices(layer: PeftLinear, x: Tensor) -> bool:
     a, b = layer.lora_A[_adapter(layer)].weight, layer.lora_B[_adapter(layer)].weight
     return not x.device == layer.base_layer.weight.device == a.device == b.device
@@ -116,6 +125,7 @@ def _mixed_dtypes(layer: PeftLinear, x: Tensor) -> bool:
 
 # What the call is.
 CALL_RULES: tuple[Rule, ...] = (
+    Rule("torch.func transform", _transformed),
     Rule("tensor subclass", _foreign_tensors),
     Rule("input has no dimension", lambda m, x: x.dim() == 0),
     Rule("several devices", _several_devices),

@@ -9,6 +9,7 @@ recompute under activation checkpointing then always sees what its forward saw.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,11 @@ class Group:
 
     def __init__(self, layers: list[FusedLoraLinear]) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
-        self.clear()
+        self._held = threading.local()  # two threads may run one model
 
     def clear(self) -> None:
         """Drops outputs that were never fetched."""
-        self._x: Tensor | None = None
-        self._key: tuple[Any, ...] = ()
-        self._outputs: dict[int, Tensor] = {}
+        self._held.__dict__.clear()
 
     def layers(self) -> list[FusedLoraLinear]:
         """The layers; empty when one is gone."""
@@ -41,10 +40,13 @@ class Group:
 
     def forward(self, layer: FusedLoraLinear, x: Tensor) -> Tensor:
         """The layer's output, computed with its siblings' when it is the first of them."""
+        if x.is_inference():  # such a tensor has no version: a change in place would go unseen
+            return layer.fused_call([layer], x)[0]
         key = _call_key(x)
-        if self._x is x and self._key == key and id(layer) in self._outputs:
-            output = self._outputs.pop(id(layer))
-            if not self._outputs:
+        held = self._held.__dict__
+        if held and held["x"] is x and held["key"] == key and id(layer) in held["outputs"]:
+            output = held["outputs"].pop(id(layer))
+            if not held["outputs"]:
                 self.clear()
             return output
         self.clear()
@@ -53,8 +55,8 @@ class Group:
         if not ready or any(other._refusal(x, (), {}) for other in layers[1:]):
             return layer.fused_call([layer], x)[0]
         first, *others = layer.fused_call(layers, x)
-        self._x, self._key = x, key
-        self._outputs = {id(other): y for other, y in zip(layers[1:], others, strict=True)}
+        outputs = {id(other): y for other, y in zip(layers[1:], others, strict=True)}
+        held.update(x=x, key=key, outputs=outputs)
         return first
 
 
@@ -62,7 +64,7 @@ def _call_key(x: Tensor) -> tuple[Any, ...]:
     """What must not change between the first sibling's call and the others'."""
     device = x.device.type
     return (
-        x._version if not x.is_inference() else 0,
+        x._version,
         torch.is_grad_enabled(),
         torch.is_autocast_enabled(device),
         torch.get_autocast_dtype(device),
@@ -74,16 +76,19 @@ class _Watch:
 
     def __init__(self) -> None:
         self.last: weakref.ref[Tensor] | None = None
+        self.version = 0
         self.run: list[weakref.ref[Any]] = []
         self.runs: list[list[weakref.ref[Any]]] = []
         self.needed_grad = False
         self.backward_ran = False
 
     def see(self, layer: FusedLoraLinear, x: Tensor) -> None:
-        same = self.last is not None and self.last() is x
+        if x.is_inference():
+            return
+        same = self.last is not None and self.last() is x and self.version == x._version
         if not same:
             self.close_run()
-            self.last = weakref.ref(x)
+            self.last, self.version = weakref.ref(x), x._version
         self.run.append(weakref.ref(layer))
         if torch.is_grad_enabled():
             self.needed_grad = True
@@ -99,7 +104,7 @@ class _Watch:
 
 _groups: weakref.WeakKeyDictionary[nn.Module, Group] = weakref.WeakKeyDictionary()
 _watches: weakref.WeakKeyDictionary[nn.Module, _Watch] = weakref.WeakKeyDictionary()
-_current: list[_Watch] = []  # the forward that is being watched, if any
+_thread = threading.local()  # .watch: the forward that is being watched, if any
 _seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # roots whose groups are learnt
 
 
@@ -113,9 +118,9 @@ def forward(layer: FusedLoraLinear, x: Tensor) -> Tensor:
     group = _groups.get(layer)
     if group is not None:
         return group.forward(layer, x)
-    if not _current:
+    watch: _Watch | None = getattr(_thread, "watch", None)
+    if watch is None:
         return layer.fused_call([layer], x)[0]
-    watch = _current[-1]
     watch.see(layer, x)
     y = layer.fused_call([layer], x)[0]
     if y.requires_grad:
@@ -131,7 +136,7 @@ def begin_forward(root: nn.Module, *_: Any) -> None:
     """Forward pre-hook of an accelerated model: groups learnt earlier come into force."""
     if torch.compiler.is_compiling():
         return
-    _current.clear()
+    _thread.watch = None
     if root in _seen:
         return
     watch = _watches.get(root)
@@ -146,16 +151,17 @@ def begin_forward(root: nn.Module, *_: Any) -> None:
         _seen.add(root)
         return
     if watch is None:
-        watch = _watches[root] = _Watch()
-        _current.append(watch)
+        _thread.watch = _watches[root] = _Watch()
 
 
 def end_forward(root: nn.Module, *_: Any) -> None:
     """Forward hook of an accelerated model: nothing unfetched is kept."""
     if torch.compiler.is_compiling():
         return
-    if _current:
-        _current.pop().close_run()
+    watch: _Watch | None = getattr(_thread, "watch", None)
+    if watch is not None:
+        watch.close_run()
+        _thread.watch = None
     for module in root.modules():
         group = _groups.get(module)
         if group is not None:

@@ -122,6 +122,7 @@ def check(
         check_tensor(_WHERE, name, tensor)
         check_dtype(_WHERE, name, tensor, (torch.float32,))
         check_shape(_WHERE, name, tensor, shape, "shape")
+        _check_contiguous(name, tensor)
     for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         check_dtype(_WHERE, "params", p, _PARAM_DTYPES)
         if g.layout is not torch.strided:
@@ -133,14 +134,18 @@ def check(
         check_dtype(_WHERE, "exp_avgs", m, (torch.float32,))
         check_dtype(_WHERE, "exp_avg_sqs", v, (torch.float32,))
         for name, tensor in (("params", p), ("grads", g), ("exp_avgs", m), ("exp_avg_sqs", v)):
-            if not tensor.is_contiguous():
-                raise ShapeError(
-                    _WHERE,
-                    name,
-                    expected="contiguous tensors",
-                    got=f"strides {tensor.stride()}",
-                    remedy=f"Use {name}.contiguous().",
-                )
+            _check_contiguous(name, tensor)
+
+
+def _check_contiguous(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ShapeError(
+            _WHERE,
+            name,
+            expected="contiguous tensors",
+            got=f"strides {tensor.stride()}",
+            remedy=f"Use {name}.contiguous().",
+        )
 
 
 def _step_kernel(

@@ -81,8 +81,8 @@ def linear_cross_entropy(
     dtype = autocast_dtype(device_type) or hidden_states.dtype
     flat = hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype).contiguous()
     target = labels.reshape(-1).contiguous()
-    if device_type == "cpu":
-        _check_labels(target, weight.shape[0], ignore_index)
+    if not torch.is_grad_enabled():  # an evaluation of a trained head makes no gradients
+        flat, weight = flat.detach(), weight.detach()
     name = backend or _AUTO
     if not torch.compiler.is_compiling():
         name = _choose(name, flat, weight.requires_grad)[0]
@@ -178,8 +178,6 @@ def _choose(backend: str, hidden: Tensor, weight_requires_grad: bool) -> tuple[s
 
 
 def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
-    if torch.compiler.is_compiling() or labels.numel() == 0:
-        return
     outside = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
     if bool(outside.any()):
         raise ArgumentError(
@@ -206,6 +204,8 @@ def _fwd_kernel(
         hidden, weight, bias, labels, ignore_index, chunk, backend, need_d_hidden, need_d_weight
     )
     loss_sum, n_correct, d_hidden, d_weight = outputs
+    if hidden.device.type == "cpu":
+        _check_labels(labels, weight.shape[0], ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
         _choose(backend, hidden, need_d_weight)[1].fwd(
             loss_sum,
@@ -243,7 +243,8 @@ def _fwd_fake(
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (gradient * scale.to(gradient.dtype)).to(dtype)
+    # The float32 scale, of one dimension, keeps the product in float32: 1/n has too few bits else.
+    return (gradient * scale).to(dtype)
 
 
 class LinearCrossEntropy(torch.autograd.Function):

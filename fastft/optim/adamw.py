@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -67,7 +68,7 @@ class AdamW(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         super().__init__(params, defaults)  # type: ignore[arg-type]
         self._batches: dict[tuple[int, ...], _Batch] = {}
-        self._stats: dict[torch.device, Tensor] = {}
+        self._stats: dict[tuple[torch.device, bool], Tensor] = {}
 
     @property
     def grad_norm(self) -> Tensor:
@@ -79,6 +80,11 @@ class AdamW(torch.optim.Optimizer):
     def skipped_steps(self) -> int:
         """How many steps were skipped for a norm that was not finite; reads the device."""
         return max((int(s[2].item()) for s in self._stats.values()), default=0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's own leaves out what it does not know.
+        own = {"max_grad_norm": self.max_grad_norm, "_stats": self._stats}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -111,7 +117,9 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for device, maximize, members in self._members():
+        split = list(self._members())
+        limits = [self.max_grad_norm or 0.0] if len(split) == 1 else self._shared_limits(split)
+        for (device, maximize, members), limit in zip(split, limits):
             key = (hash((device, maximize)), *(id(p) for p, _ in members))
             batch = self._batches.get(key)
             if batch is None:
@@ -120,16 +128,39 @@ class AdamW(torch.optim.Optimizer):
             batch.set_hyper([group for _, group in members])
             ops.adamw(
                 batch.params,
-                [p.grad for p in batch.params],  # type: ignore[misc]
+                [p.grad.contiguous() for p in batch.params],  # type: ignore[union-attr]
                 batch.exp_avgs,
                 batch.exp_avg_sqs,
                 batch.steps,
                 batch.hyper,
-                self._stats.setdefault(device, torch.zeros(3, device=device)),
-                max_norm=self.max_grad_norm or 0.0,
+                self._stat(device, maximize),
+                max_norm=limit,
                 maximize=maximize,
             )
         return loss
+
+    def _stat(self, device: torch.device, maximize: bool) -> Tensor:
+        return self._stats.setdefault((device, maximize), torch.zeros(3, device=device))
+
+    def _shared_limits(self, split: list[Any]) -> list[float]:
+        """For parameters of several devices or directions, which need a call each: the clip of
+        each call that makes its coefficient the one of the norm over all; none of them runs, and
+        the list is empty, when that norm is not finite. Waits for the devices."""
+        norms = [
+            float(torch.nn.utils.get_total_norm([p.grad for p, _ in members]))
+            for _, _, members in split
+        ]
+        total = math.hypot(*norms)
+        if not math.isfinite(total):
+            for (device, maximize, _), norm in zip(split, norms):
+                stat = self._stat(device, maximize)
+                stat[0] = norm
+                stat[2] += 1
+            return []
+        if self.max_grad_norm is None or total <= self.max_grad_norm:
+            return [0.0] * len(split)
+        coefficient = self.max_grad_norm / (total + 1e-6)
+        return [coefficient * (norm + 1e-6) for norm in norms]
 
     def _members(
         self,

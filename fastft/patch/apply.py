@@ -6,7 +6,6 @@ import weakref
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
 from fastft import native
@@ -15,24 +14,18 @@ from fastft.nn import head as head_module
 from fastft.nn import siblings
 from fastft.nn.calls import strict_modules
 from fastft.nn.head import CausalLMLoss, FusedHead
-from fastft.nn.lora import FusedLoraLinear
-from fastft.patch.rules import RULES, Site, causal_lm_of
+from fastft.patch.rules import RULES, Rule, Site, causal_lm_of
 from fastft.patch.verify import difference, site_key, tolerance, verifiable
 
 __all__ = ["accelerate", "lora", "restore"]
 
-_ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {
-    FusedLoraLinear: PeftLinear,
-    FusedHead: nn.Linear,
-}
+_ORIGINALS = {rule.fused: rule.original for rule in RULES.values()}
 _HOOKS = (
     siblings.begin_forward,
     siblings.end_forward,
     head_module.begin_forward,
     head_module.end_forward,
 )
-# Freed memory kept by the process (glibc): without it every large tensor is page-faulted anew.
-_HEAP_BYTES = 2**31 - 1
 
 
 # Why a site of an accelerated model was left alone, for explain().
@@ -98,7 +91,7 @@ def accelerate(
             if reason is None and verify and verifiable(site.module):
                 key = (kind, *site_key(site.module))
                 if key not in proofs:
-                    proofs[key] = _disproof(site.module, rule.fused)
+                    proofs[key] = _disproof(site.module, rule)
                 reason = proofs[key]
             if reason is not None and strict:
                 raise VerificationError(
@@ -124,14 +117,14 @@ def accelerate(
     model.register_forward_pre_hook(siblings.begin_forward, prepend=True)
     model.register_forward_hook(siblings.end_forward, always_call=True)
     if native.available() and any(p.device.type == "cpu" for p in model.parameters()):
-        native.module().keep_heap(_HEAP_BYTES)
+        native.module().keep_heap()
     return model
 
 
-def _disproof(module: nn.Module, fused: type[nn.Module]) -> str | None:
+def _disproof(module: nn.Module, rule: Rule) -> str | None:
     """Why the fused module must not replace this one; None when it may."""
     try:
-        found = difference(module, fused)
+        found = difference(module, rule.fused, rule.original)
     except Exception as error:
         return f"verification failed: {type(error).__name__}: {error}"
     bound = tolerance(module)

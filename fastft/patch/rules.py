@@ -44,11 +44,13 @@ class Rule:
     Attributes:
         kind: its name, also the switch of ``accelerate``.
         fused: the class that fused modules have.
+        original: the class they had.
         sites: the modules of a model it speaks of, fused already or not.
     """
 
     kind: str
     fused: type[nn.Module]
+    original: type[nn.Module]
     sites: Callable[[nn.Module], Iterator[Site]]
 
 
@@ -75,7 +77,7 @@ def _head_refusal(owner: Any, head: nn.Module) -> str | None:
         return "an adapter on the head needs the logits for its gradient"
     if type(head) not in (nn.Linear, FusedHead):
         return f"the head is a {type(head).__name__}, not nn.Linear"
-    if head._forward_hooks or head._forward_pre_hooks:
+    if head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
         return "hooks on the head"
     if head.bias is not None and head.bias.requires_grad:
         return "the head's bias is trained"
@@ -103,7 +105,7 @@ def _loss_sites(model: nn.Module) -> Iterator[Site]:
 RULES: dict[str, Rule] = {
     rule.kind: rule
     for rule in (
-        Rule("lora", FusedLoraLinear, _lora_sites),
-        Rule("loss", FusedHead, _loss_sites),
+        Rule("lora", FusedLoraLinear, PeftLinear, _lora_sites),
+        Rule("loss", FusedHead, nn.Linear, _loss_sites),
     )
 }

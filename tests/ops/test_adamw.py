@@ -208,6 +208,34 @@ def test_closure_counts_and_deepcopy() -> None:
     copy.deepcopy(optimizer).step()
 
 
+def test_a_copy_keeps_its_clip_and_counts() -> None:
+    p = torch.ones(4, requires_grad=True)
+    optimizer = fastft.optim.AdamW([p], max_grad_norm=0.5)
+    p.grad = torch.full((4,), float("nan"))
+    optimizer.step()
+    twin = copy.deepcopy(optimizer)
+    assert (twin.max_grad_norm, twin.skipped_steps) == (0.5, 1)
+
+
+def test_clip_and_skip_are_global_over_directions() -> None:
+    """maximize needs a call of its own; the norm is still the one of all gradients."""
+    p, q = (torch.ones(4, requires_grad=True) for _ in range(2))
+    optimizer = fastft.optim.AdamW(
+        [{"params": [p]}, {"params": [q], "maximize": True}], max_grad_norm=1.0, lr=0.1
+    )
+    p.grad, q.grad = torch.full((4,), 3.0), torch.full((4,), 4.0)
+    optimizer.step()
+    scale = 1 / (100.0**0.5 + 1e-6)
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], 0.1 * scale * p.grad)
+    torch.testing.assert_close(optimizer.state[q]["exp_avg"], -0.1 * scale * q.grad)
+    assert optimizer.grad_norm.item() == pytest.approx(10.0)
+    before = q.detach().clone()
+    p.grad[0] = float("inf")
+    optimizer.step()
+    assert torch.equal(q, before)
+    assert optimizer.skipped_steps == 1
+
+
 def test_one_call_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     mine, theirs = _models()
     optimizer = fastft.optim.AdamW(mine)

@@ -192,6 +192,38 @@ def test_registered_operation_passes_opcheck_and_compiles() -> None:
         torch.testing.assert_close(g, e)
 
 
+def test_strided_bias_and_bad_labels_of_a_compiled_graph() -> None:
+    hidden, weight, _, labels = inputs(CASES[1], F32, False)
+    bias = torch.randn(29, 2)[:, 0]
+    got = ops.linear_cross_entropy(hidden, weight, labels, bias=bias)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.t() + bias, labels)
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(errors.ArgumentError, match="labels"):
+        torch.ops.fastft.linear_cross_entropy_fwd(
+            hidden, weight, None, labels + 29, -100, 16, "cpu", True, False
+        )
+
+
+def test_evaluating_a_trained_head_makes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastft.cpu import linear_cross_entropy as launcher
+
+    wanted: list[bool] = []
+    original = launcher.fwd
+
+    def spy(
+        loss: Tensor, correct: Tensor, dh: Tensor, dw: Tensor, *rest: Tensor, **kw: int
+    ) -> None:
+        wanted.append(dh is not None or dw is not None)
+        original(loss, correct, dh, dw, *rest, **kw)
+
+    monkeypatch.setattr(launcher, "fwd", spy)
+    hidden, weight, _, labels = inputs(CASES[1], F32, True)
+    with torch.no_grad():
+        ops.linear_cross_entropy(hidden, weight, labels)
+    ops.linear_cross_entropy(hidden, weight, labels)
+    assert wanted == [False, True]
+
+
 def test_autocast() -> None:
     hidden, weight, _, labels = inputs(CASES[3], F32, False)
     with torch.autocast("cpu", dtype=BF16):

@@ -118,7 +118,7 @@ def test_siblings_share_one_call_and_one_saved_input() -> None:
     group = siblings_module.group_of(layer.q_proj)
     assert group is not None
     assert group.layers() == [layer.q_proj, layer.k_proj, layer.v_proj]
-    assert not group._outputs
+    assert not group._held.__dict__
     assert fastft.explain(model).modules[0].siblings == 3
 
 
@@ -240,7 +240,7 @@ def test_verification_runs_once_a_shape_and_leaves_no_trace(
     checked: list[Any] = []
     original = verify_module.difference
     monkeypatch.setattr(
-        "fastft.patch.apply.difference", lambda m, f: checked.append(m) or original(m, f)
+        "fastft.patch.apply.difference", lambda m, *kinds: checked.append(m) or original(m, *kinds)
     )
     model = llama()
     state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
@@ -376,3 +376,104 @@ def test_errors_survive_pickling() -> None:
     twin = pickle.loads(pickle.dumps(error))
     assert type(twin) is errors.ShapeError
     assert str(twin) == str(error) == "here: x: expected a, got b. c"
+
+
+class _Residual(nn.Module):
+    """Two layers on one tensor object that changes in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        x.mul_(3)
+        return y + self.b(x)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_input_changed_in_place_between_layers_is_no_sibling(mode: Any) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(_Residual(), LoraConfig(r=4, target_modules=["a", "b"]))
+    x = torch.randn(3, 16)
+    with mode():
+        expected = model(x.clone())
+        fastft.accelerate(model)
+        for _ in range(3):
+            torch.testing.assert_close(model(x.clone()), expected)
+
+
+def test_logits_read_without_a_graph_still_give_gradients_later() -> None:
+    model = fastft.accelerate(llama())
+    logits = model(**batch()).logits
+    with torch.no_grad():
+        first = logits.argmax(-1)
+    assert logits.requires_grad
+    assert logits.logsumexp(-1).requires_grad
+    assert torch.equal(logits.detach().argmax(-1), first)
+
+
+def test_patched_layers_are_proved_against_peft_not_themselves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = FusedLoraLinear.fused_call
+    monkeypatch.setattr(
+        FusedLoraLinear,
+        "fused_call",
+        lambda self, layers, x: tuple(1.5 * y for y in original(self, layers, x)),
+    )
+    fastft.patch_peft()
+    try:
+        model = fastft.accelerate(llama())
+    finally:
+        fastft.unpatch_peft()
+    reasons = {str(m.reason) for m in fastft.explain(model).modules if m.kind == "lora"}
+    assert all(reason.startswith("verification") for reason in reasons)
+
+
+def test_functorch_and_replaced_forwards_run_as_peft() -> None:
+    model = llama()
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    plain = layer.base_layer.forward
+    layer.base_layer.forward = lambda x: 2 * plain(x)
+    expected = model(**batch()).loss.item()
+    fastft.accelerate(model)
+    assert model(**batch()).loss.item() == pytest.approx(expected, rel=1e-5)
+    (report,) = [m for m in fastft.explain(model).modules if m.name.endswith("0.self_attn.q_proj")]
+    assert report.reason == "hooks on the base layer"
+    up = model.get_base_model().model.layers[0].mlp.up_proj
+    x = torch.randn(3, 32)
+    got = torch.func.grad(lambda x: up(x).square().sum())(x)
+    x.requires_grad_()
+    (wanted,) = torch.autograd.grad(up(x).square().sum(), x)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert call_counts(up).fallback == {"torch.func transform": 1}
+
+
+def test_loss_that_cannot_be_fused_after_all_is_the_original() -> None:
+    model = llama()
+    head = model.get_output_embeddings()
+    head.bias = nn.Parameter(torch.zeros(64), requires_grad=False)
+    fastft.accelerate(model)
+    head.bias.requires_grad_(True)
+    model(**batch()).loss.backward()
+    assert bool(head.bias.grad.abs().sum() > 0)
+    assert call_counts(head).fallback["the head's bias is trained"] == 1
+
+
+def test_two_threads_on_one_model() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = fastft.accelerate(llama())
+    gradients(model)
+    gradients(model)
+    inputs = [torch.randint(64, (2, 9)) for _ in range(24)]
+
+    def run(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    expected = [run(ids) for ids in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for got, want in zip(pool.map(run, inputs), expected):
+            torch.testing.assert_close(got, want)
