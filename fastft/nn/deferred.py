@@ -100,7 +100,9 @@ class DeferredLogits(Tensor):
                 return func(*args, **kwargs)
         first = args[0] if args else None
         if func is _REQUIRES_GRAD:
-            return first.hidden_states.requires_grad  # type: ignore[union-attr]
+            # In no graph until somebody looks: FSDP would hang a hook on them, and so compute them.
+            value = first._value  # type: ignore[union-attr]
+            return value is not None and value.requires_grad
         if isinstance(first, DeferredLogits) and first._value is None:
             # Casts and copies that loops around the model make of every output.
             target = _cast_target(func, args, kwargs)
