@@ -19,6 +19,7 @@ __all__ = ["DeferredLogits"]
 
 # Reading these needs no logits.
 _METADATA = {
+    Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
     Tensor.shape.__get__,  # type: ignore[attr-defined]
     Tensor.dtype.__get__,  # type: ignore[attr-defined]
     Tensor.device.__get__,  # type: ignore[attr-defined]
@@ -99,7 +100,7 @@ class DeferredLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else None
-        if func is _REQUIRES_GRAD:
+        if func == _REQUIRES_GRAD:  # a new wrapper object at each access
             # In no graph until somebody looks: FSDP would hang a hook on them, and so compute them.
             value = first._value  # type: ignore[union-attr]
             return value is not None and value.requires_grad
