@@ -14,7 +14,9 @@ from fastft.nn.lora import FusedLoraLinear
 
 __all__ = ["difference", "site_key", "tolerance"]
 
-_TOKENS = 5
+# The head keeps eight of them, one shifted out and one ignored: float32 products over a vocabulary
+# lose accuracy in torch at 1, 2, 3 and 5 rows (measured with K = 49152: 1e-5 to 7e-5 against 4e-7).
+_TOKENS = 10
 
 
 def site_key(module: nn.Module) -> tuple[Any, ...]:
