@@ -98,6 +98,16 @@ int64_t max_threads() {
 #endif
 }
 
+// sizes: count, kv_heads, group, rows, cols, first, queries; strides: batch, head, query.
+fastft::AttentionSlab attention_slab(const std::vector<int64_t>& sizes, bool causal, float scale,
+                                     int64_t mask, const std::vector<int64_t>& strides, int64_t lse,
+                                     std::vector<float>& scratch) {
+  scratch.resize(static_cast<size_t>(max_threads() * sizes.at(4)));
+  return {sizes.at(0),   sizes.at(1),   sizes.at(2),   sizes.at(3),    sizes.at(4),
+          sizes.at(5),   sizes.at(6),   causal,        scale,          at<const uint8_t>(mask),
+          strides.at(0), strides.at(1), strides.at(2), at<float>(lse), scratch.data()};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -146,6 +156,38 @@ PYBIND11_MODULE(_C, m) {
       py::arg("logits"), py::arg("bias"), py::arg("labels"), py::arg("row_loss"),
       py::arg("row_correct"), py::arg("rows"), py::arg("vocab"), py::arg("dtype"),
       py::arg("gradient"), py::arg("isa") = "", free_gil);
+  m.def(
+      "attention_softmax",
+      [](int64_t scores, const std::vector<int64_t>& sizes, bool causal, float scale, int64_t mask,
+         const std::vector<int64_t>& strides, int64_t lse, int dtype, const std::string& isa) {
+        std::vector<float> scratch;
+        const auto slab = attention_slab(sizes, causal, scale, mask, strides, lse, scratch);
+        kernels(isa).attention_softmax(slab, at<void>(scores), dtype);
+      },
+      py::arg("scores"), py::arg("sizes"), py::arg("causal"), py::arg("scale"), py::arg("mask"),
+      py::arg("mask_strides"), py::arg("lse"), py::arg("dtype"), py::arg("isa") = "", free_gil);
+  m.def(
+      "attention_gradient",
+      [](int64_t scores, int64_t dp, const std::vector<int64_t>& sizes, bool causal, float scale,
+         int64_t mask, const std::vector<int64_t>& strides, int64_t lse, int dtype,
+         const std::string& isa) {
+        std::vector<float> scratch;
+        const auto slab = attention_slab(sizes, causal, scale, mask, strides, lse, scratch);
+        kernels(isa).attention_gradient(slab, at<void>(scores), at<void>(dp), dtype);
+      },
+      py::arg("scores"), py::arg("dp"), py::arg("sizes"), py::arg("causal"), py::arg("scale"),
+      py::arg("mask"), py::arg("mask_strides"), py::arg("lse"), py::arg("dtype"),
+      py::arg("isa") = "", free_gil);
+  m.def(
+      "attention_extent",
+      [](const std::vector<int64_t>& sizes, bool causal, int64_t mask,
+         const std::vector<int64_t>& strides, const std::string& isa) {
+        std::vector<float> scratch;
+        const auto slab = attention_slab(sizes, causal, 1.0f, mask, strides, 0, scratch);
+        return kernels(isa).attention_extent(slab);
+      },
+      py::arg("sizes"), py::arg("causal"), py::arg("mask"), py::arg("mask_strides"),
+      py::arg("isa") = "", free_gil);
   m.def(
       "adamw",
       [](int64_t tensors, int64_t steps, int64_t hyper, int64_t count, float max_norm,

@@ -32,13 +32,15 @@ static inline int64_t thread_index() {
 
 #include "adamw.inc"
 #include "cross_entropy.inc"
+#include "attention.inc"  // after cross_entropy.inc, whose exponential it uses
 #include "dropout.inc"
 
 }  // namespace FASTFT_ISA
 
 extern const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA);
 const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA) = {
-    dropout_mask, dropout_apply, dropout_add, cross_entropy, adamw,
+    dropout_mask,      dropout_apply,      dropout_add,      cross_entropy,
+    attention_softmax, attention_gradient, attention_extent, adamw,
 };
 
 }  // namespace fastft

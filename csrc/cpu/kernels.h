@@ -6,6 +6,18 @@
 
 namespace fastft {
 
+// Slabs of attention scores; see attention.inc. mask: null, or bytes addressed by strides, keys
+// next to each other. lse: (count, group, queries). scratch: float32 (max_threads, cols).
+struct AttentionSlab {
+  int64_t count, kv_heads, group, rows, cols, first, queries;
+  bool causal;
+  float scale;
+  const uint8_t* mask;
+  int64_t mask_batch, mask_head, mask_query;
+  float* lse;
+  float* scratch;
+};
+
 struct Kernels {
   // mask: (rows, ceil(cols / 8)) bytes; bit k % 8 of byte k / 8 is 1 where column k is kept.
   void (*dropout_mask)(uint8_t* mask, int64_t bytes, uint64_t seed, uint32_t threshold);
@@ -20,6 +32,11 @@ struct Kernels {
   void (*cross_entropy)(void* logits, const float* bias, const int64_t* labels, float* row_loss,
                         uint8_t* row_correct, int64_t rows, int64_t vocab, int dtype, bool gradient,
                         float* scratch);
+  // Scores become probabilities, their logsumexp goes to lse.
+  void (*attention_softmax)(const AttentionSlab& slab, void* scores, int dtype);
+  // Scores become probabilities, dp (gradients of those) becomes gradients of q k^T.
+  void (*attention_gradient)(const AttentionSlab& slab, void* scores, void* dp, int dtype);
+  int64_t (*attention_extent)(const AttentionSlab& slab);
   // tensors: (count, 7) int64 rows of p, g, m, v, numel, p dtype, g dtype. stats: norm, clip
   // coefficient, skipped steps.
   void (*adamw)(const int64_t* tensors, float* steps, const float* hyper, int64_t count,

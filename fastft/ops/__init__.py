@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from fastft.ops.adamw import adamw
+from fastft.ops.attention import scaled_dot_product_attention
 from fastft.ops.linear_cross_entropy import linear_cross_entropy
 from fastft.ops.lora_linear import lora_linear, lora_linear_siblings
 
-__all__ = ["adamw", "linear_cross_entropy", "lora_linear", "lora_linear_siblings"]
+__all__ = [
+    "adamw",
+    "linear_cross_entropy",
+    "lora_linear",
+    "lora_linear_siblings",
+    "scaled_dot_product_attention",
+]
