@@ -189,6 +189,51 @@ PYBIND11_MODULE(_C, m) {
       py::arg("sizes"), py::arg("causal"), py::arg("mask"), py::arg("mask_strides"),
       py::arg("isa") = "", free_gil);
   m.def(
+      "glu_forward",
+      [](int64_t out, int64_t gate, int64_t up, int64_t rows, int64_t cols, int64_t gate_stride,
+         int64_t up_stride, int act, int dtype, const std::string& isa) {
+        kernels(isa).glu_forward({rows, cols, gate_stride, up_stride}, at<void>(out),
+                                 at<const void>(gate), at<const void>(up), act, dtype);
+      },
+      py::arg("out"), py::arg("gate"), py::arg("up"), py::arg("rows"), py::arg("cols"),
+      py::arg("gate_stride"), py::arg("up_stride"), py::arg("activation"), py::arg("dtype"),
+      py::arg("isa") = "", free_gil);
+  m.def(
+      "glu_backward",
+      [](int64_t d_gate, int64_t d_up, int64_t dy, int64_t gate, int64_t up, int64_t rows,
+         int64_t cols, int64_t gate_stride, int64_t up_stride, int act, int dtype,
+         const std::string& isa) {
+        kernels(isa).glu_backward({rows, cols, gate_stride, up_stride}, at<void>(d_gate),
+                                  at<void>(d_up), at<const void>(dy), at<const void>(gate),
+                                  at<const void>(up), act, dtype);
+      },
+      py::arg("d_gate"), py::arg("d_up"), py::arg("dy"), py::arg("gate"), py::arg("up"),
+      py::arg("rows"), py::arg("cols"), py::arg("gate_stride"), py::arg("up_stride"),
+      py::arg("activation"), py::arg("dtype"), py::arg("isa") = "", free_gil);
+  m.def(
+      "rms_norm_forward",
+      [](int64_t y, int64_t rstd, int64_t x, int64_t weight, int64_t rows, int64_t cols, float eps,
+         float offset, bool round_first, int dtype, const std::string& isa) {
+        kernels(isa).rms_norm_forward(at<void>(y), at<float>(rstd), at<const void>(x),
+                                      at<const void>(weight), rows, cols, eps, offset, round_first,
+                                      dtype);
+      },
+      py::arg("y"), py::arg("rstd"), py::arg("x"), py::arg("weight"), py::arg("rows"),
+      py::arg("cols"), py::arg("eps"), py::arg("offset"), py::arg("round_first"), py::arg("dtype"),
+      py::arg("isa") = "", free_gil);
+  m.def(
+      "rms_norm_backward",
+      [](int64_t dx, int64_t dw, int64_t dy, int64_t x, int64_t weight, int64_t rstd, int64_t rows,
+         int64_t cols, float offset, int dtype, const std::string& isa) {
+        kernels(isa).rms_norm_backward(at<void>(dx), at<float>(dw), at<const void>(dy),
+                                       at<const void>(x), at<const void>(weight),
+                                       at<const float>(rstd), rows, cols, offset, dtype);
+      },
+      py::arg("dx"), py::arg("dw"), py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("rstd"),
+      py::arg("rows"), py::arg("cols"), py::arg("offset"), py::arg("dtype"), py::arg("isa") = "",
+      free_gil);
+  m.attr("NORM_ROWS") = fastft::kNormRows;
+  m.def(
       "adamw",
       [](int64_t tensors, int64_t steps, int64_t hyper, int64_t count, float max_norm,
          bool maximize, int64_t stats, const std::string& isa) {

@@ -13,6 +13,7 @@
 #endif
 
 #include "fastft/adamw.h"
+#include "fastft/glu.h"
 #include "fastft/philox.h"
 #include "kernels.h"
 
@@ -31,16 +32,19 @@ static inline int64_t thread_index() {
 }
 
 #include "adamw.inc"
+#include "attention.inc"
 #include "cross_entropy.inc"
-#include "attention.inc"  // after cross_entropy.inc, whose exponential it uses
 #include "dropout.inc"
+#include "glu.inc"
+#include "rms_norm.inc"
 
 }  // namespace FASTFT_ISA
 
 extern const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA);
 const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA) = {
-    dropout_mask,      dropout_apply,      dropout_add,      cross_entropy,
-    attention_softmax, attention_gradient, attention_extent, adamw,
+    dropout_mask,      dropout_apply,      dropout_add,       cross_entropy,
+    attention_softmax, attention_gradient, attention_extent,  glu_forward,
+    glu_backward,      rms_norm_forward,   rms_norm_backward, adamw,
 };
 
 }  // namespace fastft

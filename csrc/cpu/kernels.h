@@ -18,6 +18,11 @@ struct AttentionSlab {
   float* scratch;
 };
 
+// Rows of a gated linear unit; strides in elements, all other tensors are contiguous.
+struct GluRows {
+  int64_t count, cols, gate_stride, up_stride;
+};
+
 struct Kernels {
   // mask: (rows, ceil(cols / 8)) bytes; bit k % 8 of byte k / 8 is 1 where column k is kept.
   void (*dropout_mask)(uint8_t* mask, int64_t bytes, uint64_t seed, uint32_t threshold);
@@ -37,6 +42,17 @@ struct Kernels {
   // Scores become probabilities, dp (gradients of those) becomes gradients of q k^T.
   void (*attention_gradient)(const AttentionSlab& slab, void* scores, void* dp, int dtype);
   int64_t (*attention_extent)(const AttentionSlab& slab);
+  // out = activation(gate) * up; act: an Activation code of glu.h.
+  void (*glu_forward)(const GluRows& rows, void* out, const void* gate, const void* up, int act,
+                      int dtype);
+  // Strides are those of gate and up; all else is contiguous.
+  void (*glu_backward)(const GluRows& rows, void* d_gate, void* d_up, const void* dy,
+                       const void* gate, const void* up, int act, int dtype);
+  // y = x rstd (weight + offset); round_first: x rstd is rounded to the dtype before the weight.
+  void (*rms_norm_forward)(void* y, float* rstd, const void* x, const void* weight, int64_t rows,
+                           int64_t cols, float eps, float offset, bool round_first, int dtype);
+  void (*rms_norm_backward)(void* dx, float* dw, const void* dy, const void* x, const void* weight,
+                            const float* rstd, int64_t rows, int64_t cols, float offset, int dtype);
   // tensors: (count, 7) int64 rows of p, g, m, v, numel, p dtype, g dtype. stats: norm, clip
   // coefficient, skipped steps.
   void (*adamw)(const int64_t* tensors, float* steps, const float* hyper, int64_t count,
@@ -45,5 +61,8 @@ struct Kernels {
 
 // Elements of one AdamW work item; fixed, so that sums do not depend on the thread count.
 constexpr int64_t kAdamWBlock = 16384;
+
+// Rows of one partial sum of an RMS norm's weight gradient; fixed for the same reason.
+constexpr int64_t kNormRows = 32;
 
 }  // namespace fastft

@@ -32,7 +32,7 @@ def supports(*, device_type: str, dtype: torch.dtype) -> str | None:
 
 @dataclass(frozen=True)
 class _Slab:
-    """Queries ``first`` to ``last`` of key heads ``heads`` (of batch * kv_heads), keys < ``keys``."""
+    """Queries first to last of some of the batch * kv_heads key heads; keys below ``keys``."""
 
     heads: slice
     first: int

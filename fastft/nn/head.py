@@ -23,6 +23,8 @@ _deferring: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 class FusedHead(nn.Linear):
     """``nn.Linear`` that defers its product while its model computes a loss."""
 
+    fastft_original = nn.Linear
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         # A head that FSDP shards by itself has another class, and no weight once this returns.
         if type(self) is not FusedHead or torch.compiler.is_compiling() or self not in _deferring:

@@ -146,6 +146,8 @@ class FusedLoraLinear(PeftLinear):
     counted with its reason.
     """
 
+    fastft_original = PeftLinear
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         reason = self._refusal(x, args, kwargs)
         if not torch.compiler.is_compiling():

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from fastft.ops.adamw import adamw
 from fastft.ops.attention import scaled_dot_product_attention
+from fastft.ops.glu import glu
 from fastft.ops.linear_cross_entropy import linear_cross_entropy
 from fastft.ops.lora_linear import lora_linear, lora_linear_siblings
+from fastft.ops.rms_norm import rms_norm
 
 __all__ = [
     "adamw",
+    "glu",
     "linear_cross_entropy",
     "lora_linear",
     "lora_linear_siblings",
+    "rms_norm",
     "scaled_dot_product_attention",
 ]

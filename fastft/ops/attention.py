@@ -236,9 +236,7 @@ class Attention(torch.autograd.Function):
                 out = reference.attention(query, key, value, mask, ctx.scale, ctx.is_causal)[0]
             leaves = [t for t in (query, key, value) if t.requires_grad]
             found = iter(torch.autograd.grad(out, leaves, d_out, create_graph=True))
-            gradients = tuple(
-                next(found) if t.requires_grad else None for t in (query, key, value)
-            )
+            gradients = tuple(next(found) if t.requires_grad else None for t in (query, key, value))
         else:
             gradients = _bwd_kernel(
                 d_out, query, key, value, mask, lse, ctx.scale, ctx.is_causal, ctx.backend

@@ -14,12 +14,11 @@ from fastft.nn import head as head_module
 from fastft.nn import siblings
 from fastft.nn.calls import strict_modules
 from fastft.nn.head import CausalLMLoss, FusedHead
-from fastft.patch.rules import RULES, Rule, Site, causal_lm_of
-from fastft.patch.verify import difference, site_key, tolerance, verifiable
+from fastft.patch.proofs import difference, site_key, tolerance, verifiable
+from fastft.patch.rules import RULES, Rule, Site, causal_lm_of, original_of
 
 __all__ = ["accelerate", "lora", "restore"]
 
-_ORIGINALS = {rule.fused: rule.original for rule in RULES.values()}
 _HOOKS = (
     siblings.begin_forward,
     siblings.end_forward,
@@ -41,6 +40,10 @@ def accelerate(
     model: nn.Module,
     lora: bool = True,
     loss: bool = True,
+    norm: bool = True,
+    glu: bool = True,
+    attention: bool = True,
+    *,
     strict: bool = False,
     verify: bool = True,
 ) -> nn.Module:
@@ -51,6 +54,11 @@ def accelerate(
         lora: fuse LoRA layers over ``nn.Linear`` (:func:`fastft.ops.lora_linear`).
         loss: fuse a Transformers causal language model's head and loss
             (:func:`fastft.ops.linear_cross_entropy`); logits are computed only if read.
+        norm: fuse RMS norms, whose convention is found by running them
+            (:func:`fastft.ops.rms_norm`).
+        glu: fuse gated MLPs between their projections (:func:`fastft.ops.glu`).
+        attention: on the CPU, in Transformers models that use sdpa, fuse attention
+            (:func:`fastft.ops.scaled_dot_product_attention`).
         strict: raise where a module or a call cannot be fused, instead of running PEFT's own code.
         verify: run each distinct site once on a small random input, output and gradients, beside
             what it replaces; one that differs by more than rounding is not replaced.
@@ -79,19 +87,17 @@ def accelerate(
             got="one that is",
             remedy="Call fastft.restore(model) first.",
         )
-    planned: list[tuple[Site, type[nn.Module]]] = []
+    switches = {"lora": lora, "loss": loss, "norm": norm, "glu": glu, "attention": attention}
+    planned: list[Site] = []
     refused: dict[nn.Module, str] = {}
     proofs: dict[tuple[Any, ...], str | None] = {}
-    for kind, wanted in (("lora", lora), ("loss", loss)):
-        if not wanted:
-            continue
-        rule = RULES[kind]
-        for site in rule.sites(model):
+    for kind, rule in RULES.items():
+        for site in rule.sites(model) if switches[kind] else ():
             reason = site.refusal
             if reason is None and verify and verifiable(site.module):
-                key = (kind, *site_key(site.module))
+                key = (kind, site.fused, *site_key(site.module))
                 if key not in proofs:
-                    proofs[key] = _disproof(site.module, rule)
+                    proofs[key] = _disproof(site, rule)
                 reason = proofs[key]
             if reason is not None and strict:
                 raise VerificationError(
@@ -99,20 +105,22 @@ def accelerate(
                     site.name,
                     expected="a module that can be fused",
                     got=reason,
-                    remedy="Use strict=False to leave it to PEFT.",
+                    remedy=f"Use strict=False to leave it as it is, or {kind}=False.",
                 )
             if reason is None or (site.refusal is not None and site.by_state):
-                planned.append((site, rule.fused))
+                planned.append(site)
             else:
                 refused[site.module] = reason
 
     # Everything above only looked; from here on nothing can fail half way.
     refusals.update(refused)
-    for site, fused in planned:
-        site.module.__class__ = fused
+    for site in planned:
+        if site.fused is None:
+            continue
+        site.module.__class__ = site.fused
         if strict:
             strict_modules.add(site.module)
-        if fused is FusedHead:
+        if site.fused is FusedHead:
             _attach_loss(causal_lm_of(model))
     model.register_forward_pre_hook(siblings.begin_forward, prepend=True)
     model.register_forward_hook(siblings.end_forward, always_call=True)
@@ -121,10 +129,11 @@ def accelerate(
     return model
 
 
-def _disproof(module: nn.Module, rule: Rule) -> str | None:
+def _disproof(site: Site, rule: Rule) -> str | None:
     """Why the fused module must not replace this one; None when it may."""
+    module = site.module
     try:
-        found = difference(module, rule.fused, rule.original)
+        found = difference(module, rule.run, site.fused or type(module), trained=rule.trained)
     except Exception as error:
         return f"verification failed: {type(error).__name__}: {error}"
     bound = tolerance(module)
@@ -171,8 +180,8 @@ def restore(model: nn.Module) -> nn.Module:
     if owner is not None:
         _detach_loss(owner)
     for module in model.modules():
-        original = _ORIGINALS.get(type(module))
-        if original is not None:
+        original = original_of(module)
+        if type(module) is not original:
             module.__class__ = original
             strict_modules.discard(module)
         refusals.pop(module, None)

@@ -6,14 +6,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from fastft import backends
 from fastft.nn.calls import call_counts
 from fastft.nn.siblings import group_of
 from fastft.patch.apply import refusals
-from fastft.patch.rules import RULES, Site
+from fastft.patch.rules import RULES, Rule, Site
 
 __all__ = ["Explanation", "ModuleReport", "explain"]
 
@@ -23,7 +21,7 @@ class ModuleReport:
     """One module a rule speaks of.
 
     Attributes:
-        kind: "lora" or "loss".
+        kind: "lora", "loss", "norm", "glu" or "attention".
         fused: whether it has a fused forward and nothing in its state keeps it from running.
         backend: who runs it, in the dtype of its weights; None when not fused.
         reason: why it is not fused; None when it is.
@@ -111,27 +109,27 @@ class Explanation:
 def explain(model: nn.Module) -> Explanation:
     """Every module of ``model`` that fastft knows how to fuse, and what became of it."""
     reports = [
-        _report(kind, rule.fused, site, refusals.get(site.module))
-        for kind, rule in RULES.items()
+        _report(rule, site, refusals.get(site.module))
+        for rule in RULES.values()
         for site in rule.sites(model)
     ]
     return Explanation(tuple(reports))
 
 
-def _report(kind: str, fused: type[nn.Module], site: Site, refused: str | None) -> ModuleReport:
+def _report(rule: Rule, site: Site, refused: str | None) -> ModuleReport:
     reason = site.refusal or refused
-    if reason is None and type(site.module) is not fused:
+    if reason is None and type(site.module) is not site.fused:
         reason = "not accelerated: call fastft.accelerate(model)"
     backend = None
     if reason is None:
-        backend = _backend(kind, site.module)
+        backend = rule.backend(site.module)
         if backend == "reference":
             reason, backend = "no fused backend for this device and dtype", None
     counts = call_counts(site.module)
     group = group_of(site.module)
     return ModuleReport(
         name=site.name,
-        kind=kind,
+        kind=rule.kind,
         fused=reason is None,
         backend=backend,
         reason=reason,
@@ -139,27 +137,3 @@ def _report(kind: str, fused: type[nn.Module], site: Site, refused: str | None) 
         fused_calls=counts.fused,
         fallback_calls=dict(counts.fallback),
     )
-
-
-def _backend(kind: str, module: Any) -> str:
-    """Who serves the module when it is called in the dtype of its weight."""
-    if kind == "loss":
-        weight = module.weight
-        return backends.select(
-            "linear_cross_entropy",
-            device_type=weight.device.type,
-            dtype=weight.dtype,
-            weight_requires_grad=weight.requires_grad,
-        )[0]
-    weight = module.base_layer.weight
-    adapter = next(module.lora_A[n].weight for n in module.active_adapters if n in module.lora_A)
-    if weight.device.type == "meta":
-        return "reference"
-    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-    return backends.select(
-        "lora_linear",
-        device_type=weight.device.type,
-        dtype=dtype,
-        adapter_dtype=adapter.dtype,
-        r=adapter.shape[0],
-    )[0]

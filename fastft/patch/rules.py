@@ -1,7 +1,7 @@
 """What can be fused, as data: by what a module is and has, never by a model's name.
 
-A rule finds its sites in a model and says of each why it cannot be fused, or None. ``accelerate``
-applies rules, ``explain`` reads them.
+A rule finds its sites in a model and says of each which class it would get, or why none. Rules are
+applied by ``accelerate`` and read by ``explain``.
 """
 
 from __future__ import annotations
@@ -10,15 +10,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from fastft import backends
+from fastft.nn.attention import FusedAttention
 from fastft.nn.head import CausalLMLoss, FusedHead
 from fastft.nn.lora import FusedLoraLinear, module_refusal
+from fastft.nn.mlp import FusedGatedMLP, activation_of, layout_of
+from fastft.nn.norm import FusedRMSNorm, epsilon, norm_facts
+from fastft.nn.swap import Swapped, site_refusal, swapped_class
+from fastft.patch import proofs
 
-__all__ = ["RULES", "Rule", "Site", "causal_lm_of"]
+__all__ = ["RULES", "Rule", "Site", "causal_lm_of", "original_of"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class Site:
 
     Attributes:
         refusal: why it cannot be fused; None when it can.
+        fused: the class it has, or would have, fused; None where there is none for it.
         by_state: the refusal is about its present state (merged, disabled, another adapter), so
             it gets the fused class, which asks again at every call.
     """
@@ -34,6 +42,7 @@ class Site:
     name: str
     module: nn.Module
     refusal: str | None
+    fused: type[nn.Module] | None = None
     by_state: bool = False
 
 
@@ -43,25 +52,46 @@ class Rule:
 
     Attributes:
         kind: its name, also the switch of ``accelerate``.
-        fused: the class that fused modules have.
-        original: the class they had.
         sites: the modules of a model it speaks of, fused already or not.
+        run: the module as a given class on a small random input: outputs and gradients.
+        backend: who serves the module in the dtype of its weights.
+        trained: verify in training mode; what a module draws is then the same on both sides.
     """
 
     kind: str
-    fused: type[nn.Module]
-    original: type[nn.Module]
     sites: Callable[[nn.Module], Iterator[Site]]
+    run: Callable[[Any, type[nn.Module]], list[Tensor]]
+    backend: Callable[[Any], str]
+    trained: bool = True
+
+
+def original_of(module: nn.Module) -> type[nn.Module]:
+    """The class the module has, or had before it was fused."""
+    return getattr(type(module), "fastft_original", type(module))
 
 
 def _lora_sites(model: nn.Module) -> Iterator[Site]:
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or not isinstance(module, nn.Module):
             continue
-        if type(module) in (PeftLinear, FusedLoraLinear):
-            yield Site(name, module, module_refusal(module), by_state=True)
+        if original_of(module) is PeftLinear:
+            yield Site(name, module, module_refusal(module), FusedLoraLinear, by_state=True)
         else:
             yield Site(name, module, f"{type(module).__name__} layers are not fused")
+
+
+def _lora_backend(module: Any) -> str:
+    weight = module.base_layer.weight
+    adapter = next(module.lora_A[n].weight for n in module.active_adapters if n in module.lora_A)
+    if weight.device.type == "meta":
+        return "reference"
+    return backends.select(
+        "lora_linear",
+        device_type=weight.device.type,
+        dtype=weight.dtype if weight.dtype.is_floating_point else torch.float32,
+        adapter_dtype=adapter.dtype,
+        r=adapter.shape[0],
+    )[0]
 
 
 def causal_lm_of(model: Any) -> Any:
@@ -99,13 +129,128 @@ def _loss_sites(model: nn.Module) -> Iterator[Site]:
         return
     head = owner.get_output_embeddings()
     name = next((n for n, m in model.named_modules() if m is head), "lm_head")
-    yield Site(name, head, _head_refusal(owner, head))
+    yield Site(name, head, _head_refusal(owner, head), FusedHead)
+
+
+def _loss_backend(head: Any) -> str:
+    weight = head.weight
+    return backends.select(
+        "linear_cross_entropy",
+        device_type=weight.device.type,
+        dtype=weight.dtype,
+        weight_requires_grad=weight.requires_grad,
+    )[0]
+
+
+def _swapped_site(
+    name: str,
+    module: nn.Module,
+    mixin: type[Swapped],
+    facts: tuple[tuple[str, Any], ...],
+    refusal: str | None,
+) -> Site:
+    if refusal is None and "forward" in vars(module):
+        refusal = "forward replaced on the module itself"
+    fused = swapped_class(mixin, original_of(module), facts)  # type: ignore[arg-type]
+    return Site(name, module, refusal, fused)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """One weight vector, an epsilon, nothing else."""
+    own = dict(module.named_parameters())
+    return (
+        set(own) == {"weight"}
+        and own["weight"].dim() == 1
+        and epsilon(module) is not None
+        and not list(module.children())
+        and not isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase))
+    )
+
+
+def _norm_sites(model: nn.Module) -> Iterator[Site]:
+    known: dict[tuple[Any, ...], tuple[tuple[str, Any], ...] | None] = {}
+    for name, module in model.named_modules():
+        if not _is_norm(module):
+            continue
+        weight: Any = module.weight
+        if issubclass(type(module), FusedRMSNorm):
+            yield Site(name, module, None, type(module))
+            continue
+        if not proofs.verifiable(module):
+            yield Site(name, module, "its weight is not here to try it with (meta, sharded)")
+            continue
+        refusal = site_refusal("rms_norm", weight)
+        if refusal is not None:
+            yield Site(name, module, refusal)
+            continue
+        key = (type(module), weight.shape, weight.dtype, weight.device, epsilon(module))
+        if key not in known:
+            known[key] = norm_facts(module)
+        facts = known[key]
+        if facts is None:
+            yield Site(name, module, f"{type(module).__name__} computes no RMS norm we know")
+        else:
+            yield _swapped_site(name, module, FusedRMSNorm, facts, None)
+
+
+def _norm_backend(module: Any) -> str:
+    return _select("rms_norm", module.weight)
+
+
+def _glu_sites(model: nn.Module) -> Iterator[Site]:
+    for name, module in model.named_modules():
+        layout = layout_of(module)
+        if layout is None:
+            continue
+        refusal = None
+        if activation_of(module, layout) is None:
+            refusal = f"activation is {type(getattr(module, layout.activation)).__name__}"
+        weight = proofs.float_parameter(module)
+        if refusal is None and weight is not None:
+            refusal = site_refusal("glu", weight)
+        yield _swapped_site(name, module, FusedGatedMLP, (("fastft_layout", layout),), refusal)
+
+
+def _glu_backend(module: Any) -> str:
+    weight = proofs.float_parameter(module)
+    return "reference" if weight is None else _select("glu", weight)
+
+
+def _attention_sites(model: nn.Module) -> Iterator[Site]:
+    """Modules that call Transformers' attention interface, where fastft has an attention; elsewhere
+    torch's own is the best there is and nothing is said."""
+    for name, module in model.named_modules():
+        config = module.__dict__.get("config")
+        code = getattr(original_of(module).forward, "__code__", None)
+        if config is None or "ALL_ATTENTION_FUNCTIONS" not in getattr(code, "co_names", ()):
+            continue
+        weight = proofs.float_parameter(module)
+        if weight is None or site_refusal("attention", weight) is not None:
+            continue
+        implementation = getattr(config, "_attn_implementation", None)
+        refusal = None
+        if implementation != "sdpa":
+            refusal = f"attention implementation is {implementation}, not sdpa"
+        yield _swapped_site(name, module, FusedAttention, (), refusal)
+
+
+def _attention_backend(module: Any) -> str:
+    weight = proofs.float_parameter(module)
+    return "reference" if weight is None else _select("attention", weight)
+
+
+def _select(op: str, tensor: Tensor) -> str:
+    return backends.select(op, device_type=tensor.device.type, dtype=tensor.dtype)[0]
 
 
 RULES: dict[str, Rule] = {
     rule.kind: rule
     for rule in (
-        Rule("lora", FusedLoraLinear, PeftLinear, _lora_sites),
-        Rule("loss", FusedHead, nn.Linear, _loss_sites),
+        # Dropout masks of PEFT and of fastft differ: verified without.
+        Rule("lora", _lora_sites, proofs.run_lora, _lora_backend, trained=False),
+        Rule("loss", _loss_sites, proofs.run_head, _loss_backend),
+        Rule("norm", _norm_sites, proofs.run_norm, _norm_backend),
+        Rule("glu", _glu_sites, proofs.run_mlp, _glu_backend),
+        Rule("attention", _attention_sites, proofs.run_attention, _attention_backend),
     )
 }

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from fastft.nn.attention import FusedAttention, attention_forward
 from fastft.nn.calls import uncounted
 from fastft.nn.head import FusedHead, causal_lm_loss
-from fastft.nn.lora import FusedLoraLinear
+from fastft.nn.mlp import layout_of
 
-__all__ = ["difference", "site_key", "tolerance"]
+__all__ = [
+    "difference",
+    "float_parameter",
+    "run_attention",
+    "run_head",
+    "run_lora",
+    "run_mlp",
+    "run_norm",
+    "site_key",
+    "tolerance",
+    "verifiable",
+]
 
 # The head keeps eight of them, one shifted out and one ignored: float32 products over a vocabulary
 # lose accuracy in torch at 1, 2, 3 and 5 rows (measured with K = 49152: 1e-5 to 7e-5 against 4e-7).
@@ -39,18 +54,23 @@ def tolerance(module: nn.Module) -> float:
     return 2 * eps + 2 * torch.finfo(torch.float32).eps * width**0.5
 
 
-def difference(module: nn.Module, fused: type[nn.Module], original: type[nn.Module]) -> float:
-    """Largest relative difference between the module as ``fused`` and as ``original``, over the
-    output and every gradient; inf when the fused one gives NaN or Inf."""
+def difference(
+    module: nn.Module,
+    run: Callable[[Any, type[nn.Module]], list[Tensor]],
+    fused: type[nn.Module],
+    *,
+    trained: bool,
+) -> float:
+    """Largest relative difference between the module as ``fused`` and as it is, over the output
+    and every gradient; inf when the fused one gives NaN or Inf."""
     was_training = {m: m.training for m in module.modules()}
-    module.eval()  # no dropout: two draws of a mask differ
+    module.train(trained)
     # Verification draws random numbers; the model's own random state must not notice.
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
     try:
         with uncounted(), torch.random.fork_rng(devices), torch.enable_grad():
             torch.manual_seed(0)
-            run = _run_head if fused is FusedHead else _run_layer
-            expected = run(module, original)
+            expected = run(module, type(module))
             torch.manual_seed(0)
             got = run(module, fused)
     finally:
@@ -66,7 +86,23 @@ def _relative(got: Tensor, expected: Tensor) -> float:
     return (got.double() - expected.double()).norm().item() / max(scale, 1e-30)
 
 
-def _run_layer(module: Any, kind: type[nn.Module]) -> list[Tensor]:
+@contextmanager
+def _as_class(module: nn.Module, kind: type[nn.Module]) -> Iterator[None]:
+    before = type(module)
+    module.__class__ = kind
+    try:
+        yield
+    finally:
+        module.__class__ = before
+
+
+def float_parameter(module: nn.Module) -> nn.Parameter | None:
+    """The first floating-point parameter of two dimensions or more: its dtype is the module's."""
+    parameters = (p for p in module.parameters() if p.dim() > 1 and p.is_floating_point())
+    return next(parameters, None)
+
+
+def run_lora(module: Any, kind: type[nn.Module]) -> list[Tensor]:
     """Output and gradients of a LoRA layer with random adapters (B starts at zero, which would
     hide half of the work) as class ``kind``."""
     name = next(n for n in module.active_adapters if n in module.lora_A)
@@ -78,18 +114,14 @@ def _run_layer(module: Any, kind: type[nn.Module]) -> list[Tensor]:
         adapters[f"{part}.{name}.weight"] = random.to(p.dtype).requires_grad_()
     x = torch.randn(_TOKENS, weight.shape[1], device=weight.device).to(weight.dtype)
     x.requires_grad_()
-    before = type(module)
-    module.__class__ = kind
-    try:
+    with _as_class(module, kind):
         y = functional_call(module, adapters, (x,))
-    finally:
-        module.__class__ = before
     dy = torch.randn(y.shape, device=y.device).to(y.dtype)
     leaves = [x, *adapters.values()]
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
-def _run_head(head: Any, kind: type[nn.Module]) -> list[Tensor]:
+def run_head(head: Any, kind: type[nn.Module]) -> list[Tensor]:
     """Loss and gradient of the hidden states, fused or through the logits."""
     weight = head.weight
     hidden = torch.randn(1, _TOKENS, weight.shape[1], device=weight.device).to(weight.dtype)
@@ -107,9 +139,54 @@ def _run_head(head: Any, kind: type[nn.Module]) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, [hidden])]
 
 
+def run_norm(module: Any, kind: type[nn.Module]) -> list[Tensor]:
+    """Output and gradients of a norm with a random weight (many start at one) as class ``kind``."""
+    weight = module.weight
+    random = torch.randn(weight.shape, device=weight.device).to(weight.dtype).requires_grad_()
+    x = torch.randn(_TOKENS, weight.shape[0], device=weight.device).to(weight.dtype)
+    x.requires_grad_()
+    with _as_class(module, kind):
+        y = functional_call(module, {"weight": random}, (x,))
+    dy = torch.randn(y.shape, device=y.device).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, [x, random], dy)]
+
+
+def run_mlp(module: Any, kind: type[nn.Module]) -> list[Tensor]:
+    """Output and input gradient of a gated MLP as class ``kind``."""
+    layout, weight = layout_of(module), float_parameter(module)
+    if layout is None or weight is None:
+        raise TypeError("no gated MLP with floating-point weights")
+    width = getattr(module, layout.gate).in_features
+    x = torch.randn(1, _TOKENS, width, device=weight.device).to(weight.dtype).requires_grad_()
+    with _as_class(module, kind):
+        y = module(x)
+    dy = torch.randn(y.shape, device=y.device).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, [x], dy)]
+
+
+def run_attention(module: Any, kind: type[nn.Module]) -> list[Tensor]:
+    """Output and gradients of the attention inside the module, ``kind``'s or sdpa's."""
+    weight = float_parameter(module)
+    if weight is None:
+        raise TypeError("no floating-point weights")
+    forward = attention_forward if issubclass(kind, FusedAttention) else sdpa_attention_forward
+    group, width = getattr(module, "num_key_value_groups", 1), getattr(module, "head_dim", 64)
+
+    def draw(heads: int) -> Tensor:
+        values = torch.randn(1, heads, 2 * _TOKENS, width, device=weight.device)
+        return values.to(weight.dtype).requires_grad_()
+
+    leaves = query, key, value = draw(2 * group), draw(2), draw(2)
+    scaling = getattr(module, "scaling", None)
+    y, _ = forward(module, query, key, value, None, scaling=scaling)
+    dy = torch.randn(y.shape, device=y.device).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
 def verifiable(module: nn.Module) -> bool:
-    """Whether there is anything to run: not on the meta device, not sharded, dense floats."""
-    plain = all(
-        p.device.type != "meta" and type(p) in (Tensor, nn.Parameter) for p in module.parameters()
+    """Whether there is anything to run: not on the meta device, not sharded, floats."""
+    parameters = list(module.parameters())
+    return bool(parameters) and all(
+        p.device.type != "meta" and type(p) in (Tensor, nn.Parameter) and p.is_floating_point()
+        for p in parameters
     )
-    return plain and isinstance(module, (nn.Linear, FusedLoraLinear.__mro__[1]))

@@ -1,0 +1,46 @@
+"""CPU launcher of ``glu``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastft import native
+
+# The codes of csrc/include/fastft/glu.h.
+_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+
+
+def supports(*, device_type: str, dtype: torch.dtype) -> str | None:
+    """float32 and bfloat16."""
+    if not native.available():
+        return f"the compiled module is missing ({native.load_error()})"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"{dtype}; the CPU kernels take float32 and bfloat16"
+    return None
+
+
+def _rows(gate: Tensor, up: Tensor, activation: str) -> tuple[int, ...]:
+    strides = (gate.stride(0), up.stride(0))
+    return (*gate.shape, *strides, _CODES[activation], native.DTYPE_CODES[gate.dtype])
+
+
+def fwd(out: Tensor, gate: Tensor, up: Tensor, *, activation: str) -> None:
+    """Writes out (rows, columns); gate and up may have strided rows."""
+    native.module().glu_forward(
+        out.data_ptr(), gate.data_ptr(), up.data_ptr(), *_rows(gate, up, activation)
+    )
+
+
+def bwd(
+    d_gate: Tensor, d_up: Tensor, d_out: Tensor, gate: Tensor, up: Tensor, *, activation: str
+) -> None:
+    """Writes the gradients, contiguous."""
+    native.module().glu_backward(
+        d_gate.data_ptr(),
+        d_up.data_ptr(),
+        d_out.data_ptr(),
+        gate.data_ptr(),
+        up.data_ptr(),
+        *_rows(gate, up, activation),
+    )

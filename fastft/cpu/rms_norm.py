@@ -1,0 +1,74 @@
+"""CPU launcher of ``rms_norm``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastft import native
+from fastft.cpu.products import scratch
+
+
+def supports(*, device_type: str, dtype: torch.dtype) -> str | None:
+    """float32 and bfloat16."""
+    if not native.available():
+        return f"the compiled module is missing ({native.load_error()})"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"{dtype}; the CPU kernels take float32 and bfloat16"
+    return None
+
+
+def fwd(
+    y: Tensor,
+    rstd: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    offset: float,
+    round_first: bool,
+) -> None:
+    """Writes y (rows, columns) and rstd (rows)."""
+    native.module().rms_norm_forward(
+        y.data_ptr(),
+        rstd.data_ptr(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        *x.shape,
+        eps,
+        offset,
+        round_first,
+        native.DTYPE_CODES[x.dtype],
+    )
+
+
+def bwd(
+    dx: Tensor,
+    d_weight: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    *,
+    offset: float,
+) -> None:
+    """Writes dx, and d_weight summed in float32 where it is wanted."""
+    rows, columns = x.shape
+    blocks = -(-rows // native.module().NORM_ROWS)
+    partial = None
+    if d_weight is not None:
+        partial = scratch("norm_dw", (blocks, columns), torch.float32)
+    native.module().rms_norm_backward(
+        dx.data_ptr(),
+        0 if partial is None else partial.data_ptr(),
+        dy.data_ptr(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        rstd.data_ptr(),
+        rows,
+        columns,
+        offset,
+        native.DTYPE_CODES[x.dtype],
+    )
+    if d_weight is not None and partial is not None:
+        d_weight.copy_(partial.sum(0))

@@ -1,0 +1,118 @@
+"""Attention of Transformers' models through their own attention interface, fused on the CPU.
+
+A fused module shows its code a configuration that names fastft's attention where the real one says
+"sdpa"; the configuration itself, which models may share, is not touched, and masks stay sdpa's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from fastft import ops
+from fastft.nn.calls import count
+from fastft.nn.swap import Swapped, call_refusal
+
+__all__ = ["NAME", "FusedAttention", "attention_forward"]
+
+NAME = "fastft"
+# Below this many queries there is nothing to block: decoding.
+_FEW = 16
+
+
+class _ConfigView:
+    """A configuration whose attention implementation is fastft's where it is sdpa."""
+
+    def __init__(self, config: Any) -> None:
+        self.__dict__["_config"] = config
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__["_config"], name)
+        return NAME if name == "_attn_implementation" and value == "sdpa" else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_config"], name, value)
+
+
+class FusedAttention(Swapped):
+    """An attention module that asks the interface for :func:`attention_forward`."""
+
+    @property
+    def config(self) -> Any:
+        """The module's configuration, with fastft's attention in place of sdpa."""
+        return _ConfigView(self.__dict__["config"])
+
+    @config.setter
+    def config(self, config: Any) -> None:
+        self.__dict__["config"] = config
+
+
+def attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Transformers' attention interface: (batch, heads, tokens, width) in, (batch, tokens, heads,
+    width) out. What :func:`fastft.ops.scaled_dot_product_attention` does not do runs as sdpa and
+    is counted."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal) and attention_mask is None and query.shape[2] > 1
+    reason = _refusal(query, key, value, attention_mask, dropout, causal, kwargs)
+    if not torch.compiler.is_compiling():
+        count(module, reason)
+    if reason is not None:
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
+        )
+    out = ops.scaled_dot_product_attention(
+        query, key, value, attention_mask, is_causal=causal, scale=scaling
+    )
+    return out.transpose(1, 2), None
+
+
+def _refusal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    kwargs: dict[str, Any],
+) -> str | None:
+    for name in ("position_bias", "softcap", "s_aux", "cache"):
+        if kwargs.get(name) is not None:
+            return f"{name} in attention"
+    if kwargs.get("output_attentions"):
+        return "attention weights are asked for"
+    if dropout:
+        return "dropout of attention weights"
+    if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4):
+        return "attention mask is not bool (batch, heads, queries, keys)"
+    if query.shape[2] < _FEW:
+        return "few queries (decoding)"
+    if causal and key.shape[2] != query.shape[2]:
+        return "causal attention over a cache"
+    if mask is not None and mask.shape[3] != key.shape[2]:
+        return "attention mask is longer than the keys"
+    return call_refusal("attention", query, key, value)
+
+
+AttentionInterface.register(NAME, attention_forward)

@@ -1,0 +1,75 @@
+"""Fused forwards for modules of any class: a subclass of the module's own class, swapped in.
+
+The class is made once for each (mixin, original class, facts), so that ``isinstance``, hooks,
+state-dict keys and everything the module holds stay what they were. Copies and pickles name the
+mixin and the original class, since the subclass has no name to be found by.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastft import backends
+
+__all__ = ["Swapped", "call_refusal", "swapped_class"]
+
+
+class Swapped:
+    """Base of the mixins; ``fastft_original`` is the class the module had."""
+
+    fastft_original: type[nn.Module]
+    fastft_facts: tuple[tuple[str, Hashable], ...] = ()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        cls: Any = type(self)
+        state: Any = super().__reduce_ex__(protocol)
+        key = (cls.fastft_mixin, cls.fastft_original, cls.fastft_facts)
+        return (_revive, key, *state[2:])
+
+
+@functools.cache
+def swapped_class(
+    mixin: type[Swapped], original: type[nn.Module], facts: tuple[tuple[str, Hashable], ...] = ()
+) -> type[nn.Module]:
+    """``original`` with the forward of ``mixin``; facts become attributes of the class."""
+    held: dict[str, Any] = dict(facts)
+    held.update(fastft_mixin=mixin, fastft_original=original, fastft_facts=facts)
+    held.update(__module__=original.__module__, __qualname__=original.__qualname__)
+    return type(original.__name__, (mixin, original), held)
+
+
+def _revive(
+    mixin: type[Swapped], original: type[nn.Module], facts: tuple[tuple[str, Hashable], ...]
+) -> nn.Module:
+    cls = swapped_class(mixin, original, facts)  # type: ignore[arg-type]
+    return cls.__new__(cls)
+
+
+def call_refusal(op: str, *tensors: Any) -> str | None:
+    """Why ``op`` cannot run on these tensors; None when it can."""
+    if torch.compiler.is_compiling():  # the operation chooses when the graph runs
+        first = tensors[0]
+        return "mixed dtypes" if any(t.dtype != first.dtype for t in tensors) else None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transform"
+    if not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
+        return "tensor subclass"
+    first = tensors[0]
+    if any(t.device != first.device for t in tensors):
+        return "several devices"
+    if any(t.dtype != first.dtype for t in tensors):
+        return "mixed dtypes"
+    return site_refusal(op, first)
+
+
+def site_refusal(op: str, tensor: Tensor) -> str | None:
+    """Why no backend but the reference runs ``op`` in this device and dtype; None when one does."""
+    chosen, _ = backends.select(op, device_type=tensor.device.type, dtype=tensor.dtype)
+    if chosen != "reference":
+        return None
+    return "no fused backend for this device and dtype"
