@@ -16,12 +16,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from fastft import ops
 from fastft.nn.calls import count
 from fastft.nn.swap import Swapped, call_refusal
+from fastft.ops._checks import autocast_dtype
 
 __all__ = ["NAME", "FusedAttention", "attention_forward"]
 
 NAME = "fastft"
-# Below this many queries there is nothing to block: decoding.
-_FEW = 16
 
 
 class _ConfigView:
@@ -67,10 +66,13 @@ def attention_forward(
     is counted."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
-    reason = _refusal(query, key, value, attention_mask, dropout, causal, kwargs)
-    if not torch.compiler.is_compiling():
-        count(module, reason)
-    if reason is not None:
+    decoding = query.shape[2] == 1  # one query is a product of a vector: there is nothing to fuse
+    reason = None
+    if not decoding:
+        reason = _refusal(query, key, value, attention_mask, dropout, causal, kwargs)
+        if not torch.compiler.is_compiling():
+            count(module, reason)
+    if decoding or reason is not None:
         return sdpa_attention_forward(
             module,
             query,
@@ -106,13 +108,12 @@ def _refusal(
         return "dropout of attention weights"
     if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4):
         return "attention mask is not bool (batch, heads, queries, keys)"
-    if query.shape[2] < _FEW:
-        return "few queries (decoding)"
     if causal and key.shape[2] != query.shape[2]:
         return "causal attention over a cache"
     if mask is not None and mask.shape[3] != key.shape[2]:
         return "attention mask is longer than the keys"
-    return call_refusal("attention", query, key, value)
+    autocast = autocast_dtype(query.device.type)
+    return call_refusal("attention", query, key, value, dtype=autocast)
 
 
 AttentionInterface.register(NAME, attention_forward)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastft import backends
 
-__all__ = ["Swapped", "call_refusal", "swapped_class"]
+__all__ = ["Swapped", "call_refusal", "original_of", "site_refusal", "swapped_class"]
 
 
 class Swapped:
@@ -43,6 +43,14 @@ def swapped_class(
     return type(original.__name__, (mixin, original), held)
 
 
+def original_of(module: nn.Module) -> type[nn.Module]:
+    """The class the module has, or had before it was fused.
+
+    Only a fused class itself knows one: what FSDP made of it is left alone.
+    """
+    return vars(type(module)).get("fastft_original", type(module))
+
+
 def _revive(
     mixin: type[Swapped], original: type[nn.Module], facts: tuple[tuple[str, Hashable], ...]
 ) -> nn.Module:
@@ -50,11 +58,14 @@ def _revive(
     return cls.__new__(cls)
 
 
-def call_refusal(op: str, *tensors: Any) -> str | None:
-    """Why ``op`` cannot run on these tensors; None when it can."""
+def call_refusal(op: str, *tensors: Any, dtype: torch.dtype | None = None) -> str | None:
+    """Why ``op`` cannot run on these tensors; None when it can.
+
+    dtype: what the operation casts them to (autocast); None: they must agree.
+    """
+    mixed = dtype is None and any(t.dtype != tensors[0].dtype for t in tensors)
     if torch.compiler.is_compiling():  # the operation chooses when the graph runs
-        first = tensors[0]
-        return "mixed dtypes" if any(t.dtype != first.dtype for t in tensors) else None
+        return "mixed dtypes" if mixed else None
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func transform"
     if not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
@@ -62,14 +73,14 @@ def call_refusal(op: str, *tensors: Any) -> str | None:
     first = tensors[0]
     if any(t.device != first.device for t in tensors):
         return "several devices"
-    if any(t.dtype != first.dtype for t in tensors):
+    if mixed:
         return "mixed dtypes"
-    return site_refusal(op, first)
+    return site_refusal(op, first, dtype)
 
 
-def site_refusal(op: str, tensor: Tensor) -> str | None:
+def site_refusal(op: str, tensor: Tensor, dtype: torch.dtype | None = None) -> str | None:
     """Why no backend but the reference runs ``op`` in this device and dtype; None when one does."""
-    chosen, _ = backends.select(op, device_type=tensor.device.type, dtype=tensor.dtype)
+    chosen, _ = backends.select(op, device_type=tensor.device.type, dtype=dtype or tensor.dtype)
     if chosen != "reference":
         return None
     return "no fused backend for this device and dtype"

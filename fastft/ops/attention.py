@@ -17,7 +17,14 @@ from torch import Tensor
 
 from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
-from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
+from fastft.ops._checks import (
+    FLOATS,
+    autocast_dtype,
+    check_device,
+    check_dtype,
+    check_shape,
+    check_tensor,
+)
 from fastft.ops._library import register
 from fastft.reference import attention as reference
 
@@ -40,7 +47,8 @@ def scaled_dot_product_attention(
     """Attention with torch's names and layout, without dropout.
 
     Args:
-        query: (batch, heads, queries, width), any strides; float32, bfloat16, float16, float64.
+        query: (batch, heads, queries, width), any strides; float32, bfloat16, float16, float64,
+            the same in key and value; under autocast all three are cast, as torch does.
         key: (batch, kv_heads, keys, width), kv_heads a divisor of heads: query head h reads key
             head h // (heads / kv_heads), grouped-query attention without repeated keys.
         value: (batch, kv_heads, keys, value width).
@@ -62,6 +70,9 @@ def scaled_dot_product_attention(
         ArgumentError, BackendError: an unknown backend, or one that cannot run this call.
     """
     check(query, key, value, attn_mask)
+    dtype = autocast_dtype(query.device.type)
+    if dtype is not None:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     mask = attn_mask
     if mask is not None and mask.stride(-1) != 1:
@@ -92,9 +103,10 @@ def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Non
             expected="(batch, heads, queries, width)",
             got=str(tuple(query.shape)),
         )
+    autocast = autocast_dtype(query.device.type) is not None
     for name, tensor in (("key", key), ("value", value)):
         check_tensor(_WHERE, name, tensor)
-        check_dtype(_WHERE, name, tensor, (query.dtype,))
+        check_dtype(_WHERE, name, tensor, FLOATS if autocast else (query.dtype,))
         check_device(_WHERE, name, tensor, query.device)
     batch, heads, queries, width = query.shape
     if key.dim() != 4 or key.shape[0] != batch or key.shape[3] != width:

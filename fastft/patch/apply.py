@@ -14,8 +14,9 @@ from fastft.nn import head as head_module
 from fastft.nn import siblings
 from fastft.nn.calls import strict_modules
 from fastft.nn.head import CausalLMLoss, FusedHead
+from fastft.nn.swap import original_of
 from fastft.patch.proofs import difference, site_key, tolerance, verifiable
-from fastft.patch.rules import RULES, Rule, Site, causal_lm_of, original_of
+from fastft.patch.rules import RULES, Rule, Site, causal_lm_of
 
 __all__ = ["accelerate", "lora", "restore"]
 

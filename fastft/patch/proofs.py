@@ -15,6 +15,7 @@ from fastft.nn.attention import FusedAttention, attention_forward
 from fastft.nn.calls import uncounted
 from fastft.nn.head import FusedHead, causal_lm_loss
 from fastft.nn.mlp import layout_of
+from fastft.nn.swap import original_of
 
 __all__ = [
     "difference",
@@ -61,8 +62,8 @@ def difference(
     *,
     trained: bool,
 ) -> float:
-    """Largest relative difference between the module as ``fused`` and as it is, over the output
-    and every gradient; inf when the fused one gives NaN or Inf."""
+    """Largest relative difference between the module as ``fused`` and as what it was, over the
+    output and every gradient; inf when the fused one gives NaN or Inf."""
     was_training = {m: m.training for m in module.modules()}
     module.train(trained)
     # Verification draws random numbers; the model's own random state must not notice.
@@ -70,7 +71,7 @@ def difference(
     try:
         with uncounted(), torch.random.fork_rng(devices), torch.enable_grad():
             torch.manual_seed(0)
-            expected = run(module, type(module))
+            expected = run(module, original_of(module))
             torch.manual_seed(0)
             got = run(module, fused)
     finally:

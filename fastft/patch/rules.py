@@ -22,10 +22,10 @@ from fastft.nn.head import CausalLMLoss, FusedHead
 from fastft.nn.lora import FusedLoraLinear, module_refusal
 from fastft.nn.mlp import FusedGatedMLP, activation_of, layout_of
 from fastft.nn.norm import FusedRMSNorm, epsilon, norm_facts
-from fastft.nn.swap import Swapped, site_refusal, swapped_class
+from fastft.nn.swap import Swapped, original_of, site_refusal, swapped_class
 from fastft.patch import proofs
 
-__all__ = ["RULES", "Rule", "Site", "causal_lm_of", "original_of"]
+__all__ = ["RULES", "Rule", "Site", "causal_lm_of"]
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,6 @@ class Rule:
     run: Callable[[Any, type[nn.Module]], list[Tensor]]
     backend: Callable[[Any], str]
     trained: bool = True
-
-
-def original_of(module: nn.Module) -> type[nn.Module]:
-    """The class the module has, or had before it was fused."""
-    return getattr(type(module), "fastft_original", type(module))
 
 
 def _lora_sites(model: nn.Module) -> Iterator[Site]:

@@ -218,12 +218,14 @@ def test_bfloat16_autocast() -> None:
     plain = tiny.peft_model("llama")
     exact = tiny.in_float64(plain)
     fused = fastft.accelerate(copy.deepcopy(plain))
-    for seed in range(2):
+    steps = []
+    for seed in range(6):
         batch = tiny.inputs("llama", seed=seed)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             theirs, ours = tiny.step(plain, batch), tiny.step(fused, batch)
-        tiny.assert_as_exact(ours, theirs, tiny.step(exact, batch))
+        steps.append((ours, theirs, tiny.step(exact, batch)))
         assert all(gradient.dtype == torch.float32 for gradient in ours[1].values())
+    tiny.assert_as_exact_over(steps)
     calls = fastft.explain(fused).to_dict()["calls"]
     assert calls["fused"] > 0
     assert not calls["fallback"]
@@ -239,9 +241,10 @@ def test_bfloat16_model(adapters: str) -> None:
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
     fused = fastft.accelerate(copy.deepcopy(base))
-    batch = tiny.inputs("llama")
-    tiny.assert_as_exact(
-        tiny.step(fused, batch), tiny.step(base, batch), tiny.step(tiny.in_float64(base), batch)
+    exact = tiny.in_float64(base)
+    batches = [tiny.inputs("llama", seed=seed) for seed in range(6)]
+    tiny.assert_as_exact_over(
+        [tuple(tiny.step(m, b) for m in (fused, base, exact)) for b in batches]
     )
     assert not fastft.explain(fused).to_dict()["calls"]["fallback"]
 

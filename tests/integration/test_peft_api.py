@@ -20,9 +20,11 @@ BATCH = tiny.inputs("llama")
 
 @pytest.fixture
 def pair() -> tuple[PeftModel, PeftModel]:
-    """The same model twice: plain, and accelerated."""
+    """The same model twice: plain, and with its LoRA layers and its loss accelerated: a call that
+    runs PEFT's own code then gives PEFT's own bits."""
     plain = tiny.peft_model("llama")
-    return plain, fastft.accelerate(copy.deepcopy(plain))
+    fused = copy.deepcopy(plain)
+    return plain, fastft.accelerate(fused, norm=False, glu=False, attention=False)
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -96,7 +98,7 @@ def test_save_and_load(pair: tuple[PeftModel, PeftModel], tmp_path: Path) -> Non
     base = tiny.ARCHITECTURES["llama"].build()
     loaded = PeftModel.from_pretrained(base, tmp_path / "fused", is_trainable=True)
     assert torch.equal(logits(loaded), logits(plain))
-    fastft.accelerate(loaded)
+    fastft.accelerate(loaded, norm=False, glu=False, attention=False)
     assert torch.equal(logits(loaded), logits(fused))
 
 
@@ -288,7 +290,10 @@ def test_accelerate_twice_and_restore_twice_are_refused(
 
 
 def test_switches_of_accelerate() -> None:
-    for lora, loss in ((True, False), (False, True)):
-        model = fastft.accelerate(tiny.peft_model("llama"), lora=lora, loss=loss)
+    kinds = ("lora", "loss", "norm", "glu", "attention")
+    for kind in kinds:
+        switches = {other: other == kind for other in kinds}
+        model = fastft.accelerate(tiny.peft_model("llama"), **switches)
         found = fastft.explain(model).to_dict()["modules"]
-        assert {m["kind"] for m in found if m["fused"]} == ({"lora"} if lora else {"loss"})
+        assert {m["kind"] for m in found if m["fused"]} == {kind}
+        assert {m["kind"] for m in found} == set(kinds)

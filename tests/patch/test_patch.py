@@ -16,7 +16,7 @@ import fastft
 from fastft import errors
 from fastft.nn import DeferredLogits, FusedLoraLinear, call_counts
 from fastft.nn import siblings as siblings_module
-from fastft.patch import verify as verify_module
+from fastft.patch import proofs as proofs_module
 
 SMALL = {
     "vocab_size": 64,
@@ -72,12 +72,13 @@ def test_accelerate_explain_restore() -> None:
     for _ in range(3):
         same(gradients(model), before)
     report = fastft.explain(model)
-    assert report.fused == 15
+    # 14 adapters and a head; 5 norms, 2 gated MLPs and 2 attentions.
+    assert report.fused == 24
     assert report.fallback == 0
     data = report.to_dict()
     assert {m["backend"] for m in data["modules"]} == {"cpu"}
-    assert data["calls"] == {"fused": 14 * 3 + 3, "fallback": {}}
-    assert "15 modules fused, 0 not" in str(report)
+    assert data["calls"] == {"fused": 24 * 3, "fallback": {}}
+    assert "24 modules fused, 0 not" in str(report)
     fastft.restore(model)
     assert {n: type(m) for n, m in model.named_modules()} == types
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
@@ -190,9 +191,9 @@ def test_state_refused_at_first_is_fused_later() -> None:
     model = llama()
     model.merge_adapter()
     fastft.accelerate(model)
-    assert fastft.explain(model).fused == 1
+    assert fastft.explain(model).fused == 10
     model.unmerge_adapter()
-    assert fastft.explain(model).fused == 15
+    assert fastft.explain(model).fused == 24
 
 
 def test_variants_and_other_layers_are_named() -> None:
@@ -238,16 +239,18 @@ def test_verification_runs_once_a_shape_and_leaves_no_trace(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checked: list[Any] = []
-    original = verify_module.difference
+    original = proofs_module.difference
     monkeypatch.setattr(
-        "fastft.patch.apply.difference", lambda m, *kinds: checked.append(m) or original(m, *kinds)
+        "fastft.patch.apply.difference",
+        lambda m, *kinds, **how: checked.append(m) or original(m, *kinds, **how),
     )
     model = llama()
     state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     model.train()
     fastft.accelerate(model)
-    # q and o, k and v, gate and up, down, head: five shapes among fifteen sites.
-    assert len(checked) == 5
+    # q and o, k and v, gate and up, down, head: five shapes among fifteen sites; norm, MLP and
+    # attention: one each.
+    assert len(checked) == 8
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(m.training for m in model.modules())
@@ -342,8 +345,9 @@ def test_patch_peft_is_process_wide_and_undone() -> None:
 def test_lora_is_peft_and_accelerate() -> None:
     base = LlamaForCausalLM(LlamaConfig(**SMALL))
     model = fastft.lora(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), loss=False)
-    assert fastft.explain(model).fused == 4
-    assert {m.kind for m in fastft.explain(model).modules if m.fused} == {"lora"}
+    fused = [m.kind for m in fastft.explain(model).modules if m.fused]
+    assert fused.count("lora") == 4
+    assert set(fused) == {"lora", "norm", "glu", "attention"}
 
 
 @pytest.mark.parametrize(

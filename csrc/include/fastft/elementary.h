@@ -25,11 +25,15 @@ FASTFT_HD float exp_nonpositive(float x) {
   return x < -87.33f ? 0.0f : value;
 }
 
-// 1 / (1 + exp(-x)); no cancellation on either side.
-FASTFT_HD float sigmoid(float x) {
+struct Sigmoid {
+  float value, rest;  // 1 / (1 + exp(-x)), and 1 less that
+};
+
+// Neither part cancels.
+FASTFT_HD Sigmoid sigmoid(float x) {
   const float e = exp_nonpositive(x < 0.0f ? x : -x);
-  const float inverse = 1.0f / (1.0f + e);
-  return x < 0.0f ? e * inverse : inverse;
+  const float large = 1.0f / (1.0f + e), small = e * large;
+  return x < 0.0f ? Sigmoid{small, large} : Sigmoid{large, small};
 }
 
 // The normal distribution function, erfc(-x / sqrt 2) / 2, by the Chebyshev fit of Press et al.,

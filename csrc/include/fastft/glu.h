@@ -19,8 +19,8 @@ FASTFT_HD Activated activate(float x);
 
 template <>
 FASTFT_HD Activated activate<Activation::kSilu>(float x) {
-  const float s = sigmoid(x);
-  return {x * s, s * (1.0f + x * (1.0f - s))};
+  const Sigmoid s = sigmoid(x);
+  return {x * s.value, s.value * (1.0f + x * s.rest)};
 }
 
 template <>
@@ -34,9 +34,9 @@ FASTFT_HD Activated activate<Activation::kGelu>(float x) {
 template <>
 FASTFT_HD Activated activate<Activation::kGeluTanh>(float x) {
   const float square = x * x;
-  const float s = sigmoid(1.5957691216057308f * x * (1.0f + 0.044715f * square));
+  const Sigmoid s = sigmoid(1.5957691216057308f * x * (1.0f + 0.044715f * square));
   const float slope = 1.5957691216057308f * (1.0f + 0.134145f * square);
-  return {x * s, s + x * s * (1.0f - s) * slope};
+  return {x * s.value, s.value + x * s.value * s.rest * slope};
 }
 
 }  // namespace FASTFT_ISA

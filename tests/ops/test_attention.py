@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from harness import Rejected, assert_as_good_as_torch, assert_rejected, half_ulp, poisoned
+from torch import Tensor
+from torch.nn import functional
+
+from fastft import backends, errors, native, ops
+from fastft.cpu import attention as launcher
+from fastft.reference import attention as reference
+
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    width: int
+    value_width: int = 0
+    causal: bool = False
+    mask: str = ""  # "", "padding" (batch, 1, 1 -> queries, keys), "random", "blind"
+
+
+CASES = [
+    Case(1, 1, 1, 1, 1, 1),
+    Case(2, 4, 2, 9, 9, 8, causal=True),
+    Case(2, 3, 1, 130, 130, 16, causal=True),
+    Case(1, 2, 2, 257, 257, 33, causal=True),
+    Case(2, 6, 3, 20, 35, 7, value_width=5),
+    Case(3, 4, 2, 140, 140, 8, mask="padding"),
+    Case(3, 4, 2, 140, 140, 8, causal=True, mask="padding"),
+    Case(2, 4, 4, 33, 50, 16, mask="random"),
+    Case(2, 4, 2, 17, 17, 8, mask="blind"),
+    Case(1, 2, 1, 300, 40, 8),
+]
+
+
+def inputs(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None, Tensor]:
+    def draw(heads: int, tokens: int, width: int) -> Tensor:
+        # As a model's projections give them: heads next to each other.
+        values = torch.randn(case.batch, tokens, heads, width).to(dtype)
+        return values.transpose(1, 2).requires_grad_()
+
+    value_width = case.value_width or case.width
+    leaves = [
+        draw(case.heads, case.queries, case.width),
+        draw(case.kv_heads, case.keys, case.width),
+        draw(case.kv_heads, case.keys, value_width),
+    ]
+    dy = torch.randn(case.batch, case.heads, case.queries, value_width).to(dtype)
+    shape = (case.batch, 1, case.queries, case.keys)
+    mask = None
+    if case.mask == "padding":
+        lengths = torch.linspace(case.keys // 3, case.keys, case.batch).long()
+        seen = torch.arange(case.keys) < lengths[:, None]
+        mask = seen[:, None, None, :].expand(shape)
+        if not case.causal:
+            mask = mask & torch.ones(case.queries, case.keys, dtype=torch.bool).tril()
+    elif case.mask:
+        mask = torch.rand(case.batch, case.heads, case.queries, case.keys) < 0.6
+        mask[..., 0] = True
+        if case.mask == "blind":
+            mask[:, :, 3] = False
+    return leaves, mask, dy
+
+
+def outputs(y: Tensor, leaves: list[Tensor], dy: Tensor) -> list[Tensor]:
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def runs_here(dtype: torch.dtype) -> bool:
+    return launcher.supports(device_type="cpu", dtype=dtype) is None
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_as_good_as_torch(backend: str, case: Case, dtype: torch.dtype) -> None:
+    if backend == "cpu" and not runs_here(dtype):
+        pytest.skip("this processor does not multiply bfloat16")
+    leaves, mask, dy = inputs(case, dtype)
+
+    def eager(dtype: torch.dtype) -> list[Tensor]:
+        """Unfused: scores rounded to the dtype, as products are."""
+        wide = [t.detach().to(dtype).requires_grad_() for t in leaves]
+        y, _ = reference.attention(*wide, mask, case.width**-0.5, case.causal)
+        return outputs(y, wide, dy.to(dtype))
+
+    with poisoned():
+        y = ops.scaled_dot_product_attention(*leaves, mask, is_causal=case.causal, backend=backend)
+        got = outputs(y, leaves, dy)
+    assert_as_good_as_torch(["y", "dq", "dk", "dv"], got, eager(dtype), eager(F64), dtype)
+    assert {t.dtype for t in got} == {dtype}
+    assert y.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_reference_is_torch_s_own(case: Case) -> None:
+    """And the truth above is no mistake of ours."""
+    leaves, mask, dy = inputs(case, F64)
+    spread = [t.repeat_interleave(case.heads // t.shape[1], 1) for t in leaves]
+    both = mask
+    if mask is not None and case.causal:
+        both = mask & torch.ones(case.queries, case.keys, dtype=torch.bool).tril()
+    expected = functional.scaled_dot_product_attention(
+        *spread, both, is_causal=case.causal and mask is None
+    )
+    if case.mask == "blind":
+        expected = expected.nan_to_num()
+    y = ops.scaled_dot_product_attention(*leaves, mask, is_causal=case.causal)
+    torch.testing.assert_close(y, expected)
+    if case.mask != "blind":
+        torch.testing.assert_close(outputs(y, leaves, dy), outputs(expected, leaves, dy))
+
+
+@pytest.mark.parametrize("isa", native.build_info()["instruction_sets_usable"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
+    """The row kernels alone, far outside exp's easy range, with a mask and without."""
+    scores = (torch.randn(2, 6, 37) * 40).to(dtype)
+    dp = torch.randn(2, 6, 37).to(dtype)
+    mask = torch.rand(1, 2, 3, 37) < 0.7
+    mask[..., 0] = True
+    for given in (None, mask):
+        seen = torch.ones(2, 2, 3, 37, dtype=torch.bool).tril(30)
+        if given is not None:
+            seen = seen & given
+        seen = seen.reshape(2, 6, 37)
+        # batch 2, one key head, groups of 2 heads, 3 queries from the 31st: causal from there.
+        lse = torch.empty(2, 2, 33)
+        sizes = [2, 1, 2, 3, 37, 30, 33]
+        at = 0 if given is None else given.data_ptr() - 30 * 37
+        facts = (sizes, True, 0.5, at, [0, 3 * 37, 37], lse.data_ptr(), 0 if dtype == F32 else 1)
+        p, ds = scores.clone(), dp.clone()
+        c = native.module()
+        c.attention_softmax(p.data_ptr(), *facts, isa=isa)
+        z = (scores.double() * 0.5).masked_fill(~seen, float("-inf"))
+        eps = torch.finfo(dtype).eps
+        close = {"rtol": eps + 2e-5, "atol": 1e-7}
+        torch.testing.assert_close(p.double(), z.softmax(-1), **close)
+        rows = lse[..., 30:].reshape(2, 6)
+        torch.testing.assert_close(rows.double(), z.logsumexp(-1), rtol=1e-6, atol=1e-5)
+        again = scores.clone()
+        c.attention_gradient(again.data_ptr(), ds.data_ptr(), *facts, isa=isa)
+        torch.testing.assert_close(again.double(), z.softmax(-1), **close)
+        truth = z.softmax(-1)
+        truth = 0.5 * truth * (dp.double() - (truth * dp.double()).sum(-1, keepdim=True))
+        torch.testing.assert_close(ds.double(), truth, rtol=eps + 1e-4, atol=1e-5)
+
+
+def test_masked_keys_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that no query of a block sees reach no product."""
+    seen: list[int] = []
+    original = torch.bmm
+    monkeypatch.setattr(
+        torch, "bmm", lambda a, b, **kw: seen.append(b.shape[2]) or original(a, b, **kw)
+    )
+    q = torch.randn(1, 1, 256, 8)
+    ops.scaled_dot_product_attention(q, q, q, is_causal=True)
+    assert [n for n in seen if n != 8] == [128, 256]
+    seen.clear()
+    mask = torch.zeros(1, 1, 256, 256, dtype=torch.bool)
+    mask[..., 5:40] = True
+    ops.scaled_dot_product_attention(q, q, q, mask)
+    assert [n for n in seen if n != 8] == [40, 40]
+
+
+def test_slabs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small slabs give what one gives."""
+    leaves, mask, dy = inputs(CASES[6], F32)
+    run = lambda: outputs(  # noqa: E731
+        ops.scaled_dot_product_attention(*leaves, mask, is_causal=True), leaves, dy
+    )
+    expected = run()
+    monkeypatch.setattr(launcher, "_SLAB_BYTES", 1)
+    torch.testing.assert_close(run(), expected)
+
+
+def test_not_finite_stays_not_finite() -> None:
+    q, k, v = (torch.randn(1, 1, 5, 8) for _ in range(3))
+    q[0, 0, 2, 1] = float("nan")
+    y = ops.scaled_dot_product_attention(q, k, v)
+    assert y.isnan().any(-1).flatten().tolist() == [False, False, True, False, False]
+
+
+def test_empty() -> None:
+    q = torch.randn(0, 2, 5, 8, requires_grad=True)
+    ops.scaled_dot_product_attention(q, q, q).sum().backward()
+    assert q.grad.shape == q.shape
+    q = torch.randn(1, 2, 0, 8)
+    k = torch.randn(1, 2, 5, 8, requires_grad=True)
+    ops.scaled_dot_product_attention(q, k, k).sum().backward()
+    assert torch.equal(k.grad, torch.zeros_like(k))
+
+
+def test_same_bits_twice_and_backward_twice() -> None:
+    leaves, mask, dy = inputs(CASES[2], F32)
+    y = ops.scaled_dot_product_attention(*leaves, mask, is_causal=True)
+    first = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(y, leaves, dy)))
+
+
+def test_second_derivative() -> None:
+    q, k, v = (torch.randn(1, 2, 3, 2, dtype=F64, requires_grad=True) for _ in range(3))
+    assert torch.autograd.gradgradcheck(
+        lambda q, k, v: ops.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v)
+    )
+
+
+def test_autocast_is_torch_s() -> None:
+    q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", dtype=BF16):
+        y = ops.scaled_dot_product_attention(q, k.bfloat16(), v)
+        expected = functional.scaled_dot_product_attention(q, k, v)
+    assert y.dtype == expected.dtype == BF16
+    difference = (y.double() - expected.double()).norm() / expected.double().norm()
+    assert difference <= 4 * half_ulp(BF16)
+    assert torch.autograd.grad(y.sum(), q)[0].dtype == F32
+
+
+def test_bfloat16_needs_a_processor_that_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "native_bfloat16", lambda: False)
+    assert "bfloat16" in str(launcher.supports(device_type="cpu", dtype=BF16))
+    assert backends.ORDER[-1] == "reference"
+
+
+def test_registered_operation_passes_opcheck_and_compiles() -> None:
+    leaves, mask, dy = inputs(CASES[7], F32)
+    facts = (0.25, False, "cpu")
+    torch.library.opcheck(torch.ops.fastft.attention_fwd.default, (*leaves, mask, *facts))
+    detached = [t.detach() for t in leaves]
+    lse = torch.randn(2, 4, 33)
+    torch.library.opcheck(
+        torch.ops.fastft.attention_bwd.default, (dy, *detached, mask, lse, *facts)
+    )
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.scaled_dot_product_attention(q, k, v, mask) * 2
+
+    expected = torch.autograd.grad(run(*leaves), leaves, dy)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(*leaves), leaves, dy), expected)
+
+
+def _rejected() -> list[Rejected]:
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8)
+    mask = torch.ones(2, 1, 5, 6, dtype=torch.bool)
+
+    def call(**change: object) -> object:
+        given = {"query": q, "key": k, "value": k, **change}
+        return lambda: ops.scaled_dot_product_attention(**given)  # type: ignore[arg-type]
+
+    dtype, shape, device = errors.DtypeError, errors.ShapeError, errors.DeviceError
+    cases = [
+        ("no tensor", {"key": [1]}, dtype, ["key", "torch.Tensor"]),
+        ("integers", {"query": q.int()}, dtype, ["query", "float32", "int32"]),
+        ("dtype", {"value": k.bfloat16()}, dtype, ["value", "float32", "bfloat16"]),
+        ("three dimensions", {"query": q[0]}, shape, ["query", "(batch, heads, queries, width)"]),
+        ("batch", {"key": k[:1]}, shape, ["key", "(2, kv_heads, keys, 8)"]),
+        ("heads", {"query": q[:, :3]}, shape, ["key", "divides the 3", "2"]),
+        ("value", {"value": k[:, :, :5]}, shape, ["value", "(2, 2, 6, 'width')"]),
+        ("no keys", {"key": k[:, :, :0], "value": k[:, :, :0]}, errors.ArgumentError,
+         ["key", "at least one"]),
+        ("float mask", {"attn_mask": mask.float()}, dtype, ["attn_mask", "bool"]),
+        ("mask", {"attn_mask": mask[:, :, :4]}, shape, ["attn_mask", "(2, 1, 5, 6)"]),
+        ("flat mask", {"attn_mask": mask[0, 0]}, shape, ["attn_mask", "queries, keys"]),
+        ("device", {"key": k.to("meta")}, device, ["key", "meta"]),
+    ]  # fmt: skip
+    return [Rejected(n, call(**c), e, words) for n, c, e, words in cases]
+
+
+@pytest.mark.parametrize("case", _rejected(), ids=lambda c: c.name)
+def test_rejected(case: Rejected) -> None:
+    assert_rejected(case)
