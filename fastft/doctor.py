@@ -46,8 +46,11 @@ CPU_FEATURES = (
 # For each operation, what its `supports` is asked besides device and dtype: the usual call.
 OP_FACTS: dict[str, dict[str, Any]] = {
     "adamw": {},
+    "attention": {},
+    "glu": {},
     "linear_cross_entropy": {"weight_requires_grad": False},
     "lora_linear": {"adapter_dtype": "float32", "r": 16},
+    "rms_norm": {},
 }
 
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8589934592"}

@@ -10,4 +10,10 @@ from __future__ import annotations
 __all__ = ["OPS"]
 
 # Operations with a Triton launcher: ``fastft_kernels.<op>``.
-OPS: tuple[str, ...] = ("lora_linear", "linear_cross_entropy", "adamw")
+OPS: tuple[str, ...] = (
+    "lora_linear",
+    "linear_cross_entropy",
+    "adamw",
+    "glu",
+    "rms_norm",
+)

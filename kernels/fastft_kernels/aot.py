@@ -47,7 +47,8 @@ class Variant:
         types: argument name -> Triton type, for the arguments that are not compile-time constants.
         constants: compile-time constants other than block sizes.
         table: the tile table of ``config.Arch`` that gives block sizes, or the field's name.
-        key: the key into that tile table: bytes of an element of x, rank block, stacked.
+        key: the key into that tile table: bytes of an element of x, rank block, stacked; for a norm
+            its columns first.
         aligned: pointers and sizes are multiples of 16, as they usually are.
         stack_limit: bytes of stack (spilled registers) that are accepted.
     """
@@ -205,6 +206,41 @@ def _adamw_prepare() -> Variant:
     return Variant(_ADAMW, "_adamw_prepare_kernel", "", types, constants, "prepare")
 
 
+def _glu(dtype: str, activation: int, backward: bool, aligned: bool = True) -> Variant:
+    names = ["d_gate_ptr", "d_up_ptr", "d_out_ptr"] if backward else ["out_ptr"]
+    pointers = dict.fromkeys((*names, "gate_ptr", "up_ptr"), f"*{dtype}")
+    types = {**pointers, "columns": "i32", "gate_stride": "i32", "up_stride": "i32"}
+    return Variant(
+        "fastft_kernels.glu", f"_glu_{'backward' if backward else 'forward'}_kernel",
+        f"x={dtype} activation={activation}" + ("" if aligned else " unaligned"), types,
+        {"ACTIVATION": activation}, "elementwise", aligned=aligned,
+    )  # fmt: skip
+
+
+_NORM = "fastft_kernels.rms_norm"
+
+
+def _norm(dtype: str, backward: bool, columns: int, round_first: bool = True) -> Variant:
+    names = ["dx_ptr", "dy_ptr"] if backward else ["y_ptr"]
+    types = {
+        **dict.fromkeys((*names, "x_ptr", "weight_ptr"), f"*{dtype}"), "rstd_ptr": "*fp32",
+        "columns": "i32", "offset": "fp32", **({} if backward else {"eps": "fp32"}),
+    }  # fmt: skip
+    return Variant(
+        _NORM, f"_rms_norm_{'backward' if backward else 'forward'}_kernel",
+        f"x={dtype} columns={columns} round_first={round_first}", types,
+        {} if backward else {"ROUND_FIRST": round_first}, "norm", (columns, 0, False),
+    )  # fmt: skip
+
+
+def _norm_weight(dtype: str) -> Variant:
+    types = {
+        "partial_ptr": "*fp32", "dy_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "rstd_ptr": "*fp32",
+        "rows": "i32", "columns": "i32", "rows_per_split": "i32",
+    }  # fmt: skip
+    return Variant(_NORM, "_rms_norm_weight_kernel", f"x={dtype}", types, {}, "norm_weight")
+
+
 VARIANTS: tuple[Variant, ...] = (
     *_lora_variants(),
     _loss("bf16", True, True),
@@ -216,6 +252,13 @@ VARIANTS: tuple[Variant, ...] = (
     _adamw_update("fp32", "fp32"),
     _adamw_update("bf16", "bf16"),
     _adamw_update("fp16", "fp32", aligned=False),
+    _glu("bf16", 0, False),
+    _glu("fp32", 1, True),
+    _glu("bf16", 2, True),
+    _norm("bf16", False, 4096),
+    _norm("bf16", True, 576),
+    _norm("fp32", True, 16384),
+    _norm_weight("bf16"),
 )
 
 
@@ -239,6 +282,12 @@ def _all_variants() -> tuple[Variant, ...]:
     variants += [_loss(*c) for c in itertools.product(_DTYPES, booleans, booleans)]
     variants += [_adamw_norm(*c) for c in itertools.product(_DTYPES, booleans)]
     variants += [_adamw_update(*c) for c in itertools.product(_DTYPES, _DTYPES, booleans)]
+    flags = itertools.product(_DTYPES, (0, 1, 2), booleans, booleans)
+    variants += [_glu(*case) for case in flags]
+    for dtype, columns in itertools.product(_DTYPES, (64, 576, 4096, 8192, 16384)):
+        variants += [_norm(dtype, False, columns, first) for first in booleans]
+        variants.append(_norm(dtype, True, columns))
+    variants += [_norm_weight(dtype) for dtype in _DTYPES]
     unique = {(v.kernel, v.label, json.dumps(v.constants, default=str)): v for v in variants}
     return tuple(unique.values())
 
@@ -256,6 +305,10 @@ def _blocks(variant: Variant, arch: config.Arch) -> tuple[dict[str, int], config
         return {"BLOCK_V": arch.cross_entropy.block_v}, arch.cross_entropy.launch
     if variant.table == "adamw":
         return {"CHUNK": arch.adamw.chunk, "BLOCK": arch.adamw.block}, arch.adamw.launch
+    if variant.table in ("norm", "norm_weight"):
+        norm = arch.norm
+        chosen = norm.weight if variant.table == "norm_weight" else norm.row(variant.key[0])
+        return {"BLOCK": chosen.block}, chosen.launch
     if variant.table == "prepare":
         prepare = arch.adamw.prepare
         return {"SUMS": arch.adamw.prepare_sums, "BLOCK": prepare.block}, prepare.launch

@@ -22,6 +22,7 @@ __all__ = [
     "BlockConfig",
     "CrossEntropyConfig",
     "Launch",
+    "NormConfig",
     "TileConfig",
     "TileTable",
     "block_r_for",
@@ -118,6 +119,27 @@ class AdamWConfig:
 
 
 @dataclass(frozen=True)
+class NormConfig:
+    """Row kernels of the norms: one program for each row, as much of it at a time as fits."""
+
+    # Features at a time -> launch; a longer row is walked in blocks of the largest.
+    rows: tuple[BlockConfig, ...] = (
+        BlockConfig(128, Launch(num_warps=1)),
+        BlockConfig(1024, Launch(num_warps=4)),
+        BlockConfig(4096, Launch(num_warps=8)),
+        BlockConfig(8192, Launch(num_warps=16)),
+    )
+    # The weight's gradient: columns of a program, and the rows one program sums. Fixed, so that
+    # sums have one order on every GPU.
+    weight: BlockConfig = BlockConfig(256, Launch(num_warps=4))
+    rows_per_split: int = 128
+
+    def row(self, columns: int) -> BlockConfig:
+        """The smallest block that holds a row, or the largest there is."""
+        return next((b for b in self.rows if columns <= b.block), self.rows[-1])
+
+
+@dataclass(frozen=True)
 class Arch:
     """One GPU architecture and everything that is launched on it."""
 
@@ -138,6 +160,9 @@ class Arch:
     reduce: BlockConfig = BlockConfig(512)
     cross_entropy: CrossEntropyConfig = CrossEntropyConfig()
     adamw: AdamWConfig = AdamWConfig()
+    # Gated linear units: elements of one row.
+    elementwise: BlockConfig = BlockConfig(1024)
+    norm: NormConfig = NormConfig()
 
 
 # Consumer parts (99 KiB of shared memory): shallow pipelines. Where a launch serves one matrix

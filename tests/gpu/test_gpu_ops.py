@@ -22,14 +22,18 @@ from tests.kernels.cases import (
     BF16,
     F16,
     F32,
+    GLU_CASES,
     IGNORED,
     LORA_CASES,
     LOSS_CASES,
+    NORM_CASES,
     AdamWState,
+    GluCase,
     LoraCase,
     LoraInputs,
     LossCase,
     LossInputs,
+    NormCase,
 )
 
 pytestmark = pytest.mark.gpu
@@ -47,6 +51,15 @@ LARGE_LOSS = {
     "vocabulary-32000-bf16": LossCase(1024, 512, 32000, BF16, False, 300),
     "vocabulary-50257-f32": LossCase(200, 257, 50257, F32, True, 64),
     "vocabulary-32001-f16": LossCase(301, 128, 32001, F16, True, 301),
+}
+LARGE_GLU = {
+    "llama-8b-bf16": GluCase(2048, 14336, BF16),
+    "gemma-f16": GluCase(333, 6912, F16, "gelu_tanh", halves=True),
+}
+LARGE_NORM = {
+    "llama-8b-bf16": NormCase(4096, 4096, BF16),
+    "gemma-f16": NormCase(777, 1152, F16, 1.0, False),
+    "16384-f32": NormCase(300, 16384, F32),
 }
 LARGE_ADAMW = [
     *ADAMW_TENSORS,
@@ -234,6 +247,60 @@ def test_linear_cross_entropy_time(kernel: str, device: torch.device, observed: 
     assert observed.time_ms[name] > 0
 
 
+@of("glu")
+@pytest.mark.parametrize("name", [*GLU_CASES, *LARGE_GLU])
+def test_glu(kernel: str, name: str, device: torch.device, observed: Any) -> None:
+    case = {**GLU_CASES, **LARGE_GLU}[name]
+    backend = backend_of(kernel, device_type="cuda", dtype=case.dtype)
+    inputs = case.inputs(device)
+    gate, up = (t.detach().requires_grad_() for t in (inputs.gate, inputs.up))
+    y = ops.glu(gate, up, case.activation, backend=backend)
+    d_gate, d_up = torch.autograd.grad(y, (gate, up), inputs.dy)
+    got = {"y": y.detach(), "d_gate": d_gate, "d_up": d_up}
+    compare(observed, got, inputs.autograd(case.dtype), inputs.autograd(torch.float64))
+
+
+@of("glu")
+def test_glu_time(kernel: str, device: torch.device, observed: Any) -> None:
+    backend = backend_of(kernel, device_type="cuda", dtype=BF16)
+    inputs = GluCase(8192, 14336, BF16).inputs(device)
+    gate, up = (t.detach().requires_grad_() for t in (inputs.gate, inputs.up))
+    forward, both = "forward 8192x14336 bf16", "forward+backward 8192x14336 bf16"
+    observed.time_ms[forward] = median_ms(lambda: ops.glu(gate, up, backend=backend))
+    observed.time_ms[both] = median_ms(
+        lambda: torch.autograd.grad(ops.glu(gate, up, backend=backend), (gate, up), inputs.dy)
+    )
+    assert 0 < observed.time_ms[forward] < observed.time_ms[both]
+
+
+@of("rms_norm")
+@pytest.mark.parametrize("name", [*NORM_CASES, *LARGE_NORM])
+def test_rms_norm(kernel: str, name: str, device: torch.device, observed: Any) -> None:
+    case = {**NORM_CASES, **LARGE_NORM}[name]
+    backend = backend_of(kernel, device_type="cuda", dtype=case.dtype)
+    inputs = case.inputs(device)
+    x, weight = (t.detach().requires_grad_() for t in (inputs.x, inputs.weight))
+    y = ops.rms_norm(
+        x, weight, inputs.eps, offset=case.offset, round_first=case.round_first, backend=backend
+    )
+    dx, dw = torch.autograd.grad(y, (x, weight), inputs.dy)
+    got = {"y": y.detach(), "dx": dx, "dw": dw}
+    compare(observed, got, inputs.autograd(case.dtype), inputs.autograd(torch.float64))
+
+
+@of("rms_norm")
+def test_rms_norm_time(kernel: str, device: torch.device, observed: Any) -> None:
+    backend = backend_of(kernel, device_type="cuda", dtype=BF16)
+    inputs = NormCase(8192, 4096, BF16).inputs(device)
+    x, weight = inputs.x.detach().requires_grad_(), inputs.weight
+    forward, both = "forward 8192x4096 bf16", "forward+backward 8192x4096 bf16"
+    observed.time_ms[forward] = median_ms(lambda: ops.rms_norm(x, weight, backend=backend))
+    observed.time_ms[both] = median_ms(
+        lambda: torch.autograd.grad(ops.rms_norm(x, weight, backend=backend), x, inputs.dy)
+    )
+    assert 0 < observed.time_ms[forward] < observed.time_ms[both]
+
+
 @of("adamw")
 @pytest.mark.parametrize("max_norm", [0.0, 1.0])
 def test_adamw(kernel: str, max_norm: float, device: torch.device, observed: Any) -> None:
@@ -299,5 +366,5 @@ def test_adamw_time(kernel: str, device: torch.device, observed: Any) -> None:
 
 
 def test_every_gpu_kernel_is_tested() -> None:
-    tested = {"lora_linear", "linear_cross_entropy", "adamw"}
+    tested = {"lora_linear", "linear_cross_entropy", "adamw", "glu", "rms_norm"}
     assert {kernel.split("/")[1] for kernel in KERNELS} == tested

@@ -12,10 +12,23 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastft.reference import glu as glu_reference
 from fastft.reference import linear_cross_entropy as loss_reference
 from fastft.reference import lora_linear as lora_reference
+from fastft.reference import rms_norm as norm_reference
 
-__all__ = ["ADAMW_TENSORS", "LORA_CASES", "LOSS_CASES", "AdamWState", "LoraCase", "LossCase"]
+__all__ = [
+    "ADAMW_TENSORS",
+    "GLU_CASES",
+    "LORA_CASES",
+    "LOSS_CASES",
+    "NORM_CASES",
+    "AdamWState",
+    "GluCase",
+    "LoraCase",
+    "LossCase",
+    "NormCase",
+]
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 IGNORED = -100
@@ -191,6 +204,109 @@ LOSS_CASES = {
     "f16": LossCase(11, 24, 333, F16, True, 11),
     "one-row": LossCase(1, 8, 37, F32, False, 1),
     "chunk-of-one": LossCase(5, 8, 37, BF16, True, 1),
+}
+
+
+@dataclass(frozen=True)
+class GluCase:
+    """A gated linear unit; ``halves``: gate and up are halves of one tensor."""
+
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    activation: str = "silu"
+    halves: bool = False
+
+    def inputs(self, device: torch.device = CPU) -> GluInputs:
+        random = _Random(device)
+        if self.halves:
+            both = random.normal(self.rows, 2 * self.columns, dtype=self.dtype) * 3
+            gate, up = both.chunk(2, 1)
+        else:
+            gate = random.normal(self.rows, self.columns, dtype=self.dtype) * 3
+            up = random.normal(self.rows, self.columns, dtype=self.dtype)
+        dy = random.normal(self.rows, self.columns, dtype=self.dtype)
+        return GluInputs(gate, up, dy, self.activation)
+
+
+@dataclass
+class GluInputs:
+    """The tensors of a case."""
+
+    gate: Tensor
+    up: Tensor
+    dy: Tensor
+    activation: str
+
+    def autograd(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Output and gradients in plain torch at ``dtype``."""
+        gate, up = _leaf(self.gate, dtype), _leaf(self.up, dtype)
+        y = glu_reference.glu(gate, up, self.activation)
+        d_gate, d_up = torch.autograd.grad(y, (gate, up), self.dy.to(dtype))
+        return {"y": y.detach(), "d_gate": d_gate, "d_up": d_up}
+
+
+GLU_CASES = {
+    "silu-f32": GluCase(7, 33, F32),
+    "gelu-f32": GluCase(7, 33, F32, "gelu"),
+    "gelu-tanh-f32": GluCase(7, 33, F32, "gelu_tanh"),
+    "halves-bf16": GluCase(9, 1030, BF16, halves=True),
+    "gelu-tanh-bf16": GluCase(5, 64, BF16, "gelu_tanh"),
+    "gelu-f16": GluCase(5, 64, F16, "gelu", halves=True),
+    "one": GluCase(1, 1, F32),
+}
+
+
+@dataclass(frozen=True)
+class NormCase:
+    """An RMS norm in one of the conventions."""
+
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    offset: float = 0.0
+    round_first: bool = True
+
+    def inputs(self, device: torch.device = CPU) -> NormInputs:
+        random = _Random(device)
+
+        def normal(*shape: int) -> Tensor:
+            return random.normal(*shape, dtype=self.dtype)
+
+        x, weight = normal(self.rows, self.columns), normal(self.columns)
+        dy = normal(self.rows, self.columns)
+        return NormInputs(x * 3, weight, dy, 1e-5, self.offset, self.round_first)
+
+
+@dataclass
+class NormInputs:
+    """The tensors of a case."""
+
+    x: Tensor
+    weight: Tensor
+    dy: Tensor
+    eps: float
+    offset: float
+    round_first: bool
+
+    def autograd(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Output and gradients in plain torch at ``dtype``."""
+        x, weight = _leaf(self.x, dtype), _leaf(self.weight, dtype)
+        y, rstd = norm_reference.rms_norm(x, weight, self.eps, self.offset, self.round_first)
+        dx, dw = torch.autograd.grad(y, (x, weight), self.dy.to(dtype))
+        return {"y": y.detach(), "rstd": rstd.detach(), "dx": dx, "dw": dw}
+
+
+NORM_CASES = {
+    "llama-f32": NormCase(7, 100, F32),
+    "llama-bf16": NormCase(9, 576, BF16),
+    "gemma-bf16": NormCase(9, 576, BF16, 1.0, False),
+    "olmo2-f16": NormCase(5, 64, F16, 0.0, False),
+    "head": NormCase(150, 8, BF16),
+    "several-splits": NormCase(300, 40, F32),
+    "longer-than-a-block": NormCase(3, 8200, F32),
+    "longer-than-a-block-bf16": NormCase(3, 9001, BF16),
+    "one-row": NormCase(1, 3, F32),
 }
 
 

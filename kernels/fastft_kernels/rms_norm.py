@@ -1,0 +1,166 @@
+"""``rms_norm`` in Triton: a program a row, forward and backward in float32.
+
+A row of up to ``max_block`` features is read once and stays in registers; a longer one is walked
+twice, the second time from cache. The weight's gradient, wanted only where norms are trained, is
+summed in two stages of fixed shape: no atomics, the same bits each time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastft_kernels import config
+from fastft_kernels._common import device_guard, supports_device
+
+__all__ = ["bwd", "fwd", "supports"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _rms_norm_forward_kernel(
+    y_ptr,  # (rows, columns), as x
+    rstd_ptr,  # float32 (rows,)
+    x_ptr,
+    weight_ptr,  # (columns,)
+    columns,
+    eps,
+    offset,
+    ROUND_FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    x_row = x_ptr + row.to(tl.int64) * columns
+    y_row = y_ptr + row.to(tl.int64) * columns
+    lanes = tl.arange(0, BLOCK)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        inside = start + lanes < columns
+        x = tl.load(x_row + start + lanes, mask=inside, other=0.0).to(tl.float32)
+        squares += x * x
+    rstd = 1.0 / tl.sqrt(tl.sum(squares, 0) / columns + eps)
+    tl.store(rstd_ptr + row, rstd)
+    for start in range(0, columns, BLOCK):
+        inside = start + lanes < columns
+        x = tl.load(x_row + start + lanes, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32)
+        normed = x * rstd
+        if ROUND_FIRST:
+            normed = normed.to(y_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(y_row + start + lanes, normed * (weight + offset), mask=inside)
+
+
+@triton.jit
+def _rms_norm_backward_kernel(
+    dx_ptr,  # (rows, columns), as dy and x
+    dy_ptr,
+    x_ptr,
+    weight_ptr,  # (columns,)
+    rstd_ptr,  # float32 (rows,)
+    columns,
+    offset,
+    BLOCK: tl.constexpr,
+):
+    """dx = rstd (g - xhat mean(g xhat)), g = dy (weight + offset)."""
+    row = tl.program_id(0)
+    begin = row.to(tl.int64) * columns
+    rstd = tl.load(rstd_ptr + row)
+    lanes = tl.arange(0, BLOCK)
+    products = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        inside = start + lanes < columns
+        x = tl.load(x_ptr + begin + start + lanes, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + begin + start + lanes, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32)
+        products += dy * (weight + offset) * x
+    mean = tl.sum(products, 0) * rstd * rstd / columns
+    for start in range(0, columns, BLOCK):
+        inside = start + lanes < columns
+        x = tl.load(x_ptr + begin + start + lanes, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + begin + start + lanes, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32)
+        dx = rstd * (dy * (weight + offset) - x * mean)
+        tl.store(dx_ptr + begin + start + lanes, dx, mask=inside)
+
+
+@triton.jit
+def _rms_norm_weight_kernel(
+    partial_ptr,  # float32 (splits, columns)
+    dy_ptr,  # (rows, columns), as x
+    x_ptr,
+    rstd_ptr,  # float32 (rows,)
+    rows,
+    columns,
+    rows_per_split,
+    BLOCK: tl.constexpr,
+):
+    """Sum of dy xhat over the rows of one split, for a block of columns."""
+    split = tl.program_id(1)
+    lanes = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = lanes < columns
+    total = tl.zeros((BLOCK,), tl.float32)
+    first = split * rows_per_split
+    for row in range(first, tl.minimum(first + rows_per_split, rows)):
+        at = tl.cast(row, tl.int64) * columns + lanes
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        total += dy * x * tl.load(rstd_ptr + row)
+    tl.store(partial_ptr + split.to(tl.int64) * columns + lanes, total, mask=inside)
+
+
+def supports(device_type: str, dtype: torch.dtype) -> str | None:
+    """None where this launcher can run the call, else the reason why not."""
+    if dtype not in _DTYPES:
+        return f"no Triton kernel for {dtype}"
+    return supports_device(device_type)
+
+
+def fwd(
+    y: Tensor,
+    rstd: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    offset: float,
+    round_first: bool,
+) -> None:
+    """Writes y (rows, columns) and rstd (rows)."""
+    block = config.for_device(x.device).norm.row(x.shape[1])
+    with device_guard(x):
+        _rms_norm_forward_kernel[(x.shape[0],)](
+            y, rstd, x, weight, x.shape[1], eps, offset, ROUND_FIRST=round_first,
+            BLOCK=block.block, **block.launch.options(),
+        )  # fmt: skip
+
+
+def bwd(
+    dx: Tensor,
+    d_weight: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    *,
+    offset: float,
+) -> None:
+    """Writes dx, and d_weight summed in float32 where it is wanted."""
+    rows, columns = x.shape
+    norm = config.for_device(x.device).norm
+    block = norm.row(columns)
+    with device_guard(x):
+        _rms_norm_backward_kernel[(rows,)](
+            dx, dy, x, weight, rstd, columns, offset, BLOCK=block.block, **block.launch.options()
+        )
+        if d_weight is None:
+            return
+        splits = triton.cdiv(rows, norm.rows_per_split)
+        partial = torch.empty((splits, columns), dtype=torch.float32, device=x.device)
+        _rms_norm_weight_kernel[(triton.cdiv(columns, norm.weight.block), splits)](
+            partial, dy, x, rstd, rows, columns, norm.rows_per_split, BLOCK=norm.weight.block,
+            **norm.weight.launch.options(),
+        )  # fmt: skip
+        d_weight.copy_(partial.sum(0))
