@@ -56,7 +56,10 @@ def test_kernels_and_their_files() -> None:
 @pytest.mark.parametrize(
     ("file", "changed"),
     [
-        ("kernels/fastft_kernels/config.py", {"lora_linear", "linear_cross_entropy", "adamw"}),
+        (
+            "kernels/fastft_kernels/config.py",
+            {"lora_linear", "linear_cross_entropy", "adamw", "glu", "rms_norm"},
+        ),
         ("kernels/fastft_kernels/_lora_linear_kernels.py", {"lora_linear"}),
         ("kernels/fastft_kernels/aot.py", set()),
         ("csrc/include/fastft/numeric.h", {"cuda/adamw"}),
