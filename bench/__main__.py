@@ -10,14 +10,17 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import e2e, lora, loss, optim
+from . import curves, e2e, lora, loss, optim
 from .declare import Options, Suite
 from .records import Record, pick_dtype
 from .report import show
 from .runner import run_suite
 
 SUITES: dict[str, Suite] = {suite.name: suite for suite in (lora.SUITE, loss.SUITE, optim.SUITE)}
-ROUNDS = {"e2e": 3}
+# Suites that run a model, each in its own way.
+WHOLE = {e2e.NAME: e2e.run, curves.NAME: curves.run}
+ROUNDS = {e2e.NAME: 3, curves.NAME: 1}
+STEPS = {e2e.NAME: 2, curves.NAME: 100}
 DEFAULT_ROUNDS = 7
 
 
@@ -26,7 +29,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m bench",
         description="fastft beside its peers, on the same inputs. A wrong result gives no number.",
     )
-    parser.add_argument("suite", choices=[*SUITES, e2e.NAME, "all"])
+    parser.add_argument("suite", choices=[*SUITES, *WHOLE, "all"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--rounds", type=int, help="rounds of each case (7; e2e: 3)")
@@ -36,7 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="default", help="e2e: a folder, or 'random'")
     parser.add_argument("--batch", type=int, help="e2e: sequences of a step (4)")
     parser.add_argument("--tokens", type=int, help="e2e: tokens of a sequence (512)")
-    parser.add_argument("--steps", type=int, help="e2e: timed steps of a process (2)")
+    parser.add_argument("--steps", type=int, help="steps (e2e: 2 timed; curves: 100)")
     parser.add_argument("--no-optimizer", action="store_true", help="e2e: leave AdamW out")
     found = parser.parse_args(arguments)
     for name in ("rounds", "batch", "tokens", "steps"):
@@ -64,7 +67,7 @@ def options_for(name: str, found: argparse.Namespace) -> Options:
         model=found.model,
         batch=found.batch or (1 if found.quick else 4),
         tokens=found.tokens or (128 if found.quick else 512),
-        steps=found.steps or (1 if found.quick else 2),
+        steps=found.steps or (1 if found.quick else STEPS.get(name, 2)),
         optimizer=not found.no_optimizer,
         impls=tuple(found.impls.split(",")) if found.impls else (),
     )
@@ -83,10 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
         if found.json is None:
             print(record.to_json(), flush=True)
 
-    for name in [*SUITES, e2e.NAME] if found.suite == "all" else [found.suite]:
+    for name in [*SUITES, *WHOLE] if found.suite == "all" else [found.suite]:
         options = options_for(name, found)
-        if name == e2e.NAME:
-            e2e.run(options, emit)
+        if name in WHOLE:
+            WHOLE[name](options, emit)
         else:
             run_suite(SUITES[name], options, emit)
     if found.json is not None:
