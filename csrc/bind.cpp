@@ -232,7 +232,26 @@ PYBIND11_MODULE(_C, m) {
       py::arg("dx"), py::arg("dw"), py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("rstd"),
       py::arg("rows"), py::arg("cols"), py::arg("offset"), py::arg("dtype"), py::arg("isa") = "",
       free_gil);
-  m.attr("NORM_ROWS") = fastft::kNormRows;
+  m.def(
+      "dora_scale_forward",
+      [](int64_t y, int64_t z, int64_t scale, int64_t bias, int64_t rows, int64_t cols, int dtype,
+         const std::string& isa) {
+        kernels(isa).dora_scale_forward(at<void>(y), at<const void>(z), at<const float>(scale),
+                                        at<const void>(bias), rows, cols, dtype);
+      },
+      py::arg("y"), py::arg("z"), py::arg("scale"), py::arg("bias"), py::arg("rows"),
+      py::arg("cols"), py::arg("dtype"), py::arg("isa") = "", free_gil);
+  m.def(
+      "dora_scale_backward",
+      [](int64_t dz, int64_t d_scale, int64_t dy, int64_t z, int64_t scale, int64_t rows,
+         int64_t cols, int dtype, const std::string& isa) {
+        kernels(isa).dora_scale_backward(at<void>(dz), at<float>(d_scale), at<const void>(dy),
+                                         at<const void>(z), at<const float>(scale), rows, cols,
+                                         dtype);
+      },
+      py::arg("dz"), py::arg("d_scale"), py::arg("dy"), py::arg("z"), py::arg("scale"),
+      py::arg("rows"), py::arg("cols"), py::arg("dtype"), py::arg("isa") = "", free_gil);
+  m.attr("SUM_ROWS") = fastft::kSumRows;
   m.def(
       "adamw",
       [](int64_t tensors, int64_t steps, int64_t hyper, int64_t count, float max_norm,

@@ -47,6 +47,7 @@ CPU_FEATURES = (
 OP_FACTS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "attention": {},
+    "dora_scale": {},
     "glu": {},
     "linear_cross_entropy": {"weight_requires_grad": False},
     "lora_linear": {"adapter_dtype": "float32", "r": 16},

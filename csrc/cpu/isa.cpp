@@ -34,6 +34,7 @@ static inline int64_t thread_index() {
 #include "adamw.inc"
 #include "attention.inc"
 #include "cross_entropy.inc"
+#include "dora_scale.inc"
 #include "dropout.inc"
 #include "glu.inc"
 #include "rms_norm.inc"
@@ -42,9 +43,9 @@ static inline int64_t thread_index() {
 
 extern const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA);
 const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA) = {
-    dropout_mask,      dropout_apply,      dropout_add,       cross_entropy,
-    attention_softmax, attention_gradient, attention_extent,  glu_forward,
-    glu_backward,      rms_norm_forward,   rms_norm_backward, adamw,
+    dropout_mask,       dropout_apply,      dropout_add,         cross_entropy, attention_softmax,
+    attention_gradient, attention_extent,   glu_forward,         glu_backward,  rms_norm_forward,
+    rms_norm_backward,  dora_scale_forward, dora_scale_backward, adamw,
 };
 
 }  // namespace fastft

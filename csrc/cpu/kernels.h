@@ -53,6 +53,11 @@ struct Kernels {
                            int64_t cols, float eps, float offset, bool round_first, int dtype);
   void (*rms_norm_backward)(void* dx, float* dw, const void* dy, const void* x, const void* weight,
                             const float* rstd, int64_t rows, int64_t cols, float offset, int dtype);
+  // y = z scale + bias (null: none), scale float32 (cols,).
+  void (*dora_scale_forward)(void* y, const void* z, const float* scale, const void* bias,
+                             int64_t rows, int64_t cols, int dtype);
+  void (*dora_scale_backward)(void* dz, float* d_scale, const void* dy, const void* z,
+                              const float* scale, int64_t rows, int64_t cols, int dtype);
   // tensors: (count, 7) int64 rows of p, g, m, v, numel, p dtype, g dtype. stats: norm, clip
   // coefficient, skipped steps.
   void (*adamw)(const int64_t* tensors, float* steps, const float* hyper, int64_t count,
@@ -62,7 +67,7 @@ struct Kernels {
 // Elements of one AdamW work item; fixed, so that sums do not depend on the thread count.
 constexpr int64_t kAdamWBlock = 16384;
 
-// Rows of one partial sum of an RMS norm's weight gradient; fixed for the same reason.
-constexpr int64_t kNormRows = 32;
+// Rows of one partial sum over rows (norm weights, DoRA magnitudes); fixed for the same reason.
+constexpr int64_t kSumRows = 32;
 
 }  // namespace fastft

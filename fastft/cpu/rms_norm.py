@@ -54,7 +54,7 @@ def bwd(
 ) -> None:
     """Writes dx, and d_weight summed in float32 where it is wanted."""
     rows, columns = x.shape
-    blocks = -(-rows // native.module().NORM_ROWS)
+    blocks = -(-rows // native.module().SUM_ROWS)
     partial = None
     if d_weight is not None:
         partial = scratch("norm_dw", (blocks, columns), torch.float32)

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layer over ``nn.Linear`` with its forward as one fused operation."""
+"""PEFT's LoRA layer over ``nn.Linear`` (or GPT-2's ``Conv1D``), its forward one operation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fastft import backends, ops
 from fastft.nn import siblings
@@ -43,6 +45,24 @@ def _adapter(layer: PeftLinear) -> str | None:
     return names[0] if len(names) == 1 else None
 
 
+def _variant(layer: PeftLinear) -> type | None:
+    """The class of the active adapter's variant; None for plain LoRA."""
+    variant = layer.lora_variant.get(_adapter(layer))
+    return None if variant is None else type(variant)
+
+
+def _is_dora(layer: PeftLinear) -> bool:
+    return _variant(layer) is DoraLinearVariant
+
+
+def _magnitude(layer: PeftLinear) -> Any:
+    return layer.lora_magnitude_vector[_adapter(layer)]
+
+
+def _dropout_p(layer: PeftLinear) -> float:
+    return getattr(layer.lora_dropout[_adapter(layer)], "p", 0.0)
+
+
 def _too_large(layer: PeftLinear) -> bool:
     a, b = layer.lora_A[_adapter(layer)].weight, layer.lora_B[_adapter(layer)].weight
     return a.shape[0] > min(a.shape[1], b.shape[0])
@@ -67,12 +87,14 @@ MODULE_RULES: tuple[Rule, ...] = (
     Rule("forward replaced on the layer itself", lambda m: "forward" in vars(m)),
     Rule("adapters disabled", lambda m: m.disable_adapters),
     Rule("adapter merged into the base", lambda m: m.merged),
-    Rule("fan_in_fan_out", lambda m: m.fan_in_fan_out),
-    Rule("base layer is not nn.Linear", lambda m: type(m.base_layer) is not nn.Linear),
+    Rule("base layer is no nn.Linear", lambda m: type(m.base_layer) not in (nn.Linear, Conv1D)),
     Rule("hooks on the base layer", lambda m: _hooked(m.base_layer)),
     Rule("no active adapter", lambda m: not any(n in m.lora_A for n in m.active_adapters)),
     Rule("several active adapters", lambda m: _adapter(m) is None),
-    Rule("LoRA variant (DoRA and others)", lambda m: _adapter(m) in m.lora_variant),
+    Rule("LoRA variant other than DoRA", lambda m: _variant(m) not in (None, DoraLinearVariant)),
+    Rule("DoRA with dropout", lambda m: _is_dora(m) and m.training and _dropout_p(m) > 0),
+    Rule("DoRA with lora_bias", lambda m: _is_dora(m) and m.lora_B[_adapter(m)].bias is not None),
+    Rule("hooks on the magnitude", lambda m: _is_dora(m) and _hooked(_magnitude(m))),
     Rule(
         "adapter layers are not nn.Linear",
         lambda m: (
@@ -80,7 +102,6 @@ MODULE_RULES: tuple[Rule, ...] = (
             or type(m.lora_B[_adapter(m)]) is not nn.Linear
         ),
     ),
-    Rule("lora_bias", lambda m: m.lora_B[_adapter(m)].bias is not None),
     Rule(
         "hooks on the adapter",
         lambda m: _hooked(m.lora_A[_adapter(m)]) or _hooked(m.lora_B[_adapter(m)]),
@@ -155,7 +176,7 @@ class FusedLoraLinear(PeftLinear):
         if reason is not None:
             return super().forward(x, *args, **kwargs)
         if torch.compiler.is_compiling():
-            return ops.lora_linear_siblings(x, **_arguments([self]))[0]
+            return self.fused_call([self], x)[0]
         return siblings.forward(self, x)
 
     def _refusal(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -181,12 +202,47 @@ class FusedLoraLinear(PeftLinear):
         return "no fused backend for this device and dtype" if chosen == "reference" else None
 
     def fused_call(self, layers: list[FusedLoraLinear], x: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of ``layers``, which share x, in one operation."""
-        return ops.lora_linear_siblings(x, **_arguments(layers))
+        """The outputs of ``layers``, which share x, in one operation; DoRA scales its own after."""
+        ys = ops.lora_linear_siblings(x, **_arguments(layers))
+        return tuple(
+            _dora(layer, y) if _is_dora(layer) else y for layer, y in zip(layers, ys, strict=True)
+        )
 
 
 # PEFT parses the class's name, and its tests and users print it.
 FusedLoraLinear.__name__ = "Linear"
+
+
+def _weight(layer: PeftLinear) -> Tensor:
+    """The frozen matrix (out_features, in_features); GPT-2's Conv1D holds its transpose."""
+    weight = layer.base_layer.weight
+    return weight.t() if type(layer.base_layer) is Conv1D else weight
+
+
+def _bias(layer: PeftLinear, name: str | None) -> Tensor | None:
+    """base bias + scaling * adapter bias (``lora_bias=True``), which gets its gradient; None under
+    DoRA, which adds the bias after its scale."""
+    if _is_dora(layer):
+        return None
+    base, own = layer.base_layer.bias, layer.lora_B[name].bias
+    if own is None:
+        return base
+    own = own * float(layer.scaling[name])
+    return (own if base is None else base + own).to(layer.base_layer.weight.dtype)
+
+
+def _dora(layer: PeftLinear, z: Tensor) -> Tensor:
+    """The magnitude over the product z, which has no bias yet."""
+    name = _adapter(layer)
+    norm = ops.dora_norm(
+        _weight(layer),
+        layer.lora_A[name].weight,
+        layer.lora_B[name].weight,
+        float(layer.scaling[name]),
+    )
+    bias = layer.base_layer.bias
+    scale = _magnitude(layer).weight.to(norm.dtype) / norm
+    return ops.dora_scale(z, scale, None if bias is None else bias.to(z.dtype))
 
 
 def _arguments(layers: list[FusedLoraLinear]) -> dict[str, Any]:
@@ -194,8 +250,8 @@ def _arguments(layers: list[FusedLoraLinear]) -> dict[str, Any]:
     pairs = list(zip(layers, names, strict=True))
     dropouts = [layer.lora_dropout[name] for layer, name in pairs]
     return {
-        "weights": [layer.base_layer.weight for layer in layers],
-        "biases": [layer.base_layer.bias for layer in layers],
+        "weights": [_weight(layer) for layer in layers],
+        "biases": [_bias(layer, name) for layer, name in pairs],
         "lora_as": [layer.lora_A[name].weight for layer, name in pairs],
         "lora_bs": [layer.lora_B[name].weight for layer, name in pairs],
         "scalings": [float(layer.scaling[name]) for layer, name in pairs],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastft.ops.adamw import adamw
 from fastft.ops.attention import scaled_dot_product_attention
+from fastft.ops.dora_scale import dora_norm, dora_scale
 from fastft.ops.glu import glu
 from fastft.ops.linear_cross_entropy import linear_cross_entropy
 from fastft.ops.lora_linear import lora_linear, lora_linear_siblings
@@ -11,6 +12,8 @@ from fastft.ops.rms_norm import rms_norm
 
 __all__ = [
     "adamw",
+    "dora_norm",
+    "dora_scale",
     "glu",
     "linear_cross_entropy",
     "lora_linear",

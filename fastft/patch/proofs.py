@@ -113,7 +113,15 @@ def run_lora(module: Any, kind: type[nn.Module]) -> list[Tensor]:
         p = getattr(module, part)[name].weight
         random = torch.randn(p.shape, dtype=torch.float32, device=p.device) / p.shape[1] ** 0.5
         adapters[f"{part}.{name}.weight"] = random.to(p.dtype).requires_grad_()
-    x = torch.randn(_TOKENS, weight.shape[1], device=weight.device).to(weight.dtype)
+    bias = module.lora_B[name].bias
+    if bias is not None:
+        random = torch.randn(bias.shape, device=bias.device).to(bias.dtype)
+        adapters[f"lora_B.{name}.bias"] = random.requires_grad_()
+    if name in module.lora_variant:  # DoRA: the magnitude starts as the norm, a scale of one
+        p = module.lora_magnitude_vector[name].weight
+        random = p.detach() * (1 + 0.5 * torch.rand(p.shape, device=p.device).to(p.dtype))
+        adapters[f"lora_magnitude_vector.{name}.weight"] = random.requires_grad_()
+    x = torch.randn(_TOKENS, module.in_features, device=weight.device).to(weight.dtype)
     x.requires_grad_()
     with _as_class(module, kind):
         y = functional_call(module, adapters, (x,))

@@ -16,4 +16,5 @@ OPS: tuple[str, ...] = (
     "adamw",
     "glu",
     "rms_norm",
+    "dora_scale",
 )

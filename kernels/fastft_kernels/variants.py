@@ -210,6 +210,21 @@ def _norm_weight(dtype: str) -> Variant:
     return Variant(_NORM, "_rms_norm_weight_kernel", f"x={dtype}", types, {}, "norm_weight")
 
 
+_DORA = "fastft_kernels.dora_scale"
+
+
+def _dora(dtype: str, backward: bool, bias: bool = True) -> Variant:
+    names = ("dz_ptr", "dy_ptr", "z_ptr") if backward else ("y_ptr", "z_ptr", "bias_ptr")
+    types = {**dict.fromkeys(names, f"*{dtype}"), "scale_ptr": "*fp32", "columns": "i32"}
+    if backward:
+        types |= {"partial_ptr": "*fp32", "rows": "i32", "rows_per_split": "i32"}
+    return Variant(
+        _DORA, f"_dora_scale_{'backward' if backward else 'forward'}_kernel",
+        f"z={dtype}" + ("" if backward else f" bias={bias}"), types,
+        {} if backward else {"HAS_BIAS": bias}, "norm_weight" if backward else "elementwise",
+    )  # fmt: skip
+
+
 VARIANTS: tuple[Variant, ...] = (
     *_lora_variants(),
     _loss("bf16", True, True),
@@ -228,6 +243,8 @@ VARIANTS: tuple[Variant, ...] = (
     _norm("bf16", True, 576),
     _norm("fp32", True, 16384),
     _norm_weight("bf16"),
+    _dora("bf16", False),
+    _dora("fp32", True),
 )
 
 
@@ -257,6 +274,8 @@ def _all_variants() -> tuple[Variant, ...]:
         variants += [_norm(dtype, False, columns, first) for first in booleans]
         variants.append(_norm(dtype, True, columns))
     variants += [_norm_weight(dtype) for dtype in _DTYPES]
+    variants += [_dora(dtype, False, bias) for dtype in _DTYPES for bias in booleans]
+    variants += [_dora(dtype, True) for dtype in _DTYPES]
     unique = {(v.kernel, v.label, json.dumps(v.constants, default=str)): v for v in variants}
     return tuple(unique.values())
 

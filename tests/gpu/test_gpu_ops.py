@@ -20,6 +20,7 @@ from tests.kernels.bounds import assert_as_accurate, relative_errors
 from tests.kernels.cases import (
     ADAMW_TENSORS,
     BF16,
+    DORA_CASES,
     F16,
     F32,
     GLU_CASES,
@@ -28,6 +29,7 @@ from tests.kernels.cases import (
     LOSS_CASES,
     NORM_CASES,
     AdamWState,
+    DoraCase,
     GluCase,
     LoraCase,
     LoraInputs,
@@ -60,6 +62,10 @@ LARGE_NORM = {
     "llama-8b-bf16": NormCase(4096, 4096, BF16),
     "gemma-f16": NormCase(777, 1152, F16, 1.0, False),
     "16384-f32": NormCase(300, 16384, F32),
+}
+LARGE_DORA = {
+    "llama-8b-bf16": DoraCase(4096, 4096, BF16),
+    "odd-f16": DoraCase(777, 1001, F16, True),
 }
 LARGE_ADAMW = [
     *ADAMW_TENSORS,
@@ -301,6 +307,33 @@ def test_rms_norm_time(kernel: str, device: torch.device, observed: Any) -> None
     assert 0 < observed.time_ms[forward] < observed.time_ms[both]
 
 
+@of("dora_scale")
+@pytest.mark.parametrize("name", [*DORA_CASES, *LARGE_DORA])
+def test_dora_scale(kernel: str, name: str, device: torch.device, observed: Any) -> None:
+    case = {**DORA_CASES, **LARGE_DORA}[name]
+    backend = backend_of(kernel, device_type="cuda", dtype=case.dtype)
+    inputs = case.inputs(device)
+    z, scale = (t.detach().requires_grad_() for t in (inputs.z, inputs.scale))
+    y = ops.dora_scale(z, scale, inputs.bias, backend=backend)
+    dz, d_scale = torch.autograd.grad(y, (z, scale), inputs.dy)
+    got = {"y": y.detach(), "dz": dz, "d_scale": d_scale}
+    compare(observed, got, inputs.autograd(case.dtype), inputs.autograd(torch.float64))
+
+
+@of("dora_scale")
+def test_dora_scale_time(kernel: str, device: torch.device, observed: Any) -> None:
+    backend = backend_of(kernel, device_type="cuda", dtype=BF16)
+    inputs = DoraCase(8192, 4096, BF16).inputs(device)
+    z, scale = (t.detach().requires_grad_() for t in (inputs.z, inputs.scale))
+    name = "forward+backward 8192x4096 bf16"
+    observed.time_ms[name] = median_ms(
+        lambda: torch.autograd.grad(
+            ops.dora_scale(z, scale, backend=backend), (z, scale), inputs.dy
+        )
+    )
+    assert observed.time_ms[name] > 0
+
+
 @of("adamw")
 @pytest.mark.parametrize("max_norm", [0.0, 1.0])
 def test_adamw(kernel: str, max_norm: float, device: torch.device, observed: Any) -> None:
@@ -366,5 +399,5 @@ def test_adamw_time(kernel: str, device: torch.device, observed: Any) -> None:
 
 
 def test_every_gpu_kernel_is_tested() -> None:
-    tested = {"lora_linear", "linear_cross_entropy", "adamw", "glu", "rms_norm"}
+    tested = {"lora_linear", "linear_cross_entropy", "adamw", "glu", "rms_norm", "dora_scale"}
     assert {kernel.split("/")[1] for kernel in KERNELS} == tested

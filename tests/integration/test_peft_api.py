@@ -176,25 +176,61 @@ def test_adapter_names_for_a_mixed_batch(pair: tuple[PeftModel, PeftModel]) -> N
     assert fused_and_not(fused)[0] == 0
 
 
-def test_dora_and_rslora() -> None:
-    """DoRA runs through PEFT and says so; rsLoRA is only another scaling, and runs fused."""
-    for options, expected in (({"use_dora": True}, False), ({"use_rslora": True}, True)):
-        plain = tiny.peft_model("llama", **options)
-        fused = fastft.accelerate(copy.deepcopy(plain))
-        result = [tiny.step(m, BATCH) for m in (fused, plain, tiny.in_float64(plain))]
-        tiny.assert_as_exact(*result)
-        count, fallback = fused_and_not(fused)
-        assert bool(count) is expected
-        assert bool(fallback) is not expected
-
-
-def test_lora_bias_falls_back() -> None:
-    plain = tiny.peft_model("qwen2", lora_bias=True, target_modules=["q_proj"])
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_dora_and_rslora(name: str, options: dict[str, bool]) -> None:
+    """With magnitudes that differ from the norms they start at; three steps, for siblings."""
+    plain = tiny.peft_model(name, **options)
+    for key, parameter in plain.named_parameters():
+        if "magnitude" in key:
+            parameter.data *= torch.linspace(0.5, 1.5, parameter.numel())
+    exact = tiny.in_float64(plain)
     fused = fastft.accelerate(copy.deepcopy(plain))
-    batch = tiny.inputs("qwen2")
-    result = [tiny.step(m, batch) for m in (fused, plain, tiny.in_float64(plain))]
-    tiny.assert_as_exact(*result)
-    assert fused_and_not(fused) == (0, {"lora_bias": 2})
+    for seed in range(3):
+        batch = tiny.inputs(name, seed=seed)
+        result = [tiny.step(m, batch) for m in (fused, plain, exact)]
+        tiny.assert_as_exact(*result)
+    assert fused_and_not(fused) == (3 * len(tiny.lora_layers(fused)), {})
+    magnitudes = sum("magnitude" in key for key in result[0][1])
+    assert magnitudes == (len(tiny.lora_layers(fused)) if "use_dora" in options else 0)
+
+
+def test_dora_with_dropout_runs_as_peft_in_training_only() -> None:
+    """PEFT then multiplies the frozen matrix with the dropped input too: another formula."""
+    model = fastft.accelerate(tiny.peft_model("llama", use_dora=True, dropout=0.1))
+    layers = len(tiny.lora_layers(model))
+    tiny.step(model, BATCH)
+    assert fused_and_not(model) == (0, {"DoRA with dropout": layers})
+    logits(model)
+    assert fused_and_not(model)[0] == layers
+
+
+def test_dora_merges_and_saves_as_peft(tmp_path: Path) -> None:
+    plain = tiny.peft_model("llama", use_dora=True)
+    fused = fastft.accelerate(copy.deepcopy(plain))
+    for name, model in (("plain", plain), ("fused", fused)):
+        model.save_pretrained(tmp_path / name)
+    files = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("plain", "fused")]
+    assert list(files[0]) == list(files[1])
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    expected = logits(fused)
+    merged = fastft.restore(fused).merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_lora_bias_is_trained(name: str) -> None:
+    """With a base bias under it and without."""
+    plain = tiny.peft_model(name, lora_bias=True, target_modules=["q_proj", "v_proj"])
+    exact = tiny.in_float64(plain)
+    fused = fastft.accelerate(copy.deepcopy(plain), strict=True)
+    for seed in range(3):
+        batch = tiny.inputs(name, seed=seed)
+        got = tiny.step(fused, batch)
+        tiny.assert_as_exact(got, tiny.step(plain, batch), tiny.step(exact, batch))
+    assert sum("lora_B.default.bias" in key for key in got[1]) == 4
+    fallback = fused_and_not(fused)[1]
+    assert not fallback
 
 
 def test_trained_base_bias() -> None:
@@ -243,7 +279,7 @@ def test_patch_peft_serves_every_way_to_make_adapters() -> None:
 
 
 def test_strict_raises_where_a_layer_cannot_be_fused() -> None:
-    model = tiny.peft_model("llama", use_dora=True)
+    model = tiny.peft_model("llama", use_dora=True, dropout=0.1)
     types = {name: type(m) for name, m in model.named_modules()}
     with pytest.raises(fastft.errors.VerificationError, match="DoRA"):
         fastft.accelerate(model, strict=True)

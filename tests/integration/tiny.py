@@ -86,7 +86,6 @@ ARCHITECTURES: dict[str, Tiny] = {
             embd_pdrop=0.0,
             attn_pdrop=0.0,
         ),
-        plain=".*",  # transformers' Conv1D
     ),
     "opt": Tiny(
         _of(

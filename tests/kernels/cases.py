@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastft.reference import dora_scale as dora_reference
 from fastft.reference import glu as glu_reference
 from fastft.reference import linear_cross_entropy as loss_reference
 from fastft.reference import lora_linear as lora_reference
@@ -19,11 +20,13 @@ from fastft.reference import rms_norm as norm_reference
 
 __all__ = [
     "ADAMW_TENSORS",
+    "DORA_CASES",
     "GLU_CASES",
     "LORA_CASES",
     "LOSS_CASES",
     "NORM_CASES",
     "AdamWState",
+    "DoraCase",
     "GluCase",
     "LoraCase",
     "LossCase",
@@ -307,6 +310,52 @@ NORM_CASES = {
     "longer-than-a-block": NormCase(3, 8200, F32),
     "longer-than-a-block-bf16": NormCase(3, 9001, BF16),
     "one-row": NormCase(1, 3, F32),
+}
+
+
+@dataclass(frozen=True)
+class DoraCase:
+    """A product whose columns are scaled."""
+
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    bias: bool = False
+
+    def inputs(self, device: torch.device = CPU) -> DoraInputs:
+        random = _Random(device)
+        z, dy = (random.normal(self.rows, self.columns, dtype=self.dtype) for _ in range(2))
+        scale = random.normal(self.columns, dtype=F32).abs() + 0.5
+        bias = random.normal(self.columns, dtype=self.dtype) if self.bias else None
+        return DoraInputs(z, scale, bias, dy)
+
+
+@dataclass
+class DoraInputs:
+    """The tensors of a case."""
+
+    z: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    dy: Tensor
+
+    def autograd(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Output and gradients in plain torch at ``dtype``, the scale in float32 at least."""
+        z = _leaf(self.z, dtype)
+        scale = _leaf(self.scale, torch.promote_types(dtype, F32))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        y = dora_reference.dora_scale(z, scale, bias)
+        dz, d_scale = torch.autograd.grad(y, (z, scale), self.dy.to(dtype))
+        return {"y": y.detach(), "dz": dz, "d_scale": d_scale}
+
+
+DORA_CASES = {
+    "f32": DoraCase(7, 33, F32),
+    "bias-f32": DoraCase(7, 33, F32, True),
+    "several-splits-bf16": DoraCase(300, 40, BF16, True),
+    "wide-bf16": DoraCase(5, 1030, BF16),
+    "f16": DoraCase(9, 64, F16, True),
+    "one": DoraCase(1, 1, F32),
 }
 
 

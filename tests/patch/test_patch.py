@@ -197,9 +197,9 @@ def test_state_refused_at_first_is_fused_later() -> None:
 
 
 def test_variants_and_other_layers_are_named() -> None:
-    model = fastft.accelerate(llama(use_dora=True))
+    model = fastft.accelerate(llama(use_dora=True, lora_dropout=0.1))
     reasons = {m.reason for m in fastft.explain(model).modules if m.kind == "lora"}
-    assert reasons == {"LoRA variant (DoRA and others)"}
+    assert reasons == {"DoRA with dropout"}
     model = fastft.accelerate(llama(target_modules=["embed_tokens", "q_proj"]))
     reasons = {m.reason for m in fastft.explain(model).modules if not m.fused}
     assert "Embedding layers are not fused" in reasons
@@ -207,7 +207,7 @@ def test_variants_and_other_layers_are_named() -> None:
 
 def test_strict_refuses_modules_and_calls() -> None:
     with pytest.raises(errors.VerificationError, match=r"q_proj.*DoRA"):
-        fastft.accelerate(llama(use_dora=True), strict=True)
+        fastft.accelerate(llama(use_dora=True, lora_dropout=0.1), strict=True)
     model = fastft.accelerate(llama(), strict=True)
     gradients(model)
     with pytest.raises(errors.BackendError, match="adapters disabled"), model.disable_adapter():

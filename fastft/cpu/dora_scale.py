@@ -1,0 +1,51 @@
+"""CPU launcher of ``dora_scale``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastft import native
+from fastft.cpu.products import scratch
+
+
+def supports(*, device_type: str, dtype: torch.dtype) -> str | None:
+    """float32 and bfloat16."""
+    if not native.available():
+        return f"the compiled module is missing ({native.load_error()})"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"{dtype}; the CPU kernels take float32 and bfloat16"
+    return None
+
+
+def fwd(y: Tensor, z: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    """Writes y (rows, columns); scale is float32."""
+    native.module().dora_scale_forward(
+        y.data_ptr(),
+        z.data_ptr(),
+        scale.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        *z.shape,
+        native.DTYPE_CODES[z.dtype],
+    )
+
+
+def bwd(dz: Tensor, d_scale: Tensor | None, dy: Tensor, z: Tensor, scale: Tensor) -> None:
+    """Writes dz, and d_scale where it is wanted."""
+    rows, columns = z.shape
+    partial = None
+    if d_scale is not None:
+        blocks = -(-rows // native.module().SUM_ROWS)
+        partial = scratch("d_scale", (blocks, columns), torch.float32)
+    native.module().dora_scale_backward(
+        dz.data_ptr(),
+        0 if partial is None else partial.data_ptr(),
+        dy.data_ptr(),
+        z.data_ptr(),
+        scale.data_ptr(),
+        rows,
+        columns,
+        native.DTYPE_CODES[z.dtype],
+    )
+    if d_scale is not None and partial is not None:
+        d_scale.copy_(partial.sum(0))
