@@ -193,7 +193,7 @@ def build_frozen(inputs: Inputs) -> Step:
     return _step(inputs, Host(inputs).linear, None)
 
 
-def _peft_model(inputs: Inputs, *, float32_adapters: bool) -> Any:
+def _peft_model(inputs: Inputs, *, float32_adapters: bool, dora: bool = False) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -201,6 +201,7 @@ def _peft_model(inputs: Inputs, *, float32_adapters: bool) -> Any:
         lora_alpha=int(R * SCALING),
         lora_dropout=inputs.case["dropout"],
         target_modules=["linear"],
+        use_dora=dora,
     )
     model = get_peft_model(Host(inputs), config, autocast_adapter_dtype=float32_adapters)
     model.to(inputs.options.device)
@@ -208,6 +209,11 @@ def _peft_model(inputs: Inputs, *, float32_adapters: bool) -> Any:
     with torch.no_grad():
         layer.lora_A["default"].weight.copy_(inputs.a)
         layer.lora_B["default"].weight.copy_(inputs.b)
+        if dora:
+            # The magnitude of the adapted matrix itself: a scale of one, so that plain LoRA's
+            # outputs and gradients are the truth for this one too.
+            adapted = inputs.weight.double() + SCALING * (inputs.b.double() @ inputs.a.double())
+            layer.lora_magnitude_vector["default"].weight.copy_(adapted.norm(dim=1))
     return model.train()
 
 
@@ -226,17 +232,27 @@ def build_peft_bf16(inputs: Inputs) -> Step:
     return _peft_step(inputs, _peft_model(inputs, float32_adapters=False))
 
 
-def build_fastft(inputs: Inputs) -> Step:
+def build_peft_dora(inputs: Inputs) -> Step:
+    """PEFT's DoRA layer in its default mode."""
+    return _peft_step(inputs, _peft_model(inputs, float32_adapters=True, dora=True))
+
+
+def build_fastft(inputs: Inputs, dora: bool = False) -> Step:
     """PEFT's layer in its default mode after `fastft.accelerate`; it must not have fallen back."""
     import fastft
 
-    model = fastft.accelerate(_peft_model(inputs, float32_adapters=True))
+    model = fastft.accelerate(_peft_model(inputs, float32_adapters=True, dora=dora))
     step = _peft_step(inputs, model)
     step.run()
     calls = fastft.explain(model).to_dict()["calls"]
     if not calls["fused"] or calls["fallback"]:
         raise RuntimeError(f"the layer did not run fused: {calls}")
     return step
+
+
+def build_fastft_dora(inputs: Inputs) -> Step:
+    """PEFT's DoRA layer after `fastft.accelerate`."""
+    return build_fastft(inputs, dora=True)
 
 
 def extra_over_frozen(own: Measured, by_impl: Mapping[str, Measured], case: Case) -> float | None:
@@ -258,6 +274,11 @@ def needs_bf16(case: Case, options: Options) -> str | None:
     return f"does not apply: in {options.dtype_name} it is the same as peft"
 
 
+def without_dropout(case: Case, options: Options) -> str | None:
+    """DoRA with dropout is another formula, which fastft leaves to PEFT."""
+    return "does not apply: DoRA with dropout is left to PEFT" if case["dropout"] else None
+
+
 SUITE = Suite(
     name="lora",
     cases=cases,
@@ -266,6 +287,8 @@ SUITE = Suite(
         Impl("peft", build_peft, package="peft"),
         Impl("peft-bf16", build_peft_bf16, package="peft", not_here=needs_bf16),
         Impl("fastft", build_fastft, package="peft"),
+        Impl("peft-dora", build_peft_dora, package="peft", not_here=without_dropout),
+        Impl("fastft-dora", build_fastft_dora, package="peft", not_here=without_dropout),
     ),
     metrics=(
         Metric("time_ms", "ms", False, time_ms),
