@@ -17,7 +17,7 @@ from fastft.nn import siblings
 from fastft.nn.calls import count
 from fastft.ops._checks import autocast_dtype
 
-__all__ = ["CALL_RULES", "MODULE_RULES", "FusedLoraLinear", "module_refusal"]
+__all__ = ["ADAPTER_RULES", "CALL_RULES", "LAYER_RULES", "FusedLoraLinear", "module_refusal"]
 
 
 @dataclass(frozen=True)
@@ -39,104 +39,123 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
-def _adapter(layer: PeftLinear) -> str | None:
-    """The one active adapter that has weights here; None unless it is exactly one."""
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    return names[0] if len(names) == 1 else None
+def _active(layer: PeftLinear) -> list[str]:
+    """The active adapters that have weights here."""
+    weights = layer._modules["lora_A"]._modules
+    return [name for name in layer.active_adapters if name in weights]
 
 
-def _variant(layer: PeftLinear) -> type | None:
-    """The class of the active adapter's variant; None for plain LoRA."""
-    variant = layer.lora_variant.get(_adapter(layer))
-    return None if variant is None else type(variant)
+class Parts:
+    """What a layer computes with, looked up once: a look-up through ``nn.Module`` takes as long as
+    half a product's launch. Only for a layer with one active adapter."""
+
+    __slots__ = ("a", "b", "base", "dropout", "layer", "magnitude", "scaling", "variant")
+
+    def __init__(self, layer: PeftLinear) -> None:
+        (name,) = _active(layer)
+        modules = layer._modules
+        self.layer, self.base = layer, modules["base_layer"]
+        self.a, self.b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        self.dropout = modules["lora_dropout"]._modules[name]
+        self.scaling = layer.scaling[name]
+        self.variant = type(layer.lora_variant[name]) if name in layer.lora_variant else None
+        self.magnitude = None
+        if self.variant is DoraLinearVariant:
+            self.magnitude = layer.lora_magnitude_vector[name]
+
+    def tensors(self) -> tuple[Any, Any, Any]:
+        """The frozen weight as its layer holds it, A and B."""
+        return self.base.weight, self.a.weight, self.b.weight
+
+    def weight(self) -> Tensor:
+        """The frozen matrix (out_features, in_features); GPT-2's Conv1D holds its transpose."""
+        weight: Tensor = self.base.weight
+        return weight.t() if type(self.base) is Conv1D else weight
+
+    def bias(self) -> Tensor | None:
+        """base bias + scaling * adapter bias (``lora_bias=True``), which gets its gradient; None
+        under DoRA, which adds the bias after its scale."""
+        base, own = self.base.bias, self.b.bias
+        if self.magnitude is not None:
+            return None
+        if own is None:
+            return base
+        own = own * float(self.scaling)
+        return (own if base is None else base + own).to(self.base.weight.dtype)
+
+    def dropout_p(self) -> float:
+        """The probability in force: 0 outside training."""
+        dropout = self.dropout
+        return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
-def _is_dora(layer: PeftLinear) -> bool:
-    return _variant(layer) is DoraLinearVariant
-
-
-def _magnitude(layer: PeftLinear) -> Any:
-    return layer.lora_magnitude_vector[_adapter(layer)]
-
-
-def _dropout_p(layer: PeftLinear) -> float:
-    return getattr(layer.lora_dropout[_adapter(layer)], "p", 0.0)
-
-
-def _too_large(layer: PeftLinear) -> bool:
-    a, b = layer.lora_A[_adapter(layer)].weight, layer.lora_B[_adapter(layer)].weight
-    return a.shape[0] > min(a.shape[1], b.shape[0])
-
-
-def _odd_dropout(layer: PeftLinear) -> bool:
-    dropout = layer.lora_dropout[_adapter(layer)]
-    if type(dropout) is nn.Dropout:
-        return dropout.p >= 1.0 or _hooked(dropout)
-    return type(dropout) is not nn.Identity
-
-
-def _odd_scaling(layer: PeftLinear) -> bool:
-    scaling = layer.scaling[_adapter(layer)]
-    if isinstance(scaling, Tensor):
-        return scaling.numel() != 1 or scaling.requires_grad
-    return not isinstance(scaling, (int, float))
-
-
-# What the layer is. The order matters: a rule may rely on the ones above it having not applied.
-MODULE_RULES: tuple[Rule, ...] = (
+# What the layer is, whatever its adapters.
+LAYER_RULES: tuple[Rule, ...] = (
     Rule("forward replaced on the layer itself", lambda m: "forward" in vars(m)),
     Rule("adapters disabled", lambda m: m.disable_adapters),
     Rule("adapter merged into the base", lambda m: m.merged),
     Rule("base layer is no nn.Linear", lambda m: type(m.base_layer) not in (nn.Linear, Conv1D)),
     Rule("hooks on the base layer", lambda m: _hooked(m.base_layer)),
-    Rule("no active adapter", lambda m: not any(n in m.lora_A for n in m.active_adapters)),
-    Rule("several active adapters", lambda m: _adapter(m) is None),
-    Rule("LoRA variant other than DoRA", lambda m: _variant(m) not in (None, DoraLinearVariant)),
-    Rule("DoRA with dropout", lambda m: _is_dora(m) and m.training and _dropout_p(m) > 0),
-    Rule("DoRA with lora_bias", lambda m: _is_dora(m) and m.lora_B[_adapter(m)].bias is not None),
-    Rule("hooks on the magnitude", lambda m: _is_dora(m) and _hooked(_magnitude(m))),
+    Rule("no active adapter", lambda m: not _active(m)),
+    Rule("several active adapters", lambda m: len(_active(m)) > 1),
+)
+
+
+def _odd_dropout(p: Parts) -> bool:
+    if type(p.dropout) is nn.Dropout:
+        return p.dropout.p >= 1.0 or _hooked(p.dropout)
+    return type(p.dropout) is not nn.Identity
+
+
+def _odd_scaling(p: Parts) -> bool:
+    if isinstance(p.scaling, Tensor):
+        return p.scaling.numel() != 1 or p.scaling.requires_grad
+    return not isinstance(p.scaling, (int, float))
+
+
+def _too_large(p: Parts) -> bool:
+    return p.a.weight.shape[0] > min(p.a.weight.shape[1], p.b.weight.shape[0])
+
+
+# What its one active adapter is. The order matters: a rule may rely on those above it.
+ADAPTER_RULES: tuple[Rule, ...] = (
+    Rule("LoRA variant other than DoRA", lambda p: p.variant not in (None, DoraLinearVariant)),
+    Rule("DoRA with dropout", lambda p: p.magnitude is not None and p.dropout_p() > 0),
+    Rule(
+        "DoRA with lora_bias",
+        lambda p: p.magnitude is not None and getattr(p.b, "bias", None) is not None,
+    ),
+    Rule("hooks on the magnitude", lambda p: p.magnitude is not None and _hooked(p.magnitude)),
     Rule(
         "adapter layers are not nn.Linear",
-        lambda m: (
-            type(m.lora_A[_adapter(m)]) is not nn.Linear
-            or type(m.lora_B[_adapter(m)]) is not nn.Linear
-        ),
+        lambda p: type(p.a) is not nn.Linear or type(p.b) is not nn.Linear,
     ),
-    Rule(
-        "hooks on the adapter",
-        lambda m: _hooked(m.lora_A[_adapter(m)]) or _hooked(m.lora_B[_adapter(m)]),
-    ),
+    Rule("hooks on the adapter", lambda p: _hooked(p.a) or _hooked(p.b)),
     Rule("r larger than the layer's features", _too_large),
     Rule("dropout of another kind", _odd_dropout),
     Rule("scaling is not a plain number", _odd_scaling),
 )
 
 
-def _plain(tensor: Any) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter)
-
-
-def _foreign_tensors(layer: PeftLinear, x: Any) -> bool:
-    a, b = layer.lora_A[_adapter(layer)].weight, layer.lora_B[_adapter(layer)].weight
+def _foreign_tensors(p: Parts, x: Any) -> bool:
     if torch.compiler.is_compiling():  # torch.compile shows its own tensors in their place
         return False
-    return not all(_plain(t) for t in (x, layer.base_layer.weight, a, b))
+    return not all(type(t) in (Tensor, nn.Parameter) for t in (x, *p.tensors()))
 
 
-def _transformed(layer: PeftLinear, x: Any) -> bool:
+def _transformed(p: Parts, x: Any) -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _several_devices(layer: PeftLinear, x: Tensor) -> bool:
-    a, b = layer.lora_A[_adapter(layer)].weight, layer.lora_B[_adapter(layer)].weight
-    return not x.device == layer.base_layer.weight.device == a.device == b.device
+def _several_devices(p: Parts, x: Tensor) -> bool:
+    weight, a, b = p.tensors()
+    return not x.device == weight.device == a.device == b.device
 
 
-def _mixed_dtypes(layer: PeftLinear, x: Tensor) -> bool:
-    a, b = layer.lora_A[_adapter(layer)].weight, layer.lora_B[_adapter(layer)].weight
-    weight = layer.base_layer.weight
+def _mixed_dtypes(p: Parts, x: Tensor) -> bool:
+    weight, a, b = p.tensors()
     if not weight.is_floating_point() or a.dtype != b.dtype:
         return True
     if autocast_dtype(x.device.type) is not None:
@@ -148,15 +167,22 @@ def _mixed_dtypes(layer: PeftLinear, x: Tensor) -> bool:
 CALL_RULES: tuple[Rule, ...] = (
     Rule("torch.func transform", _transformed),
     Rule("tensor subclass", _foreign_tensors),
-    Rule("input has no dimension", lambda m, x: x.dim() == 0),
+    Rule("input has no dimension", lambda p, x: x.dim() == 0),
     Rule("several devices", _several_devices),
     Rule("mixed dtypes", _mixed_dtypes),
 )
 
 
+def _first(rules: tuple[Rule, ...], *facts: Any) -> str | None:
+    for rule in rules:
+        if rule.applies(*facts):
+            return rule.reason
+    return None
+
+
 def module_refusal(layer: PeftLinear) -> str | None:
     """Why the layer, as it stands, runs through PEFT; None when it can run fused."""
-    return next((rule.reason for rule in MODULE_RULES if rule.applies(layer)), None)
+    return _first(LAYER_RULES, layer) or _first(ADAPTER_RULES, Parts(layer))
 
 
 class FusedLoraLinear(PeftLinear):
@@ -186,12 +212,11 @@ class FusedLoraLinear(PeftLinear):
         reason = module_refusal(self)
         if reason is not None:
             return reason
-        for rule in CALL_RULES:
-            if rule.applies(self, x):
-                return rule.reason
-        if torch.compiler.is_compiling():  # the operation chooses when the graph runs
-            return None
-        adapter = self.lora_A[_adapter(self)].weight
+        parts = Parts(self)
+        reason = _first(CALL_RULES, parts, x)
+        if reason is not None or torch.compiler.is_compiling():
+            return reason  # compiled, the operation chooses when the graph runs
+        adapter = parts.a.weight
         chosen, _ = backends.select(
             "lora_linear",
             device_type=x.device.type,
@@ -203,9 +228,18 @@ class FusedLoraLinear(PeftLinear):
 
     def fused_call(self, layers: list[FusedLoraLinear], x: Tensor) -> tuple[Tensor, ...]:
         """The outputs of ``layers``, which share x, in one operation; DoRA scales its own after."""
-        ys = ops.lora_linear_siblings(x, **_arguments(layers))
+        parts = [Parts(layer) for layer in layers]
+        ys = ops.lora_linear_siblings(
+            x,
+            [p.weight() for p in parts],
+            [p.a.weight for p in parts],
+            [p.b.weight for p in parts],
+            scalings=[float(p.scaling) for p in parts],
+            biases=[p.bias() for p in parts],
+            dropout_ps=[p.dropout_p() for p in parts],
+        )
         return tuple(
-            _dora(layer, y) if _is_dora(layer) else y for layer, y in zip(layers, ys, strict=True)
+            y if p.magnitude is None else _dora(p, y) for p, y in zip(parts, ys, strict=True)
         )
 
 
@@ -213,49 +247,10 @@ class FusedLoraLinear(PeftLinear):
 FusedLoraLinear.__name__ = "Linear"
 
 
-def _weight(layer: PeftLinear) -> Tensor:
-    """The frozen matrix (out_features, in_features); GPT-2's Conv1D holds its transpose."""
-    weight = layer.base_layer.weight
-    return weight.t() if type(layer.base_layer) is Conv1D else weight
-
-
-def _bias(layer: PeftLinear, name: str | None) -> Tensor | None:
-    """base bias + scaling * adapter bias (``lora_bias=True``), which gets its gradient; None under
-    DoRA, which adds the bias after its scale."""
-    if _is_dora(layer):
-        return None
-    base, own = layer.base_layer.bias, layer.lora_B[name].bias
-    if own is None:
-        return base
-    own = own * float(layer.scaling[name])
-    return (own if base is None else base + own).to(layer.base_layer.weight.dtype)
-
-
-def _dora(layer: PeftLinear, z: Tensor) -> Tensor:
+def _dora(parts: Parts, z: Tensor) -> Tensor:
     """The magnitude over the product z, which has no bias yet."""
-    name = _adapter(layer)
-    norm = ops.dora_norm(
-        _weight(layer),
-        layer.lora_A[name].weight,
-        layer.lora_B[name].weight,
-        float(layer.scaling[name]),
-    )
-    bias = layer.base_layer.bias
-    scale = _magnitude(layer).weight.to(norm.dtype) / norm
+    a, b = parts.a.weight, parts.b.weight
+    norm = ops.dora_norm(parts.weight(), a, b, float(parts.scaling))
+    scale = parts.magnitude.weight.to(norm.dtype) / norm  # type: ignore[union-attr]
+    bias = parts.base.bias
     return ops.dora_scale(z, scale, None if bias is None else bias.to(z.dtype))
-
-
-def _arguments(layers: list[FusedLoraLinear]) -> dict[str, Any]:
-    names = [_adapter(layer) for layer in layers]
-    pairs = list(zip(layers, names, strict=True))
-    dropouts = [layer.lora_dropout[name] for layer, name in pairs]
-    return {
-        "weights": [_weight(layer) for layer in layers],
-        "biases": [_bias(layer, name) for layer, name in pairs],
-        "lora_as": [layer.lora_A[name].weight for layer, name in pairs],
-        "lora_bs": [layer.lora_B[name].weight for layer, name in pairs],
-        "scalings": [float(layer.scaling[name]) for layer, name in pairs],
-        "dropout_ps": [
-            float(d.p) if isinstance(d, nn.Dropout) and d.training else 0.0 for d in dropouts
-        ],
-    }
