@@ -110,7 +110,7 @@ def _add_d_weight(d_weight: Tensor, slab: Tensor, hidden: Tensor) -> None:
         if wide:
             d_weight[panel].addmm_(slab[:, panel].t(), hidden)
         else:
-            product = scratch("w32", tuple(d_weight[panel].shape), torch.float32)
+            product = scratch("w16", tuple(d_weight[panel].shape), slab.dtype)
             mm_tn(product, slab[:, panel], hidden)
             d_weight[panel].add_(product)
 

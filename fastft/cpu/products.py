@@ -118,8 +118,8 @@ def mm_nn(
 def mm_tn(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0) -> None:
     """out = alpha * a^T @ b; a: (M, R), b: (M, K), out: (R, K). ``out`` may be float32 over
     16-bit operands."""
-    if _direct(a.dtype) and out.shape[1] < out.shape[0]:
-        # A tall, thin result costs the library twice the time of its transpose.
+    if _direct(a.dtype) and 4 * out.shape[1] <= out.shape[0]:
+        # A tall, thin result (dB) costs the library twice the time of its transpose.
         product = scratch("out", (out.shape[1], out.shape[0]), a.dtype)
         _gemm(product, b.t(), a, alpha, False)
         out.copy_(product.t())

@@ -86,7 +86,13 @@ def linear_cross_entropy(
     name = backend or _AUTO
     if not torch.compiler.is_compiling():
         name = _choose(name, flat, weight.requires_grad)[0]
-    rows = chunk or default_chunk(flat.shape[0], weight.shape[0], flat.element_size(), device_type)
+    rows = chunk or default_chunk(
+        flat.shape[0],
+        weight.shape[0],
+        flat.element_size(),
+        device_type,
+        trained=weight.requires_grad,
+    )
     arguments = (flat, weight, bias, target, ignore_index, rows, name)
     if torch.compiler.is_compiling():
         loss_sum, n_correct, *_ = torch.ops.fastft.linear_cross_entropy_fwd(
@@ -105,11 +111,17 @@ def linear_cross_entropy(
     return (loss, (n_correct / n_valid).squeeze(0)) if return_accuracy else loss
 
 
-def default_chunk(tokens: int, vocabulary: int, itemsize: int, device_type: str) -> int:
-    """Tokens a slab: an eighth of them, the slab within its limit of bytes, at least 16."""
+def default_chunk(
+    tokens: int, vocabulary: int, itemsize: int, device_type: str, *, trained: bool = False
+) -> int:
+    """Tokens a slab: an eighth of them, the slab within its limit of bytes, at least 16.
+
+    A trained head's float32 gradient is read and written once a slab, and is larger than the slab:
+    half of the tokens then.
+    """
     limit = _SLAB_BYTES.get(device_type, _SLAB_BYTES["cpu"])
     within = limit // max(1, vocabulary * itemsize)
-    return max(16, min(-(-tokens // 8), within))
+    return max(16, min(-(-tokens // (2 if trained else 8)), within))
 
 
 def check(
@@ -244,7 +256,8 @@ def _fwd_fake(
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     # The float32 scale, of one dimension, keeps the product in float32: 1/n has too few bits else.
-    return (gradient * scale).to(dtype)
+    # Rounded as it is written: a float32 product of a head's size would be memory for nothing.
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -164,6 +164,7 @@ def test_ignored_tokens_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_slab_is_an_eighth_of_the_logits_and_bounded() -> None:
     assert default_chunk(1024, 32768, 2, "cpu") == 128
+    assert default_chunk(1024, 32768, 2, "cpu", trained=True) == 512
     assert default_chunk(100_000, 49152, 4, "cpu") * 49152 * 4 <= 48 << 20
     assert default_chunk(4, 10, 4, "cpu") == 16
 
