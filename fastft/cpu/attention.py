@@ -17,6 +17,7 @@ from fastft.cpu.products import native_bfloat16, scratch
 
 # Queries of a block: 128 of 512 skip 3/8 of a causal product and keep its matrices large.
 _QUERIES = 128
+_FEWEST = 16
 # Bytes of a slab of scores: it is written and read several times, so it stays in the last cache.
 _SLAB_BYTES = 8 << 20
 
@@ -66,8 +67,11 @@ class _Problem:
     def slabs(self) -> Iterator[_Slab]:
         """Blocks of queries; of each, the key heads whose scores fit a slab."""
         item = self.query.element_size()
-        for first in range(0, self.queries, _QUERIES):
-            last = min(self.queries, first + _QUERIES)
+        # Over very many keys the block shrinks, so that one batch element's scores fit a slab.
+        row = self.kv_heads * self.group * self.keys * item
+        block = max(_FEWEST, min(_QUERIES, _SLAB_BYTES // max(1, row)))
+        for first in range(0, self.queries, block):
+            last = min(self.queries, first + block)
             keys = min(self.keys, last) if self.is_causal else self.keys
             if self.mask is not None:
                 whole = _Slab(slice(0, self.batch * self.kv_heads), first, last, keys)

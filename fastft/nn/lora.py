@@ -140,7 +140,8 @@ ADAPTER_RULES: tuple[Rule, ...] = (
 def _foreign_tensors(p: Parts, x: Any) -> bool:
     if torch.compiler.is_compiling():  # torch.compile shows its own tensors in their place
         return False
-    return not all(type(t) in (Tensor, nn.Parameter) for t in (x, *p.tensors()))
+    magnitude = () if p.magnitude is None else (p.magnitude.weight,)
+    return not all(type(t) in (Tensor, nn.Parameter) for t in (x, *p.tensors(), *magnitude))
 
 
 def _transformed(p: Parts, x: Any) -> bool:

@@ -42,7 +42,9 @@ _ACTIVATIONS = {
 
 
 def layout_of(module: nn.Module) -> Layout | None:
-    """The layout whose parts are exactly the module's children; a dropout more, and it is none."""
+    """The layout whose parts are exactly what the module holds; a dropout more, and it is none."""
+    if module._parameters or module._buffers:
+        return None
     children = {name for name, _ in module.named_children()}
     for layout in LAYOUTS:
         parts = {layout.gate, layout.down, layout.activation}

@@ -6,6 +6,7 @@ applied by ``accelerate`` and read by ``explain``.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -216,7 +217,7 @@ def _attention_sites(model: nn.Module) -> Iterator[Site]:
     torch's own is the best there is and nothing is said."""
     for name, module in model.named_modules():
         config = module.__dict__.get("config")
-        code = getattr(original_of(module).forward, "__code__", None)
+        code = getattr(inspect.unwrap(original_of(module).forward), "__code__", None)
         if config is None or "ALL_ATTENTION_FUNCTIONS" not in getattr(code, "co_names", ()):
             continue
         weight = proofs.float_parameter(module)

@@ -205,6 +205,17 @@ def test_dora_with_dropout_runs_as_peft_in_training_only() -> None:
     assert fused_and_not(model)[0] == layers
 
 
+def test_dora_compiles_without_a_graph_break() -> None:
+    model = fastft.accelerate(tiny.peft_model("llama", use_dora=True))
+    expected = tiny.step(model, BATCH)[1]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(**BATCH).loss.backward()
+    got = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert set(got) == set(expected)
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
+
+
 def test_dora_merges_and_saves_as_peft(tmp_path: Path) -> None:
     plain = tiny.peft_model("llama", use_dora=True)
     fused = fastft.accelerate(copy.deepcopy(plain))

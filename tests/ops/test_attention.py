@@ -181,6 +181,17 @@ def test_slabs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run()
     monkeypatch.setattr(launcher, "_SLAB_BYTES", 1)
     torch.testing.assert_close(run(), expected)
+    sizes: list[int] = []
+    original = launcher.scratch
+    monkeypatch.setattr(
+        launcher,
+        "scratch",
+        lambda name, shape, dtype: sizes.append(shape[1]) or original(name, shape, dtype),
+    )
+    run()
+    # 16 queries at a time, two heads a group.
+    assert 32 in sizes
+    assert not {256, 280} & set(sizes)
 
 
 def test_not_finite_stays_not_finite() -> None:
