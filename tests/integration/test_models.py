@@ -213,14 +213,16 @@ def test_all_labels_ignored_is_what_plain_gives() -> None:
     assert torch.isnan(got) == torch.isnan(expected)
 
 
-def test_bfloat16_autocast() -> None:
-    """TRL's way: float32 weights and adapters, every forward under bfloat16 autocast."""
-    plain = tiny.peft_model("llama")
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_bfloat16_autocast(name: str) -> None:
+    """TRL's way: float32 weights and adapters, every forward under bfloat16 autocast. The norms of
+    Qwen3's and Gemma 3's queries then get a bfloat16 input under a float32 weight."""
+    plain = tiny.peft_model(name)
     exact = tiny.in_float64(plain)
-    fused = fastft.accelerate(copy.deepcopy(plain))
+    fused = fastft.accelerate(copy.deepcopy(plain), loss=name != "gemma3")
     steps = []
     for seed in range(6):
-        batch = tiny.inputs("llama", seed=seed)
+        batch = tiny.inputs(name, seed=seed)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             theirs, ours = tiny.step(plain, batch), tiny.step(fused, batch)
         steps.append((ours, theirs, tiny.step(exact, batch)))

@@ -16,6 +16,7 @@ from fastft.nn import call_counts
 from fastft.nn.attention import FusedAttention
 from fastft.nn.mlp import FusedGatedMLP
 from fastft.nn.norm import FusedRMSNorm, norm_facts
+from fastft.nn.swap import swapped_class
 
 SMALL = {
     "vocab_size": 64,
@@ -63,7 +64,21 @@ def test_conventions_are_found_by_trying(module: str, offset: float, round_first
     path, name = module.rsplit(".", 1)
     norm = getattr(__import__(f"transformers.models.{path}", fromlist=[name]), name)(48)
     norm.to(torch.bfloat16)
-    assert dict(norm_facts(norm)) == {"fastft_offset": offset, "fastft_round_first": round_first}
+    found = {"fastft_offset": offset, "fastft_round_first": round_first, "fastft_narrow": None}
+    assert dict(norm_facts(norm)) == found
+    x = torch.randn(4, 48).bfloat16()
+    norm.float()
+    norm.weight.data.normal_()
+    expected = norm(x)
+    found = dict(norm_facts(norm))
+    # In float32 rounding first changes nothing, and the first convention that fits is taken.
+    assert (found["fastft_offset"], found["fastft_round_first"]) == (offset, not offset)
+    assert found["fastft_narrow"] == ("wide" if expected.dtype == torch.float32 else "input")
+    norm.__class__ = swapped_class(FusedRMSNorm, type(norm), tuple(found.items()))
+    y = norm(x)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=0)
+    assert not call_counts(norm).fallback
 
 
 class _Shifted(nn.Module):

@@ -34,7 +34,7 @@ FILES: tuple[File, ...] = (
     File("test_seq_classifier.py", select=_LORA, min_fused=45),
     # Ranks above the width of its toy layers: all of it runs through PEFT.
     File("test_low_level_api.py"),
-    # DoRA, aLoRA and their like, which are not fused: they must go on working.
+    # Mostly aLoRA and its like, which are not fused: they must go on working.
     File("test_lora_variants.py"),
     File("test_target_parameters.py", min_fused=900, full=True),
     File("test_initialization.py", min_fused=275, full=True),
