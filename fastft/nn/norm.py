@@ -63,40 +63,51 @@ def epsilon(module: nn.Module) -> float | None:
     return next((value for value in found if isinstance(value, float)), None)
 
 
-def norm_facts(module: nn.Module) -> tuple[tuple[str, Any], ...] | None:
+def norm_facts(module: Any) -> tuple[tuple[str, Any], ...] | None:
     """What makes this module an RMS norm of ours: its offset, its rounding and what it does with a
     narrower input, found by running it on a random input with a random weight; None when it
     computes something else."""
-    weight: Any = module.weight
-    generator = torch.Generator().manual_seed(0)
-    draw = torch.randn(9, weight.shape[0], generator=generator).to(weight.device, weight.dtype)
-    x, random = draw[1:], draw[0]
-    with torch.no_grad():
-        expected = functional_call(module, {"weight": random}, (x,)).double()
-        narrow = None
-        if weight.dtype == torch.float32:
-            narrow = functional_call(module, {"weight": random}, (x.bfloat16(),))
-        errors = []
-        for offset, round_first in _CONVENTIONS:
-            y = ops.rms_norm(
-                x, random, epsilon(module) or 0.0, offset=offset, round_first=round_first
-            )
-            errors.append((float((y.double() - expected).norm()), offset, round_first))
-    error, offset, round_first = min(errors, key=lambda e: e[0])
-    bound = 2 * torch.finfo(weight.dtype).eps * float(expected.norm())
-    if not error <= bound:
+    dtype = module.weight.dtype
+    # In float32 the place of the rounding does not show; it will once the model is cast.
+    offset, round_first = min(
+        _CONVENTIONS, key=lambda convention: _error(module, torch.bfloat16, convention)
+    )
+    if not _error(module, dtype, (offset, round_first)) <= 2 * torch.finfo(dtype).eps:
         return None
+    narrow = None
+    if dtype == torch.float32:
+        x, weight = _draw(module, dtype)
+        with torch.no_grad():
+            wide = functional_call(module, {"weight": weight}, (x,)).double()
+            got = functional_call(module, {"weight": weight}, (x.bfloat16(),))
+        narrow = _narrow_fact(got, wide)
     return (
         ("fastft_offset", offset),
         ("fastft_round_first", round_first),
-        ("fastft_narrow", _narrow_fact(narrow, expected)),
+        ("fastft_narrow", narrow),
     )
 
 
-def _narrow_fact(got: Tensor | None, expected: Tensor) -> str | None:
+def _draw(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A random input (8, features) and a random weight."""
+    generator = torch.Generator().manual_seed(0)
+    weight: Tensor = module.weight
+    draw = torch.randn(9, weight.shape[0], generator=generator).to(weight.device, dtype)
+    return draw[1:], draw[0]
+
+
+def _error(module: Any, dtype: torch.dtype, convention: tuple[float, bool]) -> float:
+    """How far :func:`fastft.ops.rms_norm` is from the module in ``dtype``, relative."""
+    x, weight = _draw(module, dtype)
+    offset, round_first = convention
+    with torch.no_grad():
+        expected = functional_call(module, {"weight": weight}, (x,)).double()
+        y = ops.rms_norm(x, weight, epsilon(module) or 0.0, offset=offset, round_first=round_first)
+    return float((y.double() - expected).norm() / expected.norm())
+
+
+def _narrow_fact(got: Tensor, expected: Tensor) -> str | None:
     """What the module gave for a bfloat16 input: "wide", "input", or None for something else."""
-    if got is None:
-        return None
     # The input was rounded, xhat may have been, and the result: three relative errors of eps / 2.
     eps = torch.finfo(torch.bfloat16).eps
     if not float((got.double() - expected).norm()) <= 1.5 * eps * float(expected.norm()):
