@@ -181,7 +181,10 @@ def _norm_sites(model: nn.Module) -> Iterator[Site]:
             continue
         key = (type(module), weight.shape, weight.dtype, weight.device, epsilon(module))
         if key not in known:
-            known[key] = norm_facts(module)
+            try:
+                known[key] = norm_facts(module)
+            except Exception:  # it takes more than one tensor: a gated norm
+                known[key] = None
         facts = known[key]
         if facts is None:
             yield Site(name, module, f"{type(module).__name__} computes no RMS norm we know")

@@ -91,6 +91,17 @@ class _Shifted(nn.Module):
         return self.weight * x * torch.rsqrt(x.var(-1, keepdim=True) + self.eps)
 
 
+class _Gated(nn.Module):
+    """An RMS norm with a second input: it cannot be run alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(32)), 1e-6
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return x * gate
+
+
 class _Noisy(nn.Module):
     """A gated MLP's parts with something more between them."""
 
@@ -107,11 +118,13 @@ class _Noisy(nn.Module):
 def test_what_only_looks_like_it_is_left_alone_with_its_reason() -> None:
     model = build("Llama")
     model.model.norm = _Shifted()
+    model.gated = _Gated()
     model.model.layers[1].mlp = _Noisy()
     model.model.layers[0].mlp.act_fn = nn.ReLU()
     fastft.accelerate(model)
     reasons = {m.name: m.reason for m in fastft.explain(model).modules if not m.fused}
-    assert set(reasons) == {"model.norm", "model.layers.1.mlp", "model.layers.0.mlp"}
+    assert set(reasons) == {"gated", "model.norm", "model.layers.1.mlp", "model.layers.0.mlp"}
+    assert reasons["gated"] == "_Gated computes no RMS norm we know"
     assert reasons["model.norm"] == "_Shifted computes no RMS norm we know"
     assert reasons["model.layers.0.mlp"] == "activation is ReLU"
     # Its dropout draws in training only: proofs run in training mode.
