@@ -60,8 +60,12 @@ def _dropped(x: Tensor, mask: Tensor, p: float) -> Tensor:
     return out
 
 
-def _stackable(masks: list[Tensor | None]) -> bool:
-    return len(masks) > 1 and all(mask is None for mask in masks)
+def _groups(masks: list[Tensor | None], spans: list[tuple[int, int]]) -> list[list[int]]:
+    """Adapters that can share one read of x: those over the same rows without dropout."""
+    groups: dict[object, list[int]] = {}
+    for j, (mask, span) in enumerate(zip(masks, spans, strict=True)):
+        groups.setdefault(span if mask is None else j, []).append(j)
+    return list(groups.values())
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -79,32 +83,39 @@ def fwd(
     scalings: list[float],
     masks: list[Tensor | None],
     dropout_ps: list[float],
+    owners: list[int],
+    spans: list[tuple[int, int]],
 ) -> None:
-    """Writes ys[i] (M, N_i) and ss[i] = drop_i(x) A_i^T (M, r_i)."""
+    """Writes ys[i] (M, N_i), and for adapter j of layer owners[j] over the rows spans[j] of x:
+    ss[j] = drop_j(x) A_j^T (rows, r_j)."""
     if x.shape[0] == 0:
         return
-    if _stackable(masks):
-        # One read of x for all siblings.
-        stacked = torch.cat([_cast(a, x.dtype) for a in lora_as])
-        s_all = scratch("s_all", (x.shape[0], stacked.shape[0]), x.dtype)
-        mm_nt(s_all, x, stacked)
-        for s, part in zip(ss, s_all.split([a.shape[0] for a in lora_as], 1), strict=True):
-            s.copy_(part)
-    else:
-        for s, a, mask, p in zip(ss, lora_as, masks, dropout_ps, strict=True):
-            narrow = _cast(a, x.dtype)
-            if mask is None:
-                mm_nt(s, x, narrow)
-                continue
-            for rows in _row_slices(x.shape[0], x.shape[1], x.element_size()):
-                mm_nt(s[rows], _dropped(x[rows], mask[rows], p), narrow)
-    for y, s, weight, bias, b, scaling in zip(
-        ys, ss, weights, biases, lora_bs, scalings, strict=True
-    ):
+    for group in _groups(masks, spans):
+        first = group[0]
+        part = x[slice(*spans[first])]
+        mask, narrow = masks[first], [_cast(lora_as[j], x.dtype) for j in group]
+        if part.shape[0] == 0:
+            continue
+        if mask is not None:
+            for rows in _row_slices(part.shape[0], part.shape[1], part.element_size()):
+                dropped = _dropped(part[rows], mask[rows], dropout_ps[first])
+                mm_nt(ss[first][rows], dropped, narrow[0])
+        elif len(group) == 1:
+            mm_nt(ss[first], part, narrow[0])
+        else:
+            stacked = torch.cat(narrow)
+            s_all = scratch("s_all", (part.shape[0], stacked.shape[0]), x.dtype)
+            mm_nt(s_all, part, stacked)
+            for j, s in zip(group, s_all.split([a.shape[0] for a in narrow], 1), strict=True):
+                ss[j].copy_(s)
+    for i, (y, weight, bias) in enumerate(zip(ys, weights, biases, strict=True)):
         mm_nt(y, x, weight)
         if bias is not None:
             y.add_(bias)
-        mm_nt(y, s, _cast(b, x.dtype), alpha=scaling, accumulate=True)
+        for j, owner in enumerate(owners):
+            if owner == i and ss[j].shape[0]:
+                b = _cast(lora_bs[j], x.dtype)
+                mm_nt(y[slice(*spans[j])], ss[j], b, alpha=scalings[j], accumulate=True)
 
 
 def bwd(
@@ -120,38 +131,38 @@ def bwd(
     scalings: list[float],
     masks: list[Tensor | None],
     dropout_ps: list[float],
+    owners: list[int],
+    spans: list[tuple[int, int]],
 ) -> None:
-    """Writes dx (M, K), das[i] (r_i, K), dbs[i] (N_i, r_i); None is not wanted."""
-    rows = x.shape[0]
-    if rows == 0:
-        for gradient in (*das, *dbs):
-            if gradient is not None:
-                gradient.zero_()
+    """Writes dx (M, K), das[j] (r_j, K), dbs[j] (N, r_j); None is not wanted."""
+    for gradient, (start, stop) in zip((*das, *dbs), (*spans, *spans), strict=True):
+        if gradient is not None and start == stop:
+            gradient.zero_()
+    if x.shape[0] == 0:
         return
-    ranks = [a.shape[0] for a in lora_as]
-    ds_all = scratch("s_all", (rows, sum(ranks)), x.dtype)
-    dss = list(ds_all.split(ranks, 1))
-    for ds, dy, b, scaling in zip(dss, dys, lora_bs, scalings, strict=True):
-        mm_nn(ds, dy, _cast(b, x.dtype), alpha=scaling)
-    for db, dy, s, scaling in zip(dbs, dys, ss, scalings, strict=True):
-        if db is not None:
-            mm_tn(db, dy, s, alpha=scaling)
     if dx is not None:
         for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
             mm_nn(dx, dy, weight, accumulate=i > 0)
-
-    if _stackable(masks):
-        _bwd_stacked(dx, das, ds_all, x, lora_as)
-        return
-    for ds, da, a, mask, p in zip(dss, das, lora_as, masks, dropout_ps, strict=True):
-        narrow = _cast(a, x.dtype)
+    for group in _groups(masks, spans):
+        rows = slice(*spans[group[0]])
+        if rows.start == rows.stop:
+            continue
+        ranks = [lora_as[j].shape[0] for j in group]
+        ds_all = scratch("s_all", (rows.stop - rows.start, sum(ranks)), x.dtype)
+        for j, ds in zip(group, ds_all.split(ranks, 1), strict=True):
+            dy = dys[owners[j]][rows]
+            mm_nn(ds, dy, _cast(lora_bs[j], x.dtype), alpha=scalings[j])
+            if (db := dbs[j]) is not None:
+                mm_tn(db, dy, ss[j], alpha=scalings[j])
+        dx_rows = None if dx is None else dx[rows]
+        group_as, group_das = [lora_as[j] for j in group], [das[j] for j in group]
+        mask = masks[group[0]]
         if mask is None:
-            if dx is not None:
-                mm_nn(dx, ds, narrow, accumulate=True)
-            if da is not None:
-                mm_tn(da, ds, x)
+            _bwd_stacked(dx_rows, group_das, ds_all, x[rows], group_as)
         else:
-            _bwd_dropped(dx, da, ds, x, narrow, mask, p)
+            narrow = _cast(group_as[0], x.dtype)
+            p = dropout_ps[group[0]]
+            _bwd_dropped(dx_rows, group_das[0], ds_all, x[rows], narrow, mask, p)
 
 
 def _bwd_stacked(
@@ -161,12 +172,16 @@ def _bwd_stacked(
     x: Tensor,
     lora_as: list[Tensor],
 ) -> None:
-    """One pass over dx and one over x for all siblings."""
+    """One pass over dx and one over x for all adapters of a group."""
     if dx is not None:
-        stacked = torch.cat([_cast(a, x.dtype) for a in lora_as])
+        narrow = [_cast(a, x.dtype) for a in lora_as]
+        stacked = narrow[0] if len(narrow) == 1 else torch.cat(narrow)
         mm_nn(dx, ds_all, stacked, accumulate=True)
     wanted = [da for da in das if da is not None]
     if not wanted:
+        return
+    if len(das) == 1:
+        mm_tn(wanted[0], ds_all, x)
         return
     da_all = scratch("da_all", (ds_all.shape[1], x.shape[1]), wanted[0].dtype)
     mm_tn(da_all, ds_all, x)

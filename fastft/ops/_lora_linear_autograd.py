@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastft import backends
 from fastft.ops._library import register
-from fastft.reference.lora_linear import lora_linear as reference_lora_linear
+from fastft.reference.lora_linear import lora_term
 
 __all__ = ["AUTO", "Constants", "LoraLinear", "choose", "new_dropout_mask"]
 
@@ -34,12 +34,24 @@ def choose(backend: str | None, x: Tensor, lora_as: Sequence[Tensor]) -> tuple[s
 
 @dataclass(frozen=True)
 class Constants:
-    """What a call holds beside tensors."""
+    """What a call holds beside tensors: one scaling, dropout, owner and two row numbers (first,
+    past the last) an adapter."""
 
-    count: int
-    scalings: tuple[float, ...]
-    dropout_ps: tuple[float, ...]
+    layers: int
+    scalings: list[float]
+    dropout_ps: list[float]
+    owners: list[int]
+    spans: list[int]
     backend: str
+
+    def split(self, tensors: Sequence[Any]) -> list[Sequence[Any]]:
+        """weights, biases, lora_as, lora_bs, masks and, where there are more, ss."""
+        n, adapters = self.layers, len(self.owners)
+        ends = [n, 2 * n, *(2 * n + i * adapters for i in range(1, 5))]
+        return [tensors[a:b] for a, b in zip([0, *ends], ends) if a < len(tensors)]
+
+    def rows(self, adapter: int) -> slice:
+        return slice(self.spans[2 * adapter], self.spans[2 * adapter + 1])
 
 
 def new_dropout_mask(x: Tensor, p: float, lora_a: Tensor, backend: str) -> Tensor:
@@ -59,15 +71,20 @@ def _cast_biases(biases: Sequence[Tensor | None], dtype: torch.dtype) -> list[Te
     return [None if b is None else b.to(dtype) for b in biases]
 
 
-def _outputs(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor]) -> list[Tensor]:
+def _pairs(spans: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(spans[::2], spans[1::2]))
+
+
+def _outputs(
+    x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], spans: Sequence[int]
+) -> list[Tensor]:
     """Room for ys and ss."""
-    rows = x.shape[0]
-    widths = [w.shape[0] for w in weights] + [a.shape[0] for a in lora_as]
-    return [x.new_empty(rows, width) for width in widths]
+    ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
+    rows = [stop - start for start, stop in _pairs(spans)]
+    return ys + [x.new_empty(n, a.shape[0]) for n, a in zip(rows, lora_as, strict=True)]
 
 
 def _forward(
-    backend: str,
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -76,9 +93,12 @@ def _forward(
     masks: Sequence[Tensor | None],
     scalings: Sequence[float],
     dropout_ps: Sequence[float],
+    owners: Sequence[int],
+    spans: Sequence[int],
+    backend: str,
 ) -> list[Tensor]:
     """ys and ss, from the launcher."""
-    outputs = _outputs(x, weights, lora_as)
+    outputs = _outputs(x, weights, lora_as, spans)
     n = len(weights)
     with torch.autocast(x.device.type, enabled=False):
         choose(backend, x, lora_as)[1].fwd(
@@ -92,12 +112,13 @@ def _forward(
             list(scalings),
             list(masks),
             list(dropout_ps),
+            list(owners),
+            _pairs(spans),
         )
     return outputs
 
 
 def _backward(
-    backend: str,
     dys: Sequence[Tensor],
     x: Tensor,
     ss: Sequence[Tensor],
@@ -107,6 +128,9 @@ def _backward(
     masks: Sequence[Tensor | None],
     scalings: Sequence[float],
     dropout_ps: Sequence[float],
+    owners: Sequence[int],
+    spans: Sequence[int],
+    backend: str,
     need_dx: bool,
     need_da: Sequence[bool],
     need_db: Sequence[bool],
@@ -129,6 +153,8 @@ def _backward(
             list(scalings),
             list(masks),
             list(dropout_ps),
+            list(owners),
+            _pairs(spans),
         )
     return dx, das, dbs
 
@@ -138,39 +164,36 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, constants: Constants, x: Tensor, *tensors: Tensor | None) -> Any:
-        n = constants.count
-        weights, biases, lora_as, lora_bs, masks = (tensors[i * n : (i + 1) * n] for i in range(5))
+        weights, biases, lora_as, lora_bs, masks = constants.split(tensors)
         outputs = _forward(
-            constants.backend,
             x,
-            weights,  # type: ignore[arg-type]
+            weights,
             biases,
-            lora_as,  # type: ignore[arg-type]
-            lora_bs,  # type: ignore[arg-type]
+            lora_as,
+            lora_bs,
             masks,
             constants.scalings,
             constants.dropout_ps,
+            constants.owners,
+            constants.spans,
+            constants.backend,
         )
         ctx.constants = constants
-        ctx.save_for_backward(x, *tensors, *outputs[n:])
-        return tuple(outputs[:n])
+        ctx.save_for_backward(x, *tensors, *outputs[constants.layers :])
+        return tuple(outputs[: constants.layers])
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> Any:
         constants: Constants = ctx.constants
-        n = constants.count
         x, *tensors = ctx.saved_tensors
-        weights, biases, lora_as, lora_bs, masks, ss = (
-            tensors[i * n : (i + 1) * n] for i in range(6)
-        )
+        weights, biases, lora_as, lora_bs, masks, ss = constants.split(tensors)
+        no_masks = [None] * len(masks)
         if torch.is_grad_enabled():
             inputs = [x, *weights, *biases, *lora_as, *lora_bs]
             grads = _differentiable_backward(constants, inputs, masks, dys, ctx.needs_input_grad)
-            return None, *grads, *([None] * n)
-        needs = ctx.needs_input_grad
-        need = [needs[2 + i * n : 2 + (i + 1) * n] for i in range(4)]
+            return None, *grads, *no_masks
+        need_w, need_bias, need_a, need_b, _ = constants.split(ctx.needs_input_grad[2:])
         dx, das, dbs = _backward(
-            constants.backend,
             dys,
             x,
             ss,
@@ -180,13 +203,16 @@ class LoraLinear(torch.autograd.Function):
             masks,
             constants.scalings,
             constants.dropout_ps,
-            needs[1],
-            need[2],
-            need[3],
+            constants.owners,
+            constants.spans,
+            constants.backend,
+            ctx.needs_input_grad[1],
+            need_a,
+            need_b,
         )
-        dws = [(dy.t() @ x).to(w.dtype) if k else None for dy, w, k in zip(dys, weights, need[0])]
-        dbiases = [dy.sum(0).to(b.dtype) if k else None for dy, b, k in zip(dys, biases, need[1])]
-        return None, dx, *dws, *dbiases, *das, *dbs, *([None] * n)
+        dws = [(dy.t() @ x).to(w.dtype) if k else None for dy, w, k in zip(dys, weights, need_w)]
+        dbiases = [dy.sum(0).to(b.dtype) if k else None for dy, b, k in zip(dys, biases, need_bias)]
+        return None, dx, *dws, *dbiases, *das, *dbs, *no_masks
 
 
 def _differentiable_backward(
@@ -197,23 +223,25 @@ def _differentiable_backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The backward as torch operations, for a second derivative (create_graph=True)."""
-    n = constants.count
-    x = inputs[0]
-    weights, biases, lora_as, lora_bs = (inputs[1 + i * n : 1 + (i + 1) * n] for i in range(4))
+    x: Any = inputs[0]
+    weights, biases, lora_as, lora_bs = constants.split(inputs[1:])
     with torch.enable_grad():
         ys = [
-            reference_lora_linear(
-                x,  # type: ignore[arg-type]
-                weights[i].to(x.dtype),  # type: ignore[union-attr]
-                None if biases[i] is None else biases[i].to(x.dtype),  # type: ignore[union-attr]
-                lora_as[i],  # type: ignore[arg-type]
-                lora_bs[i],  # type: ignore[arg-type]
+            torch.nn.functional.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            for w, bias in zip(weights, biases, strict=True)
+        ]
+        for i, owner in enumerate(constants.owners):
+            rows = constants.rows(i)
+            term = lora_term(
+                x[rows],
+                lora_as[i],
+                lora_bs[i],
                 constants.scalings[i],
                 masks[i],
                 constants.dropout_ps[i],
             )
-            for i in range(n)
-        ]
+            above, below = rows.start, x.shape[0] - rows.stop
+            ys[owner] = ys[owner] + torch.nn.functional.pad(term, (0, 0, above, below))
         wanted = [t for t, need in zip(inputs, needs[1:]) if need and t is not None]
         grads = iter(torch.autograd.grad(ys, wanted, list(dys), create_graph=True))
     return [next(grads) if need and t is not None else None for t, need in zip(inputs, needs[1:])]
@@ -222,68 +250,25 @@ def _differentiable_backward(
 # The registered operations: what torch.compile sees.
 
 
-def _fwd_kernel(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    lora_as: list[Tensor],
-    lora_bs: list[Tensor],
-    masks: list[Tensor | None],
-    scalings: list[float],
-    dropout_ps: list[float],
-    backend: str,
-) -> list[Tensor]:
-    return _forward(
-        backend,
-        x,
-        weights,
-        biases,
-        lora_as,
-        lora_bs,
-        masks,
-        scalings,
-        dropout_ps,
-    )
-
-
 def _fwd_fake(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
     lora_as: list[Tensor],
-    *rest: Any,
-) -> list[Tensor]:
-    return _outputs(x, weights, lora_as)
-
-
-def _bwd_kernel(
-    dys: list[Tensor],
-    x: Tensor,
-    ss: list[Tensor],
-    weights: list[Tensor],
-    lora_as: list[Tensor],
     lora_bs: list[Tensor],
     masks: list[Tensor | None],
     scalings: list[float],
     dropout_ps: list[float],
+    owners: list[int],
+    spans: list[int],
     backend: str,
 ) -> list[Tensor]:
-    every = [True] * len(dys)
-    dx, das, dbs = _backward(
-        backend,
-        dys,
-        x,
-        ss,
-        weights,
-        lora_as,
-        lora_bs,
-        masks,
-        scalings,
-        dropout_ps,
-        True,
-        every,
-        every,
-    )
+    return _outputs(x, weights, lora_as, spans)
+
+
+def _bwd_kernel(*arguments: Any) -> list[Tensor]:
+    every = [True] * len(arguments[4])
+    dx, das, dbs = _backward(*arguments, need_dx=True, need_da=every, need_db=every)
     return [t for t in (dx, *das, *dbs) if t is not None]
 
 
@@ -300,52 +285,54 @@ def _bwd_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, biases, lora_as, lora_bs, masks, scalings, dropout_ps, backend = inputs
-    n = len(weights)
-    ctx.count, ctx.constants = n, (scalings, dropout_ps, backend)
-    ctx.save_for_backward(x, *weights, *biases, *lora_as, *lora_bs, *masks, *output[n:])
+    x, weights, biases, lora_as, lora_bs, masks, *constants = inputs
+    ctx.constants = Constants(len(weights), *constants)
+    ss = output[len(weights) :]
+    ctx.save_for_backward(x, *weights, *biases, *lora_as, *lora_bs, *masks, *ss)
 
 
 def _registered_backward(ctx: Any, grads: list[Tensor]) -> Any:
-    n = ctx.count
+    constants: Constants = ctx.constants
     x, *tensors = ctx.saved_tensors
-    weights, biases, lora_as, lora_bs, masks, ss = (tensors[i * n : (i + 1) * n] for i in range(6))
-    scalings, dropout_ps, backend = ctx.constants
-    dys = grads[:n]
+    weights, biases, lora_as, lora_bs, masks, ss = constants.split(tensors)
+    dys = grads[: constants.layers]
     dx, *adapters = torch.ops.fastft.lora_linear_bwd(
-        dys, x, ss, weights, lora_as, lora_bs, masks, scalings, dropout_ps, backend
+        dys,
+        x,
+        ss,
+        weights,
+        lora_as,
+        lora_bs,
+        masks,
+        constants.scalings,
+        constants.dropout_ps,
+        constants.owners,
+        constants.spans,
+        constants.backend,
     )
     dws = [(dy.t() @ x).to(w.dtype) if w.requires_grad else None for dy, w in zip(dys, weights)]
-    return (
-        dx,
-        dws,
-        _no_gradients(biases),
-        adapters[:n],
-        adapters[n:],
-        _no_gradients(masks),
-        None,
-        None,
-        None,
-    )
+    half = len(adapters) // 2
+    das, dbs = adapters[:half], adapters[half:]
+    no_gradients = [None] * 5  # scalings, dropout_ps, owners, spans, backend
+    return dx, dws, _absent(biases), das, dbs, _absent(masks), *no_gradients
 
 
-def _no_gradients(tensors: Sequence[Tensor | None]) -> list[None] | None:
+def _absent(tensors: Sequence[Tensor | None]) -> list[None] | None:
     """torch takes a list of gradients for a list of tensors, and a bare None for one that holds
     a None; trained biases are therefore added outside the registered operation."""
     return None if any(t is None for t in tensors) else [None] * len(tensors)
 
 
+_CONSTANTS = "float[] scalings, float[] dropout_ps, int[] owners, SymInt[] spans, str backend"
 register(
     "lora_linear_fwd(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_as, "
-    "Tensor[] lora_bs, Tensor?[] masks, float[] scalings, float[] dropout_ps, str backend) "
-    "-> Tensor[]",
-    _fwd_kernel,
+    f"Tensor[] lora_bs, Tensor?[] masks, {_CONSTANTS}) -> Tensor[]",
+    _forward,
     _fwd_fake,
 )
 register(
     "lora_linear_bwd(Tensor[] dys, Tensor x, Tensor[] ss, Tensor[] weights, Tensor[] lora_as, "
-    "Tensor[] lora_bs, Tensor?[] masks, float[] scalings, float[] dropout_ps, str backend) "
-    "-> Tensor[]",
+    f"Tensor[] lora_bs, Tensor?[] masks, {_CONSTANTS}) -> Tensor[]",
     _bwd_kernel,
     _bwd_fake,
 )

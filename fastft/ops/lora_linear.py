@@ -8,7 +8,9 @@ With S = drop(x) A^T (tokens x r, the only thing saved beside the inputs), the b
     dx = dy W + mask / (1 - p) * (dS A)
 
 Siblings, layers that read the same x (q/k/v, gate/up), run as one call: x is read once for all
-their S and once for all their dA, and their dx is one accumulation.
+their S and once for all their dA, and their dx is one accumulation. An adapter belongs to one
+layer and to a span of the rows of x: a layer may have several (their terms add up), and a batch
+may mix the samples of many adapters.
 """
 
 from __future__ import annotations
@@ -99,30 +101,48 @@ def lora_linear_siblings(
     scalings: Sequence[float],
     biases: Sequence[Tensor | None] | None = None,
     dropout_ps: Sequence[float] | None = None,
+    owners: Sequence[int] | None = None,
+    spans: Sequence[tuple[int, int]] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """:func:`lora_linear` for several layers that share the input x; one result for each.
+    """:func:`lora_linear` for several layers that share the input x; one result for each layer.
 
-    The arguments are those of ``lora_linear``, one of each a layer; ranks, widths, scalings and
-    dropouts may differ. Each layer draws a mask of its own, as in PEFT.
+    y_i = x W_i^T + bias_i, and for every adapter j of layer i = owners[j], on its rows of x:
+    y_i[spans[j]] += scaling_j * drop_j(x[spans[j]]) A_j^T B_j^T.
+
+    Args:
+        x, backend: as in ``lora_linear``.
+        weights, biases: one a layer; widths may differ.
+        lora_as, lora_bs, scalings, dropout_ps: one an adapter, all in one dtype; ranks may differ.
+            Each adapter draws a mask of its own, as in PEFT.
+        owners: the index of the layer each adapter belongs to; None: one adapter a layer, in order.
+        spans: (first, past the last) row of x, its leading dimensions flattened, that each adapter
+            applies to; None: all rows.
+
+    Raises:
+        As ``lora_linear``; ArgumentError also for owners and spans out of range.
     """
     biases = list(biases) if biases is not None else [None] * len(weights)
-    ps = list(dropout_ps) if dropout_ps is not None else [0.0] * len(weights)
-    check(x, weights, biases, lora_as, lora_bs, scalings, ps)
+    ps = list(dropout_ps) if dropout_ps is not None else [0.0] * len(lora_as)
+    owners = list(range(len(weights))) if owners is None else list(owners)
+    check(x, weights, biases, lora_as, lora_bs, scalings, ps, owners)
     dtype = autocast_dtype(x.device.type) or x.dtype
     flat = x.reshape(-1, x.shape[-1])
     flat = flat.to(dtype).contiguous()
+    rows = flat.shape[0]
+    if spans is None:
+        bounds = [0, rows] * len(owners)
+    else:
+        _check_spans(spans, len(owners), rows)
+        bounds = [row for span in spans for row in span]
     compiling = torch.compiler.is_compiling()
     # A compiled graph chooses when it runs: the choice reads facts that tracing should not guard.
     name = backend or AUTO if compiling else choose(backend, flat, lora_as)[0]
-    masks: list[Tensor | None] = []
-    for p in ps:
-        if p == 0.0:
-            masks.append(None)
-        elif compiling:
-            masks.append(torch.ops.fastft.dropout_mask(flat, p, lora_as[0], name))
-        else:
-            masks.append(new_dropout_mask(flat, p, lora_as[0], name))
+    draw = torch.ops.fastft.dropout_mask if compiling else new_dropout_mask
+    masks: list[Tensor | None] = [
+        None if p == 0.0 else draw(flat[start:stop], p, lora_as[0], name)
+        for p, start, stop in zip(ps, bounds[::2], bounds[1::2], strict=True)
+    ]
     if compiling:
         outputs = torch.ops.fastft.lora_linear_fwd(
             flat,
@@ -133,6 +153,8 @@ def lora_linear_siblings(
             masks,
             list(scalings),
             ps,
+            owners,
+            bounds,
             name,
         )
         ys = [
@@ -140,7 +162,7 @@ def lora_linear_siblings(
             for y, b in zip(outputs, biases)
         ]
     else:
-        constants = Constants(len(weights), tuple(scalings), tuple(ps), name)
+        constants = Constants(len(weights), list(scalings), ps, owners, bounds, name)
         ys = LoraLinear.apply(constants, flat, *weights, *biases, *lora_as, *lora_bs, *masks)
     if x.dim() == 2:
         return tuple(ys)
@@ -155,69 +177,97 @@ def check(
     lora_bs: Sequence[Tensor],
     scalings: Sequence[float],
     dropout_ps: Sequence[float],
+    owners: Sequence[int],
 ) -> None:
     """Refuses what the operation is not defined for.
 
     Raises:
         DtypeError: no tensor; no floating dtype; weight or bias in another dtype than x outside
-            autocast; an adapter neither in x's dtype nor in float32.
+            autocast; an adapter neither in x's dtype nor in float32, or in another than the rest.
         ShapeError: shapes that do not fit the formula, or lists of different lengths.
         DeviceError: a tensor on another device than x.
         ArgumentError: r = 0, r > min(in_features, out_features), dropout outside [0, 1), a
-            scaling that is no finite number.
+            scaling that is no finite number, an owner that is no layer.
     """
     check_tensor(_WHERE, "x", x)
     check_dtype(_WHERE, "x", x, FLOATS)
     if x.dim() == 0:
         raise ShapeError(_WHERE, "x", expected="(..., in_features)", got="a scalar")
-    lengths = [len(v) for v in (weights, biases, lora_as, lora_bs, scalings, dropout_ps)]
-    if not weights or len(set(lengths)) != 1:
-        raise ShapeError(_WHERE, "weights", expected="as many of each argument", got=str(lengths))
-    in_features = x.shape[-1]
+    if not weights or len(biases) != len(weights):
+        got = f"{len(weights)} weights and {len(biases)} biases"
+        raise ShapeError(_WHERE, "weights", expected="one weight and one bias a layer", got=got)
+    lengths = [len(v) for v in (lora_as, lora_bs, scalings, dropout_ps, owners)]
+    if not lora_as or len(set(lengths)) != 1:
+        raise ShapeError(_WHERE, "lora_as", expected="as many of each argument", got=str(lengths))
     autocast = autocast_dtype(x.device.type)
-    for i, (weight, bias, a, b) in enumerate(zip(weights, biases, lora_as, lora_bs, strict=True)):
-        given = {"weight": weight, "lora_a": a, "lora_b": b}
-        if bias is not None:
-            given["bias"] = bias
-        for name, tensor in given.items():
-            check_tensor(_WHERE, name, tensor)
-            check_device(_WHERE, name, tensor, x.device)
-            if autocast is not None:
-                check_dtype(_WHERE, name, tensor, FLOATS)
-            elif name.startswith("lora"):
-                check_dtype(_WHERE, name, tensor, (x.dtype, torch.float32))
-            else:
-                check_dtype(_WHERE, name, tensor, (x.dtype,))
-        if weight.dim() != 2:
-            raise ShapeError(
-                _WHERE,
-                "weight",
-                expected="(out_features, in_features)",
-                got=str(tuple(weight.shape)),
-            )
-        out_features = weight.shape[0]
-        check_shape(_WHERE, "weight", weight, (out_features, in_features), "(out, in_features)")
-        if a.dim() != 2 or a.shape[1] != in_features:
-            raise ShapeError(
-                _WHERE, "lora_a", expected=f"(r, {in_features})", got=str(tuple(a.shape))
-            )
-        r = a.shape[0]
-        if not 1 <= r <= min(in_features, out_features):
+    for weight, bias in zip(weights, biases, strict=True):
+        _check_layer(x, weight, bias, autocast)
+    for j, owner in enumerate(owners):
+        if not 0 <= owner < len(weights):
+            expected = f"0 to {len(weights) - 1}, the index of a layer"
+            raise ArgumentError(_WHERE, "owners", expected=expected, got=str(owner))
+        _check_adapter(x, weights[owner], lora_as[j], lora_bs[j], lora_as[0].dtype, autocast)
+        if not 0.0 <= dropout_ps[j] < 1.0:
+            raise ArgumentError(_WHERE, "dropout_p", expected="0 <= p < 1", got=repr(dropout_ps[j]))
+        if not abs(scalings[j]) < float("inf"):
             raise ArgumentError(
-                _WHERE,
-                "r",
-                expected=f"1 to min(in_features, out_features) = {min(in_features, out_features)}",
-                got=str(r),
-                remedy="A larger rank than the matrix has adds nothing; r = 0 is no adapter.",
+                _WHERE, "scaling", expected="a finite number", got=repr(scalings[j])
             )
-        check_shape(_WHERE, "lora_b", b, (out_features, r), "(out_features, r)")
-        if b.dtype != a.dtype:
-            check_dtype(_WHERE, "lora_b", b, (a.dtype,))
-        if bias is not None:
-            check_shape(_WHERE, "bias", bias, (out_features,), "(out_features,)")
-        if not 0.0 <= dropout_ps[i] < 1.0:
-            raise ArgumentError(_WHERE, "dropout_p", expected="0 <= p < 1", got=repr(dropout_ps[i]))
-        if not abs(scalings[i]) < float("inf"):
-            raise ArgumentError(
-                _WHERE, "scaling", expected="a finite number", got=repr(scalings[i])
-            )
+
+
+def _check_layer(
+    x: Tensor, weight: Tensor, bias: Tensor | None, autocast: torch.dtype | None
+) -> None:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None and name == "bias":
+            continue
+        check_tensor(_WHERE, name, tensor)
+        check_device(_WHERE, name, tensor, x.device)  # type: ignore[arg-type]
+        check_dtype(_WHERE, name, tensor, FLOATS if autocast is not None else (x.dtype,))  # type: ignore[arg-type]
+    if weight.dim() != 2:
+        got = str(tuple(weight.shape))
+        raise ShapeError(_WHERE, "weight", expected="(out_features, in_features)", got=got)
+    out_features = weight.shape[0]
+    check_shape(_WHERE, "weight", weight, (out_features, x.shape[-1]), "(out, in_features)")
+    if bias is not None:
+        check_shape(_WHERE, "bias", bias, (out_features,), "(out_features,)")
+
+
+def _check_adapter(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
+) -> None:
+    for name, tensor in (("lora_a", a), ("lora_b", b)):
+        check_tensor(_WHERE, name, tensor)
+        check_device(_WHERE, name, tensor, x.device)
+        allowed = FLOATS if autocast is not None else (x.dtype, torch.float32)
+        check_dtype(_WHERE, name, tensor, allowed)
+        if tensor.dtype != dtype:
+            check_dtype(_WHERE, name, tensor, (dtype,))
+    out_features, in_features = weight.shape
+    if a.dim() != 2 or a.shape[1] != in_features:
+        raise ShapeError(_WHERE, "lora_a", expected=f"(r, {in_features})", got=str(tuple(a.shape)))
+    r = a.shape[0]
+    if not 1 <= r <= min(in_features, out_features):
+        raise ArgumentError(
+            _WHERE,
+            "r",
+            expected=f"1 to min(in_features, out_features) = {min(in_features, out_features)}",
+            got=str(r),
+            remedy="A larger rank than the matrix has adds nothing; r = 0 is no adapter.",
+        )
+    check_shape(_WHERE, "lora_b", b, (out_features, r), "(out_features, r)")
+
+
+def _check_spans(spans: Sequence[tuple[int, int]], adapters: int, rows: int) -> None:
+    if len(spans) != adapters:
+        expected = f"{adapters} spans, one an adapter"
+        raise ShapeError(_WHERE, "spans", expected=expected, got=str(len(spans)))
+    for start, stop in spans:
+        if not 0 <= start <= stop <= rows:
+            expected = f"0 <= first <= past the last <= {rows}, the rows of x"
+            raise ArgumentError(_WHERE, "spans", expected=expected, got=f"({start}, {stop})")

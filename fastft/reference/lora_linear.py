@@ -44,9 +44,21 @@ def lora_linear(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """y = x W^T + bias + scaling * drop(x) A^T B^T, differentiable, in x's dtype."""
-    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     y = torch.nn.functional.linear(x, weight, bias)
-    return y + (drop(x, mask, dropout_p) @ a.t() @ b.t()) * scaling
+    return y + lora_term(x, lora_a, lora_b, scaling, mask, dropout_p)
+
+
+def lora_term(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """scaling * drop(x) A^T B^T, differentiable, in x's dtype."""
+    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    return (drop(x, mask, dropout_p) @ a.t() @ b.t()) * scaling
 
 
 def dropout_mask(out: Tensor, seed: Tensor, p: float) -> None:
@@ -68,12 +80,17 @@ def fwd(
     scalings: list[float],
     masks: list[Tensor | None],
     dropout_ps: list[float],
+    owners: list[int],
+    spans: list[tuple[int, int]],
 ) -> None:
-    """Writes ys[i] (M, N_i) and ss[i] = drop_i(x) A_i^T (M, r_i)."""
-    for i, weight in enumerate(weights):
-        ss[i].copy_(drop(x, masks[i], dropout_ps[i]) @ lora_as[i].to(x.dtype).t())
-        y = torch.nn.functional.linear(x, weight, biases[i])
-        ys[i].copy_(y + (ss[i] @ lora_bs[i].to(x.dtype).t()) * scalings[i])
+    """Writes ys[i] (M, N_i), and for adapter j of layer owners[j] over the rows spans[j] of x:
+    ss[j] = drop_j(x) A_j^T (rows, r_j)."""
+    for y, weight, bias in zip(ys, weights, biases, strict=True):
+        y.copy_(torch.nn.functional.linear(x, weight, bias))
+    for j, (owner, (start, stop)) in enumerate(zip(owners, spans, strict=True)):
+        a, b = lora_as[j].to(x.dtype), lora_bs[j].to(x.dtype)
+        ss[j].copy_(drop(x[start:stop], masks[j], dropout_ps[j]) @ a.t())
+        ys[owner][start:stop] += (ss[j] @ b.t()) * scalings[j]
 
 
 def bwd(
@@ -89,16 +106,20 @@ def bwd(
     scalings: list[float],
     masks: list[Tensor | None],
     dropout_ps: list[float],
+    owners: list[int],
+    spans: list[tuple[int, int]],
 ) -> None:
-    """Writes dx (M, K), das[i] (r_i, K), dbs[i] (N_i, r_i); None is not wanted."""
+    """Writes dx (M, K), das[j] (r_j, K), dbs[j] (N, r_j); None is not wanted."""
     if dx is not None:
         dx.zero_()
-    for i, dy in enumerate(dys):
-        ds = (dy @ lora_bs[i].to(dy.dtype)) * scalings[i]
+        for dy, weight in zip(dys, weights, strict=True):
+            dx.add_(dy @ weight)
+    for j, (owner, (start, stop)) in enumerate(zip(owners, spans, strict=True)):
+        dy = dys[owner][start:stop]
+        ds = (dy @ lora_bs[j].to(dy.dtype)) * scalings[j]
         if dx is not None:
-            dx.add_(dy @ weights[i])
-            dx.add_(drop(ds @ lora_as[i].to(dy.dtype), masks[i], dropout_ps[i]))
-        if (da := das[i]) is not None:
-            da.copy_(ds.t() @ drop(x, masks[i], dropout_ps[i]))
-        if (db := dbs[i]) is not None:
-            db.copy_((dy.t() @ ss[i]) * scalings[i])
+            dx[start:stop] += drop(ds @ lora_as[j].to(dy.dtype), masks[j], dropout_ps[j])
+        if (da := das[j]) is not None:
+            da.copy_(ds.t() @ drop(x[start:stop], masks[j], dropout_ps[j]))
+        if (db := dbs[j]) is not None:
+            db.copy_((dy.t() @ ss[j]) * scalings[j])

@@ -3,12 +3,14 @@
 The frozen product is the vendor library's (``torch.mm``); what LoRA adds is done in as few passes
 over the wide tensors as there can be without touching that product:
 
-    fwd   s_i = drop_i(x) A_i^T           one read of x for all siblings
-          y_i += bias_i + scaling_i s_i B_i^T
-    bwd   dS_i = scaling_i dY_i B_i       one read of each dY_i
-          dx += sum_i drop_i'(dS_i A_i)   one read and write of dx for all siblings
-          dA_i = dS_i^T drop_i(x)         one read of x for all siblings
-          dB_i = scaling_i dY_i^T s_i     one read of each dY_i
+    fwd   s_j = drop_j(x) A_j^T           one read of x for all adapters of its rows
+          y_i += bias_i + sum_j scaling_j s_j B_j^T
+    bwd   dS_j = scaling_j dY_i B_j       one read of each dY_i
+          dx += sum_j drop_j'(dS_j A_j)   one read and write of dx for all adapters
+          dA_j = dS_j^T drop_j(x)         one read of x for all adapters
+          dB_j = scaling_j dY_i^T s_j     one read of each dY_i
+
+An adapter j belongs to a layer i and to a span of rows; "one read" holds for up to three adapters.
 
 Adapters may be float32 next to a 16-bit x: they are cast as they are loaded, accumulation is
 float32, and no float32 copy of x exists. Sums over tokens are split by a rule that depends on the
@@ -17,7 +19,8 @@ shapes and the architecture only and are added in a fixed order: the same inputs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -81,15 +84,32 @@ def fwd(
     scalings: list[float],
     masks: list[Tensor | None],
     dropout_ps: list[float],
+    owners: list[int],
+    spans: list[tuple[int, int]],
 ) -> None:
-    """Writes y_i (M, N_i) and s_i = drop_i(x) A_i^T (M, r_i) for every sibling."""
+    """Writes y_i (M, N_i) for every layer, and for adapter j of layer owners[j] over the rows
+    spans[j] of x: s_j = drop_j(x) A_j^T (rows, r_j)."""
     lora_as, lora_bs = _dense(lora_as), _dense(lora_bs)
+    whole = (0, x.shape[0])
     with device_guard(x):
         for y, weight in zip(ys, weights, strict=True):
             torch.mm(x, weight.t(), out=y)
-        _shrink(ss, x, lora_as, _keep_scales(masks, dropout_ps), masks, transposed=False)
-        for y, s, b, bias, scaling in zip(ys, ss, lora_bs, biases, scalings, strict=True):
-            _expand_add(y, bias, [s], [b], [scaling], [None], transposed=True)
+        keep_scales = _keep_scales(masks, dropout_ps)
+        for span, members in _by(spans).items():
+            _shrink(
+                _at(ss, members), x[slice(*span)], _at(lora_as, members),
+                _at(keep_scales, members), _at(masks, members), transposed=False,
+            )  # fmt: skip
+        for (owner, span), members in _by(zip(owners, spans, strict=True)).items():
+            bias = biases[owner] if span == whole else None
+            _expand_add(
+                ys[owner][slice(*span)], bias, _at(ss, members), _at(lora_bs, members),
+                _at(scalings, members), [None] * len(members), transposed=True,
+            )  # fmt: skip
+        fused = {o for o, span in zip(owners, spans, strict=True) if span == whole}
+        for i, bias in enumerate(biases):
+            if bias is not None and i not in fused:
+                ys[i].add_(bias)
 
 
 def bwd(
@@ -105,38 +125,57 @@ def bwd(
     scalings: list[float],
     masks: list[Tensor | None],
     dropout_ps: list[float],
+    owners: list[int],
+    spans: list[tuple[int, int]],
 ) -> None:
-    """Writes dx (M, K), dA_i (r_i, K) and dB_i (N_i, r_i), each where it is not None."""
+    """Writes dx (M, K), dA_j (r_j, K) and dB_j (N, r_j), each where it is not None."""
     lora_as, lora_bs = _dense(lora_as), _dense(lora_bs)
     with device_guard(x):
-        for dy, s, db, scaling in zip(dys, ss, dbs, scalings, strict=True):
-            if db is not None:
-                _outer([db], dy, [s], [scaling], [None], transposed=True)
-        wanted = [i for i, da in enumerate(das) if da is not None]
-        if dx is None and not wanted:
-            return
-        needed = range(len(dys)) if dx is not None else wanted
-        d_ss: dict[int, Tensor] = {}
-        for i in needed:
-            d_ss[i] = torch.empty_like(ss[i])
-            _shrink([d_ss[i]], dys[i], [lora_bs[i]], [scalings[i]], [None], transposed=True)
+        d_ss: list[Tensor] = [torch.empty_like(s) for s in ss]
+        for (owner, span), members in _by(zip(owners, spans, strict=True)).items():
+            dy = dys[owner][slice(*span)]
+            wanted = [j for j in members if dbs[j] is not None]
+            if wanted:
+                _outer(
+                    _at(dbs, wanted), dy, _at(ss, wanted), _at(scalings, wanted),
+                    [None] * len(wanted), transposed=True,
+                )  # fmt: skip
+            needed = [j for j in members if dx is not None or das[j] is not None]
+            if needed:
+                _shrink(
+                    _at(d_ss, needed), dy, _at(lora_bs, needed), _at(scalings, needed),
+                    [None] * len(needed), transposed=True,
+                )  # fmt: skip
         keep_scales = _keep_scales(masks, dropout_ps)
         if dx is not None:
             torch.mm(dys[0], weights[0], out=dx)
             for dy, weight in zip(dys[1:], weights[1:], strict=True):
                 dx.addmm_(dy, weight)
-            _expand_add(
-                dx, None, [d_ss[i] for i in needed], lora_as, keep_scales, masks, transposed=False
-            )
-        if wanted:
-            _outer(
-                [da for da in das if da is not None],
-                x,
-                [d_ss[i] for i in wanted],
-                [keep_scales[i] for i in wanted],
-                [masks[i] for i in wanted],
-                transposed=False,
-            )
+        for span, members in _by(spans).items():
+            rows = slice(*span)
+            if dx is not None:
+                _expand_add(
+                    dx[rows], None, _at(d_ss, members), _at(lora_as, members),
+                    _at(keep_scales, members), _at(masks, members), transposed=False,
+                )  # fmt: skip
+            wanted = [j for j in members if das[j] is not None]
+            if wanted:
+                _outer(
+                    _at(das, wanted), x[rows], _at(d_ss, wanted), _at(keep_scales, wanted),
+                    _at(masks, wanted), transposed=False,
+                )  # fmt: skip
+
+
+def _by(keys: Iterable[Any]) -> dict[Any, list[int]]:
+    """Positions of equal keys, in the order they come."""
+    groups: dict[Any, list[int]] = {}
+    for position, key in enumerate(keys):
+        groups.setdefault(key, []).append(position)
+    return groups
+
+
+def _at(values: Sequence[Any], positions: Sequence[int]) -> list[Any]:
+    return [values[i] for i in positions]
 
 
 def _dense(adapters: Sequence[Tensor]) -> list[Tensor]:

@@ -145,14 +145,14 @@ def lora_through_op(inputs: LoraInputs, backend: str) -> dict[str, Tensor]:
     try:
         ys = lora_linear_siblings(
             x, inputs.weights, lora_as, lora_bs, scalings=inputs.scalings, biases=inputs.biases,
-            dropout_ps=inputs.ps, backend=backend,
+            dropout_ps=inputs.ps, owners=inputs.owners, spans=inputs.spans, backend=backend,
         )  # fmt: skip
     finally:
         launcher.dropout_mask = draw
     left = iter(drawn)
     inputs.masks = [next(left) if p else None for p in inputs.ps]
     gradients = torch.autograd.grad(ys, [x, *lora_as, *lora_bs], inputs.dys)
-    n = len(ys)
+    n = len(lora_as)
     names = ["dx", *(f"da{i}" for i in range(n)), *(f"db{i}" for i in range(n))]
     results = {f"y{i}": y.detach() for i, y in enumerate(ys)}
     return {**results, **dict(zip(names, gradients, strict=True))}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,10 +66,12 @@ class LoraCase:
     adapter_dtype: torch.dtype = F32
     ps: tuple[float, ...] = ()
     bias: bool = True
+    owners: tuple[int, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def dropouts(self) -> list[float]:
-        return list(self.ps or (0.0,) * len(self.widths))
+        return list(self.ps or (0.0,) * len(self.ranks))
 
     def inputs(self, device: torch.device = CPU) -> LoraInputs:
         random = _Random(device)
@@ -76,22 +79,28 @@ class LoraCase:
         def normal(*shape: int) -> Tensor:
             return random.normal(*shape, dtype=self.dtype)
 
-        pairs = list(zip(self.widths, self.ranks, strict=True))
+        owners = list(self.owners or range(len(self.widths)))
+        spans = list(self.spans or [(0, self.tokens)] * len(owners))
         masks = []
-        for i, p in enumerate(self.dropouts):
+        for i, (p, (start, stop)) in enumerate(zip(self.dropouts, spans, strict=True)):
             generator = torch.Generator().manual_seed(100 + i)
-            kept = torch.rand(self.tokens, self.features, generator=generator) >= p
+            kept = torch.rand(stop - start, self.features, generator=generator) >= p
             masks.append(lora_reference.pack_mask(kept).to(device) if p else None)
         return LoraInputs(
             x=normal(self.tokens, self.features),
             weights=[normal(w, self.features) / 8 for w in self.widths],
             biases=[normal(w) if self.bias else None for w in self.widths],
             lora_as=[random.normal(r, self.features, dtype=self.adapter_dtype) for r in self.ranks],
-            lora_bs=[random.normal(w, r, dtype=self.adapter_dtype) for w, r in pairs],
-            scalings=[0.5 + 0.25 * i for i in range(len(self.widths))],
+            lora_bs=[
+                random.normal(self.widths[i], r, dtype=self.adapter_dtype)
+                for i, r in zip(owners, self.ranks, strict=True)
+            ],
+            scalings=[0.5 + 0.25 * i for i in range(len(owners))],
             dys=[normal(self.tokens, w) for w in self.widths],
             masks=masks,
             ps=self.dropouts,
+            owners=owners,
+            spans=spans,
         )
 
 
@@ -108,6 +117,12 @@ class LoraInputs:
     dys: list[Tensor]
     masks: list[Tensor | None]
     ps: list[float]
+    owners: list[int]
+    spans: list[tuple[int, int]]
+
+    def constants(self) -> tuple[Any, ...]:
+        """The launcher's last arguments."""
+        return self.scalings, self.masks, self.ps, self.owners, self.spans
 
     def tensors(self) -> list[Tensor]:
         optional = [t for t in (*self.biases, *self.masks) if t is not None]
@@ -117,17 +132,20 @@ class LoraInputs:
         """Outputs and gradients in plain torch at ``dtype``, adapters cast as autocast does."""
         x = _leaf(self.x, dtype)
         lora_as, lora_bs = ([_leaf(t, dtype) for t in ts] for ts in (self.lora_as, self.lora_bs))
-        n = len(self.weights)
         ys, results = [], {}
-        for i, weight in enumerate(self.weights):
-            bias = self.biases[i]
-            y = lora_reference.lora_linear(
-                x, weight.to(dtype), None if bias is None else bias.to(dtype),
-                lora_as[i], lora_bs[i], self.scalings[i], self.masks[i], self.ps[i],
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            bias = None if bias is None else bias.to(dtype)
+            ys.append(torch.nn.functional.linear(x, weight.to(dtype), bias))
+        n = len(self.owners)
+        for j, (owner, (start, stop)) in enumerate(zip(self.owners, self.spans, strict=True)):
+            part, mask, p = x[start:stop], self.masks[j], self.ps[j]
+            term = lora_reference.lora_term(
+                part, lora_as[j], lora_bs[j], self.scalings[j], mask, p
             )  # fmt: skip
-            ys.append(y)
-            s = lora_reference.drop(x, self.masks[i], self.ps[i]) @ lora_as[i].t()
-            results |= {f"y{i}": y.detach(), f"s{i}": s.detach()}
+            below = x.shape[0] - stop
+            ys[owner] = ys[owner] + torch.nn.functional.pad(term, (0, 0, start, below))
+            results[f"s{j}"] = (lora_reference.drop(part, mask, p) @ lora_as[j].t()).detach()
+        results |= {f"y{i}": y.detach() for i, y in enumerate(ys)}
         leaves, dys = [x, *lora_as, *lora_bs], [dy.to(dtype) for dy in self.dys]
         gradients = torch.autograd.grad(ys, leaves, dys)
         names = ["dx", *(f"da{i}" for i in range(n)), *(f"db{i}" for i in range(n))]
@@ -135,6 +153,23 @@ class LoraInputs:
 
 
 LORA_CASES = {
+    # Two adapters on the first layer, one on the second, over all rows.
+    "several-adapters": LoraCase(
+        50, 40, (33, 20), (5, 8, 3), BF16, F32, (0.0, 0.3, 0.0), owners=(0, 0, 1)
+    ),
+    # A mixed batch: five adapters of different rank on the rows of their samples, one of them
+    # twice, one on none, some rows with none, over two siblings.
+    "mixed-batch": LoraCase(
+        96,
+        40,
+        (33, 20),
+        (5, 8, 3, 16, 2, 5, 4),
+        F32,
+        F32,
+        (0.0, 0.2, 0.0, 0.2, 0.0, 0.0, 0.0),
+        owners=(0, 1, 0, 1, 0, 0, 1),
+        spans=((0, 32), (0, 32), (32, 48), (32, 48), (64, 96), (48, 48), (80, 81)),
+    ),
     "siblings": LoraCase(70, 100, (50, 33, 90), (5, 16, 20)),
     "siblings-dropout": LoraCase(70, 100, (50, 33, 90), (5, 16, 20), ps=(0.1, 0.5, 0.3)),
     "siblings-bf16": LoraCase(70, 100, (50, 33, 90), (5, 16, 20), BF16, F32, (0.1, 0.1, 0.1)),

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastft import backends, errors, ops
 from fastft.ops import _lora_linear_autograd as autograd_module
 from fastft.reference import lora_linear as reference
+from tests.kernels.cases import LORA_CASES
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 
@@ -176,6 +177,8 @@ def test_registered_operation_passes_opcheck(p: float) -> None:
         masks,
         call.scalings,
         ps,
+        [0, 1, 2],
+        [0, shape.tokens] * 3,
         "cpu",
     )
     torch.library.opcheck(torch.ops.fastft.lora_linear_fwd.default, arguments)
@@ -190,6 +193,8 @@ def test_registered_operation_passes_opcheck(p: float) -> None:
         masks,
         call.scalings,
         ps,
+        [0, 1, 2],
+        [0, shape.tokens] * 3,
         "cpu",
     )
     torch.library.opcheck(torch.ops.fastft.lora_linear_bwd.default, backward)
@@ -207,6 +212,44 @@ def test_compiles_without_a_graph_break() -> None:
     got = torch.autograd.grad(compiled(x, a, b).sum(), (x, a, b))
     for g, e in zip(got, expected, strict=True):
         torch.testing.assert_close(g, e)
+
+
+@pytest.mark.parametrize("name", ["several-adapters", "mixed-batch"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_several_adapters_and_mixed_batches(
+    backend: str, compiled: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters of their own rows and layers, against float64, gradients of gradients too."""
+    case = LORA_CASES[name].inputs()
+    given = iter([m for m in case.masks if m is not None])
+    monkeypatch.setitem(
+        ops.lora_linear_siblings.__globals__, "new_dropout_mask", lambda *_: next(given)
+    )
+
+    def run(x: Tensor, lora_as: list[Tensor], lora_bs: list[Tensor]) -> tuple[Tensor, ...]:
+        return ops.lora_linear_siblings(
+            x, case.weights, lora_as, lora_bs, scalings=case.scalings, biases=case.biases,
+            dropout_ps=case.ps, owners=case.owners, spans=case.spans, backend=backend,
+        )  # fmt: skip
+
+    if compiled:  # the masks are drawn inside the graph: without
+        case.ps, case.masks = [0.0] * len(case.ps), [None] * len(case.ps)
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    leaves = [t.detach().clone().requires_grad_() for t in (case.x, *case.lora_as, *case.lora_bs)]
+    n = len(case.owners)
+    with poisoned():
+        ys = run(leaves[0], leaves[1 : 1 + n], leaves[1 + n :])
+        gradients = torch.autograd.grad(ys, leaves, case.dys, retain_graph=not compiled)
+    names = ["dx", *(f"da{i}" for i in range(n)), *(f"db{i}" for i in range(n))]
+    got = dict(zip(names, gradients, strict=True)) | {f"y{i}": y for i, y in enumerate(ys)}
+    plain, truth = case.autograd(case.x.dtype), case.autograd(F64)
+    order = list(got)
+    expected = [[t[k] for k in order] for t in (plain, truth)]
+    assert_as_good_as_torch(order, [got[k] for k in order], *expected, case.x.dtype)
+    if not compiled:
+        again = torch.autograd.grad(ys, leaves, case.dys, create_graph=True)
+        assert_as_good_as_torch(names, again, *[e[: 1 + 2 * n] for e in expected], case.x.dtype)
 
 
 @pytest.mark.parametrize("adapter", [F32, BF16], ids=ID)
@@ -338,7 +381,22 @@ def _rejected() -> list[Rejected]:
         ("backend name", {"backend": "tritn"}, errors.ArgumentError, ["backend", "triton"]),
         ("backend", {"backend": "triton"}, errors.BackendError, ["triton", "cuda", "cpu"]),
     ]  # fmt: skip
-    return [Rejected(n, call(**c), e, words) for n, c, e, words in cases]
+
+    def siblings(**change: object) -> object:
+        given = {"scalings": [1.0, 1.0], **change}
+        return lambda: ops.lora_linear_siblings(x, [w], [a, a], [b, b], **given)  # type: ignore[arg-type]
+
+    many = [
+        ("no owner", {}, errors.ShapeError, ["lora_as", "[2, 2, 2, 2, 1]"]),
+        ("owner", {"owners": [0, 1]}, errors.ArgumentError, ["owners", "0 to 0", "1"]),
+        ("biases", {"owners": [0, 0], "biases": [None, None]}, errors.ShapeError,
+         ["1 weights and 2 biases"]),
+        ("one span", {"owners": [0, 0], "spans": [(0, 4)]}, errors.ShapeError, ["spans", "2", "1"]),
+        ("span", {"owners": [0, 0], "spans": [(0, 4), (3, 5)]}, errors.ArgumentError,
+         ["spans", "<= 4", "(3, 5)"]),
+    ]  # fmt: skip
+    cases_of = [Rejected(n, call(**c), e, words) for n, c, e, words in cases]
+    return cases_of + [Rejected(n, siblings(**c), e, words) for n, c, e, words in many]
 
 
 @pytest.mark.parametrize("case", _rejected(), ids=lambda c: c.name)

@@ -18,21 +18,21 @@ def _run(case: LoraInputs) -> dict[str, Tensor]:
     """The launcher, on poisoned outputs."""
     tokens, dtype = case.x.shape[0], case.x.dtype
     ys = [poison((tokens, w.shape[0]), dtype) for w in case.weights]
-    ss = [poison((tokens, a.shape[0]), dtype) for a in case.lora_as]
+    rows = [stop - start for start, stop in case.spans]
+    ss = [poison((n, a.shape[0]), dtype) for n, a in zip(rows, case.lora_as, strict=True)]
     launcher.fwd(
-        ys, ss, case.x, case.weights, case.biases, case.lora_as, case.lora_bs, case.scalings,
-        case.masks, case.ps,
+        ys, ss, case.x, case.weights, case.biases, case.lora_as, case.lora_bs, *case.constants()
     )  # fmt: skip
     dx = poison(tuple(case.x.shape), dtype)
     das = [poison(tuple(a.shape), a.dtype) for a in case.lora_as]
     dbs = [poison(tuple(b.shape), b.dtype) for b in case.lora_bs]
     launcher.bwd(
         dx, das, dbs, case.dys, case.x, ss, case.weights, case.lora_as, case.lora_bs,
-        case.scalings, case.masks, case.ps,
+        *case.constants(),
     )  # fmt: skip
     results = {"dx": dx}
-    for i in range(len(ys)):
-        results |= {f"y{i}": ys[i], f"s{i}": ss[i], f"da{i}": das[i], f"db{i}": dbs[i]}
+    for name, tensors in (("y", ys), ("s", ss), ("da", das), ("db", dbs)):
+        results |= {f"{name}{i}": t for i, t in enumerate(tensors)}
     return results
 
 
@@ -76,7 +76,7 @@ def test_only_what_is_wanted(wanted: str) -> None:
     das, dbs = room("da", case.lora_as), room("db", case.lora_bs)
     launcher.bwd(
         dx, das, dbs, case.dys, case.x, ss, case.weights, case.lora_as, case.lora_bs,
-        case.scalings, case.masks, case.ps,
+        *case.constants(),
     )  # fmt: skip
     got = [t for t in (dx, *das, *dbs) if t is not None]
     assert len(got) == bool(wanted)
@@ -90,7 +90,7 @@ def test_adapters_that_are_views() -> None:
     case.lora_as = [case.lora_as[0].t().contiguous().t()]
     case.lora_bs = [torch.stack([case.lora_bs[0]] * 2, -1)[..., 0]]
     ys, ss = [poison((9, 12))], [poison((9, 4))]
-    arguments = (case.lora_as, case.lora_bs, case.scalings, case.masks, case.ps)
+    arguments = (case.lora_as, case.lora_bs, *case.constants())
     launcher.fwd(ys, ss, case.x, case.weights, case.biases, *arguments)
     das, dbs = [torch.empty_like(case.lora_as[0])], [torch.empty_like(case.lora_bs[0])]
     assert not das[0].is_contiguous()
