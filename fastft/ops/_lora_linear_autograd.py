@@ -268,7 +268,8 @@ def _fwd_fake(
 
 def _bwd_kernel(*arguments: Any) -> list[Tensor]:
     every = [True] * len(arguments[4])
-    dx, das, dbs = _backward(*arguments, need_dx=True, need_da=every, need_db=every)
+    needs: tuple[Any, ...] = (True, every, every)
+    dx, das, dbs = _backward(*arguments, *needs)
     return [t for t in (dx, *das, *dbs) if t is not None]
 
 
