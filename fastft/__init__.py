@@ -16,7 +16,15 @@ from fastft._version import __version__
 
 if TYPE_CHECKING:
     from fastft import backends, errors, native, nn, ops, optim
-    from fastft.patch import accelerate, explain, lora, patch_peft, restore, unpatch_peft
+    from fastft.patch import (
+        accelerate,
+        explain,
+        lora,
+        mixed_batch,
+        patch_peft,
+        restore,
+        unpatch_peft,
+    )
 
 __all__ = [
     "__version__",
@@ -25,6 +33,7 @@ __all__ = [
     "errors",
     "explain",
     "lora",
+    "mixed_batch",
     "native",
     "nn",
     "ops",

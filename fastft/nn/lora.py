@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from fastft import backends, ops
 from fastft.nn import siblings
 from fastft.nn.calls import count
+from fastft.nn.mixed import adapter_names_of
 from fastft.ops._checks import autocast_dtype
 
 __all__ = ["ADAPTER_RULES", "CALL_RULES", "LAYER_RULES", "FusedLoraLinear", "module_refusal"]
@@ -39,22 +41,15 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
-def _active(layer: PeftLinear) -> list[str]:
-    """The active adapters that have weights here."""
-    weights = layer._modules["lora_A"]._modules
-    return [name for name in layer.active_adapters if name in weights]
-
-
 class Parts:
-    """What a layer computes with, looked up once: a look-up through ``nn.Module`` takes as long as
-    half a product's launch. Only for a layer with one active adapter."""
+    """What one adapter of a layer computes with, looked up once a call: a look-up through
+    ``nn.Module`` takes as long as half a product's launch."""
 
-    __slots__ = ("a", "b", "base", "dropout", "layer", "magnitude", "scaling", "variant")
+    __slots__ = ("a", "b", "base", "dropout", "magnitude", "scaling", "variant")
 
-    def __init__(self, layer: PeftLinear) -> None:
-        (name,) = _active(layer)
+    def __init__(self, layer: PeftLinear, name: str) -> None:
         modules = layer._modules
-        self.layer, self.base = layer, modules["base_layer"]
+        self.base = modules["base_layer"]
         self.a, self.b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
         self.dropout = modules["lora_dropout"]._modules[name]
         self.scaling = layer.scaling[name]
@@ -67,26 +62,58 @@ class Parts:
         """The frozen weight as its layer holds it, A and B."""
         return self.base.weight, self.a.weight, self.b.weight
 
+    def dropout_p(self) -> float:
+        """The probability in force: 0 outside training."""
+        dropout = self.dropout
+        return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+class Plan:
+    """One call of a layer: its adapters and, in a mixed batch, the rows of each.
+
+    parts: the adapters that take part. names: theirs. spans: None where each takes all rows, else
+    (adapter, first row, past the last row) for each run of samples with one adapter.
+    """
+
+    __slots__ = ("base", "names", "parts", "spans")
+
+    def __init__(self, layer: PeftLinear, adapter_names: Sequence[str] | None) -> None:
+        held = layer._modules["lora_A"]._modules
+        wanted = layer.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
+        self.names = [name for name in wanted if name in held]
+        self.parts = [Parts(layer, name) for name in self.names]
+        self.base = layer._modules["base_layer"]
+        self.spans: list[tuple[int, int, int]] | None = None
+
+    def route(self, adapter_names: Sequence[str], rows: int) -> None:
+        """Gives each run of equal names its share of ``rows``."""
+        size = rows // len(adapter_names)
+        self.spans, stop = [], 0
+        for name, run in itertools.groupby(adapter_names):
+            start, stop = stop, stop + size * len(list(run))
+            if name in self.names:
+                self.spans.append((self.names.index(name), start, stop))
+
     def weight(self) -> Tensor:
         """The frozen matrix (out_features, in_features); GPT-2's Conv1D holds its transpose."""
         weight: Tensor = self.base.weight
         return weight.t() if type(self.base) is Conv1D else weight
 
-    def bias(self) -> Tensor | None:
-        """base bias + scaling * adapter bias (``lora_bias=True``), which gets its gradient; None
-        under DoRA, which adds the bias after its scale."""
-        base, own = self.base.bias, self.b.bias
-        if self.magnitude is not None:
-            return None
-        if own is None:
-            return base
-        own = own * float(self.scaling)
-        return (own if base is None else base + own).to(self.base.weight.dtype)
+    def magnitude(self) -> nn.Module | None:
+        """DoRA's, whose layer has this one adapter."""
+        return self.parts[0].magnitude
 
-    def dropout_p(self) -> float:
-        """The probability in force: 0 outside training."""
-        dropout = self.dropout
-        return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    def bias(self) -> Tensor | None:
+        """base bias + scaling * adapter biases (``lora_bias=True``), which get their gradient;
+        None under DoRA, which adds the bias after its scale."""
+        if self.magnitude() is not None:
+            return None
+        bias: Tensor | None = self.base.bias
+        for p in self.parts:
+            if p.b.bias is not None:
+                own = p.b.bias * float(p.scaling)
+                bias = own if bias is None else bias + own
+        return bias if bias is self.base.bias else bias.to(self.base.weight.dtype)  # type: ignore[union-attr]
 
 
 # What the layer is, whatever its adapters.
@@ -96,8 +123,6 @@ LAYER_RULES: tuple[Rule, ...] = (
     Rule("adapter merged into the base", lambda m: m.merged),
     Rule("base layer is no nn.Linear", lambda m: type(m.base_layer) not in (nn.Linear, Conv1D)),
     Rule("hooks on the base layer", lambda m: _hooked(m.base_layer)),
-    Rule("no active adapter", lambda m: not _active(m)),
-    Rule("several active adapters", lambda m: len(_active(m)) > 1),
 )
 
 
@@ -117,7 +142,7 @@ def _too_large(p: Parts) -> bool:
     return p.a.weight.shape[0] > min(p.a.weight.shape[1], p.b.weight.shape[0])
 
 
-# What its one active adapter is. The order matters: a rule may rely on those above it.
+# What each adapter that takes part is. The order matters: a rule may rely on those above it.
 ADAPTER_RULES: tuple[Rule, ...] = (
     Rule("LoRA variant other than DoRA", lambda p: p.variant not in (None, DoraLinearVariant)),
     Rule("DoRA with dropout", lambda p: p.magnitude is not None and p.dropout_p() > 0),
@@ -134,6 +159,31 @@ ADAPTER_RULES: tuple[Rule, ...] = (
     Rule("r larger than the layer's features", _too_large),
     Rule("dropout of another kind", _odd_dropout),
     Rule("scaling is not a plain number", _odd_scaling),
+)
+
+
+def _mixed_adapters(plan: Plan) -> bool:
+    return len({p.a.weight.dtype for p in plan.parts}) > 1
+
+
+# What they are together, and the rows they take.
+PLAN_RULES: tuple[Rule, ...] = (
+    Rule("no active adapter", lambda plan: not plan.parts),
+    Rule(
+        "DoRA beside another adapter",
+        lambda plan: (
+            (len(plan.parts) > 1 or plan.spans is not None)
+            and any(p.variant is not None for p in plan.parts)
+        ),
+    ),
+    Rule("adapters of different dtypes", _mixed_adapters),
+    Rule(
+        "lora_bias in a mixed batch",
+        lambda plan: (
+            plan.spans is not None
+            and any(getattr(p.b, "bias", None) is not None for p in plan.parts)
+        ),
+    ),
 )
 
 
@@ -183,11 +233,20 @@ def _first(rules: tuple[Rule, ...], *facts: Any) -> str | None:
 
 def module_refusal(layer: PeftLinear) -> str | None:
     """Why the layer, as it stands, runs through PEFT; None when it can run fused."""
-    return _first(LAYER_RULES, layer) or _first(ADAPTER_RULES, Parts(layer))
+    reason = _first(LAYER_RULES, layer)
+    return reason or _plan_refusal(Plan(layer, None))
+
+
+def _plan_refusal(plan: Plan) -> str | None:
+    for parts in plan.parts:
+        reason = _first(ADAPTER_RULES, parts)
+        if reason is not None:
+            return reason
+    return _first(PLAN_RULES, plan)
 
 
 class FusedLoraLinear(PeftLinear):
-    """``peft.tuners.lora.Linear`` whose forward is :func:`fastft.ops.lora_linear`.
+    """``peft.tuners.lora.Linear`` whose forward is :func:`fastft.ops.lora_linear_siblings`.
 
     Made by swapping the class of an existing layer, so parameters, state-dict keys, merging,
     saving and deep copies are PEFT's. A call that cannot be fused runs PEFT's own forward and is
@@ -197,50 +256,70 @@ class FusedLoraLinear(PeftLinear):
     fastft_original = PeftLinear
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        reason = self._refusal(x, args, kwargs)
+        plan = self.plan(x, args, kwargs)
+        reason = plan if isinstance(plan, str) else None
         if not torch.compiler.is_compiling():
             count(self, reason)
-        if reason is not None:
+        if isinstance(plan, str):
+            names = adapter_names_of(self, kwargs)
+            if names is not None:
+                kwargs["adapter_names"] = names
             return super().forward(x, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            return self.fused_call([self], x)[0]
-        return siblings.forward(self, x)
+        if torch.compiler.is_compiling() or plan.spans is not None:
+            return self.fused_call([plan], x)[0]
+        return siblings.forward(self, x, plan)
 
-    def _refusal(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        if args or any(value is not None for value in kwargs.values()):
-            named = "adapter_names" if kwargs.get("adapter_names") is not None else "arguments"
-            return f"{named} passed to the layer"
-        reason = module_refusal(self)
+    def plan(self, x: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Plan | str:
+        """What a call with x computes, or why it cannot be fused."""
+        names = adapter_names_of(self, kwargs or {})
+        others = [k for k, v in (kwargs or {}).items() if v is not None and k != "adapter_names"]
+        if args or others:
+            return "arguments passed to the layer"
+        reason = _first(LAYER_RULES, self)
         if reason is not None:
             return reason
-        parts = Parts(self)
-        reason = _first(CALL_RULES, parts, x)
-        if reason is not None or torch.compiler.is_compiling():
-            return reason  # compiled, the operation chooses when the graph runs
-        adapter = parts.a.weight
+        plan = Plan(self, names)
+        if names is not None:
+            if x.dim() < 2 or x.shape[0] != len(names):
+                return "adapter_names that do not fit the batch"
+            plan.route(names, x.numel() // x.shape[-1])
+        reason = _plan_refusal(plan)
+        for parts in plan.parts:
+            reason = reason or _first(CALL_RULES, parts, x)
+        if reason is not None:
+            return reason
+        if torch.compiler.is_compiling():
+            return plan  # compiled, the operation chooses when the graph runs
         chosen, _ = backends.select(
             "lora_linear",
             device_type=x.device.type,
             dtype=autocast_dtype(x.device.type) or x.dtype,
-            adapter_dtype=adapter.dtype,
-            r=adapter.shape[0],
+            adapter_dtype=plan.parts[0].a.weight.dtype,
+            r=max(p.a.weight.shape[0] for p in plan.parts),
         )
-        return "no fused backend for this device and dtype" if chosen == "reference" else None
+        return "no fused backend for this device and dtype" if chosen == "reference" else plan
 
-    def fused_call(self, layers: list[FusedLoraLinear], x: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of ``layers``, which share x, in one operation; DoRA scales its own after."""
-        parts = [Parts(layer) for layer in layers]
+    @staticmethod
+    def fused_call(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of layers that share x, in one operation; DoRA scales its own after."""
+        terms = []
+        for owner, plan in enumerate(plans):
+            for k, start, stop in plan.spans or [(k, 0, 0) for k in range(len(plan.parts))]:
+                terms.append((owner, plan.parts[k], (start, stop)))
         ys = ops.lora_linear_siblings(
             x,
-            [p.weight() for p in parts],
-            [p.a.weight for p in parts],
-            [p.b.weight for p in parts],
-            scalings=[float(p.scaling) for p in parts],
-            biases=[p.bias() for p in parts],
-            dropout_ps=[p.dropout_p() for p in parts],
+            [plan.weight() for plan in plans],
+            [p.a.weight for _, p, _ in terms],
+            [p.b.weight for _, p, _ in terms],
+            scalings=[float(p.scaling) for _, p, _ in terms],
+            biases=[plan.bias() for plan in plans],
+            dropout_ps=[p.dropout_p() for _, p, _ in terms],
+            owners=[owner for owner, _, _ in terms],
+            spans=None if plans[0].spans is None else [span for _, _, span in terms],
         )
         return tuple(
-            y if p.magnitude is None else _dora(p, y) for p, y in zip(parts, ys, strict=True)
+            y if plan.magnitude() is None else _dora(plan, y)
+            for plan, y in zip(plans, ys, strict=True)
         )
 
 
@@ -248,10 +327,10 @@ class FusedLoraLinear(PeftLinear):
 FusedLoraLinear.__name__ = "Linear"
 
 
-def _dora(parts: Parts, z: Tensor) -> Tensor:
+def _dora(plan: Plan, z: Tensor) -> Tensor:
     """The magnitude over the product z, which has no bias yet."""
-    a, b = parts.a.weight, parts.b.weight
-    norm = ops.dora_norm(parts.weight(), a, b, float(parts.scaling))
+    (parts,) = plan.parts
+    norm = ops.dora_norm(plan.weight(), parts.a.weight, parts.b.weight, float(parts.scaling))
     scale = parts.magnitude.weight.to(norm.dtype) / norm  # type: ignore[union-attr]
-    bias = parts.base.bias
+    bias = plan.base.bias
     return ops.dora_scale(z, scale, None if bias is None else bias.to(z.dtype))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from fastft.nn.lora import FusedLoraLinear
+    from fastft.nn.lora import FusedLoraLinear, Plan
 
 __all__ = ["begin_forward", "end_forward", "forget", "forward", "group_of"]
 
@@ -38,10 +38,10 @@ class Group:
         found = [ref() for ref in self._layers]
         return [] if any(layer is None for layer in found) else found  # type: ignore[return-value]
 
-    def forward(self, layer: FusedLoraLinear, x: Tensor) -> Tensor:
+    def forward(self, layer: FusedLoraLinear, x: Tensor, plan: Plan) -> Tensor:
         """The layer's output, computed with its siblings' when it is the first of them."""
         if x.is_inference():  # such a tensor has no version: a change in place would go unseen
-            return layer.fused_call([layer], x)[0]
+            return layer.fused_call([plan], x)[0]
         key = _call_key(x)
         held = self._held.__dict__
         if held and held["x"] is x and held["key"] == key and id(layer) in held["outputs"]:
@@ -51,10 +51,16 @@ class Group:
             return output
         self.clear()
         layers = self.layers()
-        ready = layers and layers[0] is layer
-        if not ready or any(other._refusal(x, (), {}) for other in layers[1:]):
-            return layer.fused_call([layer], x)[0]
-        first, *others = layer.fused_call(layers, x)
+        if not layers or layers[0] is not layer:
+            return layer.fused_call([plan], x)[0]
+        plans = [plan]
+        for other in layers[1:]:
+            its = other.plan(x)
+            # The operation takes adapters of one dtype.
+            if isinstance(its, str) or its.parts[0].a.weight.dtype != plan.parts[0].a.weight.dtype:
+                return layer.fused_call([plan], x)[0]
+            plans.append(its)
+        first, *others = layer.fused_call(plans, x)
         outputs = {id(other): y for other, y in zip(layers[1:], others, strict=True)}
         held.update(x=x, key=key, outputs=outputs)
         return first
@@ -113,16 +119,16 @@ def group_of(layer: nn.Module) -> Group | None:
     return _groups.get(layer)
 
 
-def forward(layer: FusedLoraLinear, x: Tensor) -> Tensor:
+def forward(layer: FusedLoraLinear, x: Tensor, plan: Plan) -> Tensor:
     """The fused forward of a layer, with its siblings where it has any."""
     group = _groups.get(layer)
     if group is not None:
-        return group.forward(layer, x)
+        return group.forward(layer, x, plan)
     watch: _Watch | None = getattr(_thread, "watch", None)
     if watch is None:
-        return layer.fused_call([layer], x)[0]
+        return layer.fused_call([plan], x)[0]
     watch.see(layer, x)
-    y = layer.fused_call([layer], x)[0]
+    y = layer.fused_call([plan], x)[0]
     if y.requires_grad:
         y.register_hook(lambda _: _note_backward(watch))
     return y

@@ -1,7 +1,8 @@
-"""Drop-in: ``accelerate``, ``restore``, ``explain``, ``lora``, ``patch_peft``."""
+"""Drop-in: ``accelerate``, ``restore``, ``explain``, ``lora``, ``mixed_batch``, ``patch_peft``."""
 
 from __future__ import annotations
 
+from fastft.nn.mixed import mixed_batch
 from fastft.patch.apply import accelerate, lora, restore
 from fastft.patch.peft_patch import patch_peft, unpatch_peft
 from fastft.patch.report import Explanation, explain
@@ -11,6 +12,7 @@ __all__ = [
     "accelerate",
     "explain",
     "lora",
+    "mixed_batch",
     "patch_peft",
     "restore",
     "unpatch_peft",

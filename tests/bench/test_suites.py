@@ -131,7 +131,8 @@ def test_a_layer_that_falls_back_is_no_fastft(monkeypatch: pytest.MonkeyPatch) -
     """Green on fallback proves nothing: the number would be PEFT's under our name."""
     from fastft.nn import lora as fused
 
-    monkeypatch.setattr(fused, "module_refusal", lambda layer: "switched off by the test")
+    off = fused.Rule("switched off by the test", lambda plan: True)
+    monkeypatch.setattr(fused, "PLAN_RULES", (off,))
     suite = small(lora.SUITE)
     found = run_suite(suite, OPTIONS, lambda record: None)
     ours = [record for record in found if record.impl == "fastft"]

@@ -119,7 +119,7 @@ def test_load_adapter_into_an_accelerated_model(
 
 
 def test_add_and_set_adapter(pair: tuple[PeftModel, PeftModel]) -> None:
-    """A second adapter of another rank and other targets; then both at once, which is PEFT's."""
+    """A second adapter of another rank and other targets; then the first again."""
     plain, fused = pair
     for model in pair:
         torch.manual_seed(3)
@@ -133,13 +133,6 @@ def test_add_and_set_adapter(pair: tuple[PeftModel, PeftModel]) -> None:
     count, fallback = fused_and_not(fused)
     assert count == 4
     assert set(fallback) == {"no active adapter"}
-    for model in pair:
-        model.base_model.set_adapter(["default", "second"])
-    assert (
-        torch.equal(logits(fused), logits(plain))
-        or tiny.relative(logits(fused), logits(plain)) <= 8 * torch.finfo(torch.float32).eps
-    )
-    assert "several active adapters" in fused_and_not(fused)[1]
     for model in pair:
         model.set_adapter("default")
     tiny.assert_as_exact(
@@ -163,17 +156,6 @@ def test_disable_adapter(pair: tuple[PeftModel, PeftModel]) -> None:
     assert set(fused_and_not(fused)[1]) == {"adapters disabled"}
     logits(fused)
     assert fused_and_not(fused)[0] == len(tiny.lora_layers(fused))
-
-
-def test_adapter_names_for_a_mixed_batch(pair: tuple[PeftModel, PeftModel]) -> None:
-    _, fused = pair
-    names = ["default", "__base__"]
-    with torch.no_grad():
-        theirs, ours = (
-            m.eval()(input_ids=BATCH["input_ids"], adapter_names=names).logits for m in pair
-        )
-    assert torch.equal(ours, theirs)
-    assert fused_and_not(fused)[0] == 0
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}], ids=str)

@@ -104,12 +104,12 @@ def test_siblings_share_one_call_and_one_saved_input() -> None:
     calls: list[int] = []
     original = FusedLoraLinear.fused_call
 
-    def counted(self: Any, layers: list[Any], x: Tensor) -> Any:
-        calls.append(len(layers))
-        return original(self, layers, x)
+    def counted(plans: list[Any], x: Tensor) -> Any:
+        calls.append(len(plans))
+        return original(plans, x)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FusedLoraLinear, "fused_call", counted)
+        patch.setattr(FusedLoraLinear, "fused_call", staticmethod(counted))
         gradients(model)
         assert calls == [1] * 14
         calls.clear()
@@ -164,8 +164,8 @@ def test_sibling_called_with_another_tensor_runs_alone() -> None:
 FALLBACKS = {
     "adapters disabled": lambda m: m.disable_adapter_layers(),
     "adapter merged into the base": lambda m: m.merge_adapter(),
-    "several active adapters": lambda m: (
-        m.add_adapter("other", LoraConfig(r=2, target_modules="all-linear")),
+    "DoRA beside another adapter": lambda m: (
+        m.add_adapter("other", LoraConfig(r=2, target_modules="all-linear", use_dora=True)),
         m.base_model.set_adapter(["default", "other"]),
     ),
     "hooks on the base layer": lambda m: [
@@ -424,7 +424,7 @@ def test_patched_layers_are_proved_against_peft_not_themselves(
     monkeypatch.setattr(
         FusedLoraLinear,
         "fused_call",
-        lambda self, layers, x: tuple(1.5 * y for y in original(self, layers, x)),
+        staticmethod(lambda plans, x: tuple(1.5 * y for y in original(plans, x))),
     )
     fastft.patch_peft()
     try:
