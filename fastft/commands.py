@@ -59,7 +59,14 @@ def _quiet_libraries() -> None:
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file; its keys are those of TrainConfig.")],
+    configs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CONFIG...",
+            help="YAML file; its keys are those of TrainConfig. Several train as many adapters of "
+            "one model in one job.",
+        ),
+    ],
     resume: Annotated[
         str | None,
         typer.Option(help="'last' or a checkpoint folder; overrides resume_from_checkpoint."),
@@ -70,15 +77,25 @@ def train(
         # The configuration is checked before torch is imported: its errors come at once.
         from fastft.train.config import load_config
 
-        cfg = load_config(config)
+        cfgs = [load_config(config) for config in configs]
         if resume is not None:
-            cfg = cfg.replace(resume_from_checkpoint=resume)
+            cfgs = [cfg.replace(resume_from_checkpoint=resume) for cfg in cfgs]
         _quiet_libraries()
         from fastft.train.console import TrainView
+
+        if len(cfgs) > 1:
+            from fastft.train.together import train_together
+
+            with TrainView() as view:
+                results = train_together(cfgs, report=view.together, notice=view.notice)
+            for cfg, each in zip(cfgs, results, strict=True):
+                view.notice(f"{cfg.output_dir}:")
+                view.finish(each)
+            return
         from fastft.train.run import train as run
 
         with TrainView() as view:
-            result = run(cfg, report=view.step, notice=view.notice)
+            result = run(cfgs[0], report=view.step, notice=view.notice)
         view.finish(result)
 
 

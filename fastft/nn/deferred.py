@@ -88,6 +88,10 @@ class DeferredLogits(Tensor):
         """The same logits in another dtype, still not computed."""
         return DeferredLogits(self.hidden_states, self.head, self._compute, dtype)
 
+    def rows(self, rows: slice) -> DeferredLogits:
+        """The logits of some samples of the batch, still not computed."""
+        return DeferredLogits(self.hidden_states[rows], self.head, self._compute, self.dtype)
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
 

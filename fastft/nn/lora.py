@@ -73,12 +73,14 @@ class Plan:
 
     parts: the adapters that take part. names: theirs. spans: None where each takes all rows, else
     (adapter, first row, past the last row) for each run of samples with one adapter.
+    adapter_names: that of each sample, in a mixed batch.
     """
 
-    __slots__ = ("base", "names", "parts", "spans")
+    __slots__ = ("adapter_names", "base", "names", "parts", "spans")
 
     def __init__(self, layer: PeftLinear, adapter_names: Sequence[str] | None) -> None:
         held = layer._modules["lora_A"]._modules
+        self.adapter_names = adapter_names
         wanted = layer.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
         self.names = [name for name in wanted if name in held]
         self.parts = [Parts(layer, name) for name in self.names]
@@ -86,7 +88,7 @@ class Plan:
         self.spans: list[tuple[int, int, int]] | None = None
 
     def route(self, adapter_names: Sequence[str], rows: int) -> None:
-        """Gives each run of equal names its share of ``rows``."""
+        """Gives each run of samples with one adapter its share of ``rows``."""
         size = rows // len(adapter_names)
         self.spans, stop = [], 0
         for name, run in itertools.groupby(adapter_names):
@@ -265,7 +267,7 @@ class FusedLoraLinear(PeftLinear):
             if names is not None:
                 kwargs["adapter_names"] = names
             return super().forward(x, *args, **kwargs)
-        if torch.compiler.is_compiling() or plan.spans is not None:
+        if torch.compiler.is_compiling() or kwargs.get("adapter_names") is not None:
             return self.fused_call([plan], x)[0]
         return siblings.forward(self, x, plan)
 

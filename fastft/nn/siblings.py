@@ -42,7 +42,7 @@ class Group:
         """The layer's output, computed with its siblings' when it is the first of them."""
         if x.is_inference():  # such a tensor has no version: a change in place would go unseen
             return layer.fused_call([plan], x)[0]
-        key = _call_key(x)
+        key = (*_call_key(x), plan.adapter_names)
         held = self._held.__dict__
         if held and held["x"] is x and held["key"] == key and id(layer) in held["outputs"]:
             output = held["outputs"].pop(id(layer))

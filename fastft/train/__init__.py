@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fastft.train.config import TrainConfig, load_config
     from fastft.train.models import load_model, obtain_default_model
     from fastft.train.run import TrainResult, train
+    from fastft.train.together import train_together
 
 __all__ = [
     "TrainConfig",
@@ -21,6 +22,7 @@ __all__ = [
     "obtain_default_model",
     "save_adapter",
     "train",
+    "train_together",
 ]
 
 _HOME = {
@@ -32,6 +34,7 @@ _HOME = {
     "obtain_default_model": "models",
     "save_adapter": "adapters",
     "train": "run",
+    "train_together": "together",
 }
 
 

@@ -1,5 +1,6 @@
-"""Which checkpoint is whole. Transformers writes a checkpoint file by file; killed in between, it
-leaves a folder that looks like one. After each save the names and sizes of its files are put in
+"""The output folder of a run: whether it can be written, and which checkpoint in it is whole.
+Transformers writes a checkpoint file by file; killed in between, it leaves a folder that looks
+like one. After each save the names and sizes of its files are put in
 ``complete.json`` (written last, renamed into place), and only such folders are resumed from."""
 
 from __future__ import annotations
@@ -7,16 +8,60 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fastft.errors import ConfigError
+from fastft.errors import ConfigError, FastftError
+from fastft.train.config import TrainConfig, load_config
 
-__all__ = ["MarkComplete", "checkpoints", "is_whole", "remove_partial", "resolve_resume"]
+__all__ = [
+    "MarkComplete",
+    "check_history",
+    "check_writable",
+    "checkpoints",
+    "is_whole",
+    "remove_partial",
+    "resolve_resume",
+    "save_failed",
+    "write_config",
+]
 
 MARK = "complete.json"
+CONFIG_FILE = "train_config.yaml"
+# A resumed run must be the one that was stopped: these decide its parameters and batches.
+FIXED_ON_RESUME = (
+    "model",
+    "data",
+    "eval_data",
+    "eval_fraction",
+    "max_train_samples",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "modules_to_save",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "loraplus_lr_ratio",
+    "max_length",
+    "overlong",
+    "group_by_length",
+    "completion_only_loss",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "seed",
+    "dtype",
+    "fused",
+)
 
 
 class MarkComplete(TrainerCallback):
@@ -109,3 +154,68 @@ def _looks_whole(folder: Path) -> bool:
 def _known(output_dir: str | Path) -> str | None:
     names = [str(path) for path in checkpoints(output_dir) if is_whole(path)]
     return f"Whole ones are: {', '.join(names)}." if names else None
+
+
+def check_writable(folder: Path) -> None:
+    """Refuses a folder that cannot be made or written, before an hour of training."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".fastft-"):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            "TrainConfig",
+            "output_dir",
+            expected="a folder that can be written",
+            got=f"{str(folder)!r}: {error.strerror or error}",
+        ) from error
+
+
+def check_history(cfg: TrainConfig, output: Path, resume: Path | None) -> None:
+    """Refuses a folder with another run's checkpoints, and a resumed run that is not that one."""
+    if resume is None:
+        if left := checkpoints(output):
+            raise ConfigError(
+                "TrainConfig",
+                "output_dir",
+                expected="a folder without checkpoints of another run",
+                got=f"{output} with {left[-1].name}",
+                remedy="Set resume_from_checkpoint: last to go on, or choose another folder.",
+            )
+        return
+    written = resume.parent / CONFIG_FILE
+    if not written.is_file():
+        return
+    before = load_config(written)
+    for name in FIXED_ON_RESUME:
+        if getattr(before, name) != getattr(cfg, name):
+            raise ConfigError(
+                "TrainConfig",
+                name,
+                expected=f"{getattr(before, name)!r}, as in the run that is resumed",
+                got=repr(getattr(cfg, name)),
+            )
+
+
+def save_failed(cfg: TrainConfig, error: Exception) -> FastftError:
+    """The error for a disk that took no more."""
+    return FastftError(
+        "train",
+        cfg.output_dir,
+        expected="room for a checkpoint on the disk",
+        got=str(error),
+        remedy="Earlier checkpoints are whole: make room and set resume_from_checkpoint: last.",
+    )
+
+
+def write_config(cfg: TrainConfig) -> None:
+    """``cfg`` beside its checkpoints."""
+    import yaml
+
+    path = Path(cfg.output_dir) / CONFIG_FILE
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(yaml.safe_dump(cfg.to_dict(), sort_keys=False), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise save_failed(cfg, error) from error

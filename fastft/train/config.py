@@ -43,7 +43,9 @@ class TrainConfig:
             is held out (``python-stdlib`` brings its own split).
         max_train_samples, max_eval_samples: use at most so many examples of each split.
         output_dir: gets ``adapter/`` and ``checkpoint-<step>/``.
-    LoRA (PEFT's names): r, lora_alpha, lora_dropout, target_modules, modules_to_save, use_rslora.
+    LoRA (PEFT's names): r, lora_alpha, lora_dropout, target_modules, modules_to_save, use_rslora,
+        use_dora, rank_pattern, alpha_pattern; ``loraplus_lr_ratio``: B learns that many times
+        faster than A (LoRA+).
     Tokens:
         max_length: longer examples are cut (``overlong: truncate``) or left out (``drop``).
         padding: ``longest`` pads a batch to its longest example, ``max_length`` to a fixed shape.
@@ -76,6 +78,10 @@ class TrainConfig:
     target_modules: str | list[str] = "all-linear"
     modules_to_save: list[str] | None = None
     use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    loraplus_lr_ratio: float | None = None
 
     max_length: int = 1024
     overlong: Literal["truncate", "drop"] = "truncate"
@@ -132,6 +138,11 @@ class TrainConfig:
             self._require(name, value is None or value > 0, "a value above 0, or null")
         for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "a value in [0, 1)")
+        for name in ("rank_pattern", "alpha_pattern"):
+            values = (getattr(self, name) or {}).values()
+            self._require(name, all(v > 0 for v in values), "patterns with values above 0")
+        ratio = self.loraplus_lr_ratio
+        self._require("loraplus_lr_ratio", ratio is None or ratio >= 1, "1 or more, or null")
         self._require("eval_fraction", 0 <= self.eval_fraction < 1, "a value in [0, 1)")
         self._require("seed", 0 <= self.seed < 2**32, "a value in [0, 2**32)")
         self._require(
@@ -265,12 +276,21 @@ def _match(value: Any, hint: Any) -> tuple[bool, Any]:
     if typing.get_origin(hint) is list:
         ok = isinstance(value, list) and all(isinstance(item, str) for item in value)
         return ok, value
+    if typing.get_origin(hint) is dict:
+        return _match_dict(value, typing.get_args(hint)[1])
     if hint is float:
         return _match_float(value)
     if hint is int:
         # bool is an int in Python, but "r: yes" is a mistake.
         return isinstance(value, int) and not isinstance(value, bool), value
     return isinstance(value, hint), value
+
+
+def _match_dict(value: Any, hint: Any) -> tuple[bool, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        return False, value
+    found = {key: _match(item, hint) for key, item in value.items()}
+    return all(ok for ok, _ in found.values()), {key: item for key, (_, item) in found.items()}
 
 
 def _match_float(value: Any) -> tuple[bool, Any]:
@@ -287,4 +307,6 @@ def _say(hint: Any) -> str:
     names = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
     if hint is type(None):
         return "null"
+    if typing.get_origin(hint) is dict:
+        return f"a mapping of texts, each to {_say(typing.get_args(hint)[1])}"
     return names.get(hint, "a list of texts")

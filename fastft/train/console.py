@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.progress import (
 if TYPE_CHECKING:
     from fastft.train.callbacks import StepEvent
     from fastft.train.run import TrainResult
+    from fastft.train.together import TogetherEvent
 
 __all__ = ["TrainView"]
 
@@ -50,8 +52,15 @@ class TrainView:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, event: StepEvent) -> None:
+        self._show(event, f"loss {event.loss:.4f}")
+
+    def together(self, event: TogetherEvent) -> None:
+        losses = " ".join("done" if math.isnan(x) else f"{x:.4f}" for x in event.losses)
+        self._show(event, f"losses {losses}")
+
+    def _show(self, event: StepEvent | TogetherEvent, losses: str) -> None:
         text = (
-            f"step {event.step}/{event.max_steps}  loss {event.loss:.4f}  "
+            f"step {event.step}/{event.max_steps}  {losses}  "
             f"{event.tokens / max(event.seconds, 1e-9):,.0f} tokens/s"
         )
         if self._live:

@@ -30,6 +30,9 @@ def lora_config(cfg: TrainConfig) -> LoraConfig:
         target_modules=cfg.target_modules,
         modules_to_save=cfg.modules_to_save,
         use_rslora=cfg.use_rslora,
+        use_dora=cfg.use_dora,
+        rank_pattern=cfg.rank_pattern or {},
+        alpha_pattern=cfg.alpha_pattern or {},
     )
 
 
@@ -51,14 +54,30 @@ def check_targets(model: nn.Module, cfg: TrainConfig) -> None:
                     got=repr(target),
                     remedy=nearest(target, last) or None,
                 )
-    wide = [(min(m.weight.shape), name) for name, m in _matrices(model) if _is_target(name, cfg)]
-    if wide and cfg.r > min(wide)[0]:
-        raise ConfigError(
-            "TrainConfig",
-            "r",
-            expected=f"at most {min(wide)[0]}, the smaller side of {min(wide)[1]}",
-            got=str(cfg.r),
-        )
+    for pattern in (*(cfg.rank_pattern or ()), *(cfg.alpha_pattern or ())):
+        if not any(_is_target(name, cfg) and _fits(pattern, name) for name, _ in _matrices(model)):
+            raise ConfigError(
+                "TrainConfig",
+                "rank_pattern, alpha_pattern",
+                expected=f"patterns for names of target modules: {', '.join(last)}",
+                got=repr(pattern),
+                remedy=nearest(pattern, last) or None,
+            )
+    targets = [(min(m.weight.shape), name) for name, m in _matrices(model) if _is_target(name, cfg)]
+    for most, name in sorted(targets):
+        if _rank(name, cfg) > most:
+            expected = f"at most {most}, the smaller side of {name}"
+            raise ConfigError("TrainConfig", "r", expected=expected, got=str(_rank(name, cfg)))
+
+
+def _fits(pattern: str, name: str) -> bool:
+    # PEFT's rule for the keys of rank_pattern and alpha_pattern: the end of a name.
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _rank(name: str, cfg: TrainConfig) -> int:
+    found = [r for pattern, r in (cfg.rank_pattern or {}).items() if _fits(pattern, name)]
+    return found[0] if found else cfg.r
 
 
 def _matrices(model: nn.Module) -> list[tuple[str, Any]]:

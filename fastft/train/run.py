@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import inspect
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from fastft.errors import ConfigError, FastftError
+from fastft.errors import ConfigError
 from fastft.train.adapters import reload_max_diff, save_adapter
 from fastft.train.callbacks import (
     BatchLog,
@@ -26,11 +24,14 @@ from fastft.train.callbacks import (
 )
 from fastft.train.checkpoints import (
     MarkComplete,
-    checkpoints,
+    check_history,
+    check_writable,
     remove_partial,
     resolve_resume,
+    save_failed,
+    write_config,
 )
-from fastft.train.config import TrainConfig, load_config
+from fastft.train.config import TrainConfig
 from fastft.train.data import DataSplits, collator, load_data
 from fastft.train.lora_setup import add_lora, check_targets
 from fastft.train.machine import native_bfloat16, working_device
@@ -44,42 +45,37 @@ __all__ = ["Prepared", "TrainResult", "prepare", "train"]
 DISK_ERRORS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG}
 )
-CONFIG_FILE = "train_config.yaml"
-# A resumed run must be the one that was stopped: these decide its parameters and batches.
-FIXED_ON_RESUME = [
-    "model",
-    "data",
-    "eval_data",
-    "eval_fraction",
-    "max_train_samples",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "modules_to_save",
-    "use_rslora",
-    "max_length",
-    "overlong",
-    "group_by_length",
-    "completion_only_loss",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "seed",
-    "dtype",
-    "fused",
-]
 
 
 class FastftTrainer(Trainer):
-    """The Trainer as it is, which also notes how many tokens a step had and their hash."""
+    """The Trainer as it is, which also notes how many tokens a step had and their hash, and takes
+    PEFT's LoRA+ optimizer where ``cfg`` asks for it."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.batches = BatchLog()
+    def __init__(self, cfg: TrainConfig, **kwargs: Any) -> None:
+        chosen = optimizer_options(cfg) if cfg.fused else None
+        super().__init__(optimizer_cls_and_kwargs=chosen, **kwargs)
+        self.cfg, self.batches = cfg, BatchLog()
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        ratio = self.cfg.loraplus_lr_ratio
+        if ratio is None:
+            made: torch.optim.Optimizer = super().create_optimizer(model)
+            return made
+        from peft.optimizers import create_loraplus_optimizer
+
+        model = self.model if model is None else model
+        kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+            self.args, model
+        )
+        made = create_loraplus_optimizer(
+            model,
+            kind,
+            loraplus_lr_ratio=ratio,
+            loraplus_weight_decay=self.cfg.weight_decay,
+            **options,
+        )
+        self.optimizer: torch.optim.Optimizer = made
+        return made
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
         ids: torch.Tensor = inputs["input_ids"]
@@ -104,7 +100,7 @@ class Prepared:
 
 @dataclass
 class TrainResult:
-    """What a run made: the adapter's folder and its figures."""
+    """What a run made."""
 
     adapter: Path
     steps: int
@@ -164,7 +160,7 @@ def prepare(
     output = Path(cfg.output_dir)
     check_writable(output)
     resume = resolve_resume(cfg.resume_from_checkpoint, output)
-    _check_history(cfg, output, resume)
+    check_history(cfg, output, resume)
     tokenizer = load_tokenizer(cfg)
     data = load_data(cfg, tokenizer)
     model = load_model(cfg)
@@ -173,6 +169,7 @@ def prepare(
     model = add_lora(model, cfg)
     interrupt = StopOnInterrupt(notice)
     trainer = FastftTrainer(
+        cfg,
         model=model,
         args=training_arguments(cfg, data.eval is not None),
         train_dataset=data.train,
@@ -180,7 +177,6 @@ def prepare(
         processing_class=tokenizer,
         data_collator=collator(cfg, tokenizer),
         callbacks=[interrupt, StopOnNan(), MarkComplete(), *callbacks],
-        optimizer_cls_and_kwargs=_optimizer(cfg) if cfg.fused else None,
     )
     _quiet(trainer)
     if cfg.fused:
@@ -193,7 +189,7 @@ def prepare(
 def run_trainer(prepared: Prepared) -> Any:
     """Trains; returns Transformers' ``TrainOutput``."""
     cfg, trainer = prepared.cfg, prepared.trainer
-    _write_config(cfg)
+    write_config(cfg)
     resume = str(prepared.resume) if prepared.resume else None
     try:
         with prepared.interrupt.watching():
@@ -202,7 +198,7 @@ def run_trainer(prepared: Prepared) -> Any:
         if not _is_disk_error(error):
             raise
         remove_partial(cfg.output_dir)
-        raise _save_failed(cfg, error) from error
+        raise save_failed(cfg, error) from error
     # A signal during the last step changes nothing: the run is over.
     if prepared.interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(trainer.state.global_step, str(resolve_resume("last", cfg.output_dir)))
@@ -216,16 +212,6 @@ def _is_disk_error(error: Exception) -> bool:
     return type(error).__module__.startswith("safetensors") or "PytorchStreamWriter" in str(error)
 
 
-def _save_failed(cfg: TrainConfig, error: Exception) -> FastftError:
-    return FastftError(
-        "train",
-        cfg.output_dir,
-        expected="room for a checkpoint on the disk",
-        got=str(error),
-        remedy="Earlier checkpoints are whole: make room and set resume_from_checkpoint: last.",
-    )
-
-
 def evaluate(prepared: Prepared) -> float | None:
     """Mean loss on the evaluation split, or None without one."""
     if prepared.data.eval is None:
@@ -235,13 +221,20 @@ def evaluate(prepared: Prepared) -> float | None:
 
 def adapter_difference(prepared: Prepared, adapter: Path) -> float:
     """``reload_max_diff`` on the first example of the data."""
-    rows = prepared.data.eval if prepared.data.eval is not None else prepared.data.train
-    row = {name: rows[0][name] for name in ("input_ids", "labels")}
-    batch = prepared.trainer.data_collator([row])
-    device = next(prepared.model.parameters()).device
+    return reload_difference(prepared.model, prepared.trainer, prepared.data, adapter, "default")
+
+
+def reload_difference(
+    model: Any, trainer: FastftTrainer, data: DataSplits, adapter: Path, name: str
+) -> float:
+    """``reload_max_diff`` of the adapter ``name``, the active one, on the data's first example."""
+    rows = data.eval if data.eval is not None else data.train
+    row = {column: rows[0][column] for column in ("input_ids", "labels")}
+    batch = trainer.data_collator([row])
+    device = next(model.parameters()).device
     # Without labels: the logits are compared, and a fused loss would not make them.
-    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
-    return reload_max_diff(prepared.model, adapter, inputs)
+    inputs = {key: tensor.to(device) for key, tensor in batch.items() if key != "labels"}
+    return reload_max_diff(model, adapter, inputs, name)
 
 
 def explanation(prepared: Prepared) -> dict[str, Any] | None:
@@ -265,7 +258,8 @@ def _learn_siblings(model: Any, device: torch.device) -> None:
     model.train(training)
 
 
-def _optimizer(cfg: TrainConfig) -> tuple[type, dict[str, Any]]:
+def optimizer_options(cfg: TrainConfig) -> tuple[type, dict[str, Any]]:
+    """The fused optimizer, in the form the Trainer takes."""
     import fastft.optim
 
     kwargs = {
@@ -339,55 +333,3 @@ def _quiet(trainer: Trainer) -> None:
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-
-
-def check_writable(folder: Path) -> None:
-    """Refuses a folder that cannot be made or written, before an hour of training."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".fastft-"):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            "TrainConfig",
-            "output_dir",
-            expected="a folder that can be written",
-            got=f"{str(folder)!r}: {error.strerror or error}",
-        ) from error
-
-
-def _check_history(cfg: TrainConfig, output: Path, resume: Path | None) -> None:
-    if resume is None:
-        if left := checkpoints(output):
-            raise ConfigError(
-                "TrainConfig",
-                "output_dir",
-                expected="a folder without checkpoints of another run",
-                got=f"{output} with {left[-1].name}",
-                remedy="Set resume_from_checkpoint: last to go on, or choose another folder.",
-            )
-        return
-    written = resume.parent / CONFIG_FILE
-    if not written.is_file():
-        return
-    before = load_config(written)
-    for name in FIXED_ON_RESUME:
-        if getattr(before, name) != getattr(cfg, name):
-            raise ConfigError(
-                "TrainConfig",
-                name,
-                expected=f"{getattr(before, name)!r}, as in the run that is resumed",
-                got=repr(getattr(cfg, name)),
-            )
-
-
-def _write_config(cfg: TrainConfig) -> None:
-    import yaml
-
-    path = Path(cfg.output_dir) / CONFIG_FILE
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(yaml.safe_dump(cfg.to_dict(), sort_keys=False), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _save_failed(cfg, error) from error

@@ -58,6 +58,8 @@ def test_mixed_batch_trains_each_adapter_on_its_samples(name: str) -> None:
         got = mixed_step(fused)
         tiny.assert_as_exact(got, mixed_step(plain), mixed_step(exact))
     assert fused_and_not(fused) == (3 * len(tiny.lora_layers(fused)), {})
+    queries = [m for m in fastft.explain(fused).modules if m.name.endswith("q_proj")]
+    assert [m.siblings for m in queries] == [3, 3]
 
     # The gradient of one adapter is that of a batch of its samples alone.
     rows = [i for i, n in enumerate(NAMES) if n == "second"]

@@ -83,6 +83,12 @@ def test_unknown_key_that_is_near_nothing_lists_all(tmp_path):
         ("model", "  ", "a non-empty text"),
         ("max_train_samples", 0, "or null"),
         ("warmup_steps", -1, "0 or more"),
+        ("rank_pattern", [8], "a mapping of texts, each to a whole number"),
+        ("rank_pattern", {"q_proj": 1.5}, "each to a whole number"),
+        ("rank_pattern", {"q_proj": 0}, "above 0"),
+        ("alpha_pattern", {"q_proj": "x"}, "each to a finite number"),
+        ("alpha_pattern", {1: 2}, "a mapping of texts"),
+        ("loraplus_lr_ratio", 0.5, "1 or more"),
     ],
 )
 def test_bad_value(key, value, expected):

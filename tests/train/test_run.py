@@ -78,6 +78,54 @@ class TestWholeRun:
         for a, b in zip(plain, fused):
             assert b.loss == pytest.approx(a.loss, rel=1e-4)
 
+    def test_every_form_of_lora_agrees_with_peft(self, settings, tmp_path):
+        """DoRA, ranks and alphas by pattern, LoRA+: the same losses, fused and plain."""
+        forms = {
+            "use_dora": True,
+            "rank_pattern": {"q_proj": 2, "1.mlp.down_proj": 8},
+            "alpha_pattern": {"v_proj": 3},
+            "loraplus_lr_ratio": 4.0,
+            "weight_decay": 0.1,
+        }
+        losses = []
+        for fused in (False, True):
+            events = []
+            out = str(tmp_path / f"fused-{fused}")
+            cfg = TrainConfig(**settings | forms | {"output_dir": out, "fused": fused})
+            train(cfg, report=events.append)
+            losses.append([e.loss for e in events])
+            shapes = {k: v.shape[0] for k, v in weights(out).items() if k.endswith("lora_A.weight")}
+            assert {r for k, r in shapes.items() if "q_proj" in k} == {2}
+            assert {r for k, r in shapes.items() if "1.mlp.down_proj" in k} == {8}
+            assert {r for k, r in shapes.items() if "0.mlp.down_proj" in k} == {4}
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        assert losses[1][-1] < losses[1][0]
+
+    def test_lora_plus_gives_b_its_own_rate(self, settings):
+        prepared = prepare(TrainConfig(**settings, loraplus_lr_ratio=4.0))
+        optimizer = prepared.trainer.create_optimizer()
+        assert type(optimizer).__module__.startswith("fastft.optim")
+        names = {id(p): n for n, p in prepared.model.named_parameters()}
+        rates = {
+            names[id(p)].split(".")[-3]: group["lr"]
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        assert rates == {"lora_A": pytest.approx(1e-2), "lora_B": pytest.approx(4e-2)}
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"rank_pattern": {"q_porj": 2}}, ["rank_pattern", "q_porj", "q_proj"]),
+            ({"rank_pattern": {"k_proj": 500}}, ["at most", "k_proj", "500"]),
+        ],
+        ids=str,
+    )
+    def test_patterns_that_fit_nothing_or_are_too_large(self, settings, changes, words):
+        with pytest.raises(ConfigError) as caught:
+            prepare(TrainConfig(**settings | changes))
+        assert all(word in str(caught.value) for word in words), str(caught.value)
+
     @both
     def test_accumulation_and_checkpointing_change_no_loss(self, settings, tmp_path, fused):
         losses = []
