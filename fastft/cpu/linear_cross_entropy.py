@@ -20,7 +20,7 @@ def supports(*, device_type: str, dtype: torch.dtype, weight_requires_grad: bool
 
 
 def fwd(
-    loss_sum: Tensor,
+    losses: Tensor,
     n_correct: Tensor,
     d_hidden: Tensor | None,
     d_weight: Tensor | None,
@@ -32,7 +32,8 @@ def fwd(
     ignore_index: int,
     chunk: int,
 ) -> None:
-    """Writes the sum of losses, the count of correct top-1 and the gradients of the sum."""
+    """Writes the loss of each token (T,), the count of correct top-1 and the gradients of the sum
+    of losses."""
     if d_weight is not None:
         d_weight.zero_()
     kept = (labels != ignore_index).nonzero().flatten()
@@ -42,7 +43,7 @@ def fwd(
         if d_hidden is not None:
             d_hidden.zero_()
         hidden, labels = hidden.index_select(0, kept), labels.index_select(0, kept)
-    losses = torch.empty(labels.numel(), dtype=torch.float32)
+    row_losses = losses if whole else torch.empty(labels.numel(), dtype=torch.float32)
     correct = torch.empty(labels.numel(), dtype=torch.uint8)
     gradient = d_hidden is not None or d_weight is not None
     vocab = weight.shape[0]
@@ -58,7 +59,7 @@ def fwd(
             slab.data_ptr(),
             0 if wide_bias is None else wide_bias.data_ptr(),
             labels[part].data_ptr(),
-            losses[part].data_ptr(),
+            row_losses[part].data_ptr(),
             correct[part].data_ptr(),
             rows,
             vocab,
@@ -74,7 +75,8 @@ def fwd(
                 d_hidden.index_copy_(0, kept[part], target)
         if d_weight is not None:
             _add_d_weight(d_weight, slab, hidden[part])
-    loss_sum.copy_(losses.double().sum())
+    if not whole:
+        losses.zero_().index_copy_(0, kept, row_losses)
     n_correct.copy_(correct.sum(dtype=torch.int64))
 
 

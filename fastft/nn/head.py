@@ -77,6 +77,16 @@ class CausalLMLoss:
             return self.original(logits.value(), labels, vocab_size, **kwargs)
         return causal_lm_loss(logits.hidden_states, logits.head, labels, **kwargs)
 
+    def of_tokens(self, logits: Tensor, labels: Tensor) -> Tensor | None:
+        """The loss of each token (batch, sequence) at the position that predicts it; None where
+        only sums can be had: logits that were read, a head that is trained."""
+        if not isinstance(logits, DeferredLogits) or logits.head.weight.requires_grad:
+            return None
+        if _refusal(logits) is not None:
+            return None
+        count(logits.head, None)
+        return causal_lm_loss(logits.hidden_states, logits.head, labels, reduction="none")
+
 
 def _refusal(logits: DeferredLogits) -> str | None:
     """Why the loss over these logits cannot be fused; None when it can."""
@@ -100,6 +110,7 @@ def causal_lm_loss(
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
+    reduction: str = "mean",
     **_: Any,
 ) -> Tensor:
     """What Transformers' ``ForCausalLMLoss`` computes, from the hidden states.
@@ -108,9 +119,10 @@ def causal_lm_loss(
         hidden_states: (batch, sequence, hidden).
         labels: (batch, sequence), shifted here by one unless ``shift_labels`` gives them shifted.
         num_items_in_batch: divides the sum of losses; None for the mean over counted tokens.
+        reduction: "none" for a loss a token, at the position that predicts it.
 
     Returns:
-        float32 scalar.
+        float32 scalar, or (batch, sequence).
     """
     target = labels if shift_labels is None else shift_labels
     target = target.to(hidden_states.device).view(hidden_states.shape[:-1])
@@ -123,5 +135,6 @@ def causal_lm_loss(
         bias=head.bias,
         ignore_index=ignore_index,
         shift=shift_labels is None,
+        reduction=reduction,
         num_items_in_batch=num_items_in_batch,
     )

@@ -60,7 +60,9 @@ def linear_cross_entropy(
             with ``ignore_index`` count nowhere, and cost nothing on the CPU.
         bias: (vocabulary,) or None; it gets no gradient.
         shift: position t predicts label t + 1 along the last dimension of ``labels``.
-        reduction: "mean" over the tokens that count, or "sum".
+        reduction: "mean" over the tokens that count, "sum", or "none": a loss for each token, 0
+            where it does not count (the log-probability of the label is its negative); the head
+            must then be frozen.
         num_items_in_batch: divides the sum in place of the mean, as the Trainer does under
             gradient accumulation.
         return_accuracy: return (loss, accuracy), accuracy the share of tokens that count whose
@@ -68,7 +70,8 @@ def linear_cross_entropy(
         chunk: tokens of one slab; None for :func:`default_chunk`.
 
     Returns:
-        loss, float32 scalar; with no token that counts the mean is NaN, as in torch.
+        loss, float32: a scalar, or of the shape of ``labels``; with no token that counts the mean
+        is NaN, as in torch.
 
     Raises:
         DtypeError, ShapeError, DeviceError, ArgumentError: see ``check``; on the CPU also for a
@@ -95,19 +98,21 @@ def linear_cross_entropy(
     )
     arguments = (flat, weight, bias, target, ignore_index, rows, name)
     if torch.compiler.is_compiling():
-        loss_sum, n_correct, *_ = torch.ops.fastft.linear_cross_entropy_fwd(
+        losses, n_correct, *_ = torch.ops.fastft.linear_cross_entropy_fwd(
             *arguments, flat.requires_grad, weight.requires_grad
         )
     else:
-        loss_sum, n_correct = LinearCrossEntropy.apply(*arguments)
+        losses, n_correct = LinearCrossEntropy.apply(*arguments)
     n_valid = (target != ignore_index).sum()
-    if num_items_in_batch is not None:
-        loss = loss_sum / num_items_in_batch
-    elif reduction == "mean":
-        loss = loss_sum / n_valid
+    if reduction == "none":
+        loss = losses.view(labels.shape)
+        loss = loss if num_items_in_batch is None else loss / num_items_in_batch
     else:
-        loss = loss_sum
-    loss = loss.squeeze(0)
+        loss = losses.sum(dtype=torch.float64).to(losses.dtype)
+        if num_items_in_batch is not None:
+            loss = loss / num_items_in_batch
+        elif reduction == "mean":
+            loss = loss / n_valid
     return (loss, (n_correct / n_valid).squeeze(0)) if return_accuracy else loss
 
 
@@ -172,8 +177,17 @@ def check(
                 got="one that requires a gradient",
                 remedy="Freeze it: bias.requires_grad_(False).",
             )
-    if reduction not in ("mean", "sum"):
-        raise ArgumentError(_WHERE, "reduction", expected="'mean' or 'sum'", got=repr(reduction))
+    if reduction not in ("mean", "sum", "none"):
+        expected = "'mean', 'sum' or 'none'"
+        raise ArgumentError(_WHERE, "reduction", expected=expected, got=repr(reduction))
+    if reduction == "none" and weight.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(
+            _WHERE,
+            "reduction",
+            expected="'mean' or 'sum' over a trained head",
+            got="'none'",
+            remedy="dW is summed over the tokens in the forward; call once for each group of them.",
+        )
     if chunk is not None and chunk < 1:
         raise ArgumentError(_WHERE, "chunk", expected="at least 1 token", got=str(chunk))
 
@@ -211,16 +225,16 @@ def _fwd_kernel(
     need_d_hidden: bool,
     need_d_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss_sum, n_correct, d_hidden and d_weight (empty where not needed)."""
+    """The loss of each token, n_correct, d_hidden and d_weight (empty where not needed)."""
     outputs = _fwd_fake(
         hidden, weight, bias, labels, ignore_index, chunk, backend, need_d_hidden, need_d_weight
     )
-    loss_sum, n_correct, d_hidden, d_weight = outputs
+    losses, n_correct, d_hidden, d_weight = outputs
     if hidden.device.type == "cpu":
         _check_labels(labels, weight.shape[0], ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
         _choose(backend, hidden, need_d_weight)[1].fwd(
-            loss_sum,
+            losses,
             n_correct,
             d_hidden if need_d_hidden else None,
             d_weight if need_d_weight else None,
@@ -247,7 +261,7 @@ def _fwd_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return (
-        hidden.new_empty(1, dtype=wide),
+        hidden.new_empty(hidden.shape[0], dtype=wide),
         hidden.new_empty(1, dtype=torch.int64),
         hidden.new_empty(hidden.shape if need_d_hidden else (0,)),
         hidden.new_empty(weight.shape if need_d_weight else (0,), dtype=wide),
@@ -255,35 +269,43 @@ def _fwd_fake(
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    # The float32 scale, of one dimension, keeps the product in float32: 1/n has too few bits else.
-    # Rounded as it is written: a float32 product of a head's size would be memory for nothing.
+    # The float32 scale, of as many dimensions, keeps the product in float32: 1/n has too few bits
+    # else. Rounded as it is written: a float32 product of a head's size is memory for nothing.
     return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 
+def _gradients(
+    d_losses: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None, weight_dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of the summed loss, times what came back. A trained head's are a sum over the tokens
+    already: its losses are only ever summed, so that all tokens get the same."""
+    dh = None if d_hidden is None else _scaled(d_hidden, d_losses[:, None], d_hidden.dtype)
+    if d_weight is None:
+        return dh, None
+    scale = d_losses[:1] if d_losses.numel() else d_losses.new_zeros(1)
+    return dh, _scaled(d_weight, scale, weight_dtype)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
-    """Eager autograd of the summed loss; the gradients are made in the forward."""
+    """Eager autograd of the losses; the gradients are made in the forward."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         needs = ctx.needs_input_grad
-        loss_sum, n_correct, d_hidden, d_weight = _fwd_kernel(  # type: ignore[call-arg]
+        losses, n_correct, d_hidden, d_weight = _fwd_kernel(  # type: ignore[call-arg]
             *arguments, needs[0], needs[1]
         )
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = arguments[1].dtype
         ctx.mark_non_differentiable(n_correct)
-        return loss_sum, n_correct
+        return losses, n_correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, _: Any) -> Any:
-        d_hidden, d_weight = ctx.saved_tensors
+    def backward(ctx: Any, d_losses: Tensor, _: Any) -> Any:
         needs = ctx.needs_input_grad
-        return (
-            _scaled(d_hidden, d_loss, d_hidden.dtype) if needs[0] else None,
-            _scaled(d_weight, d_loss, ctx.weight_dtype) if needs[1] else None,
-            *[None] * 5,
-        )
+        dh, dw = (t if need else None for t, need in zip(ctx.saved_tensors, needs))
+        return *_gradients(d_losses, dh, dw, ctx.weight_dtype), *[None] * 5
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -291,13 +313,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.weight_dtype, ctx.needs = inputs[1].dtype, (inputs[7], inputs[8])
 
 
-def _registered_backward(ctx: Any, d_loss: Tensor, *_: Any) -> Any:
-    d_hidden, d_weight = ctx.saved_tensors
-    return (
-        _scaled(d_hidden, d_loss, d_hidden.dtype) if ctx.needs[0] else None,
-        _scaled(d_weight, d_loss, ctx.weight_dtype) if ctx.needs[1] else None,
-        *[None] * 7,
-    )
+def _registered_backward(ctx: Any, d_losses: Tensor, *_: Any) -> Any:
+    dh, dw = (t if need else None for t, need in zip(ctx.saved_tensors, ctx.needs))
+    return *_gradients(d_losses, dh, dw, ctx.weight_dtype), *[None] * 7
 
 
 register(

@@ -28,7 +28,7 @@ def linear_cross_entropy(
 
 
 def fwd(
-    loss_sum: Tensor,
+    losses: Tensor,
     n_correct: Tensor,
     d_hidden: Tensor | None,
     d_weight: Tensor | None,
@@ -40,9 +40,9 @@ def fwd(
     ignore_index: int,
     chunk: int,
 ) -> None:
-    """Writes the sum of losses, the count of correct top-1 and the gradients of the sum."""
+    """Writes the loss of each token (T,), the count of correct top-1 and the gradients of the sum
+    of losses."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    loss_sum.zero_()
     n_correct.zero_()
     if d_weight is not None:
         d_weight.zero_()
@@ -53,7 +53,7 @@ def fwd(
         logits = torch.nn.functional.linear(hidden[part], weight, bias).to(wide)
         safe = torch.where(kept, target, torch.zeros_like(target))
         log_probs = torch.log_softmax(logits, -1)
-        loss_sum -= torch.where(kept, log_probs.gather(1, safe[:, None])[:, 0], 0.0).sum()
+        losses[part] = torch.where(kept, -log_probs.gather(1, safe[:, None])[:, 0], 0.0)
         n_correct += ((logits.argmax(-1) == target) & kept).sum()
         if d_hidden is None and d_weight is None:
             continue

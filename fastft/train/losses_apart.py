@@ -8,7 +8,9 @@ from typing import Any
 
 from fastft.errors import FastftError
 from fastft.nn.deferred import DeferredLogits
+from fastft.nn.head import CausalLMLoss
 from fastft.patch.rules import causal_lm_of
+from fastft.train.data import IGNORE_INDEX
 
 __all__ = ["LossesApart", "losses_apart"]
 
@@ -42,12 +44,21 @@ class LossesApart:
     def __call__(self, logits: Any, labels: Any, vocab_size: int, **kwargs: Any) -> Any:
         total: Any = 0.0
         kwargs.pop("num_items_in_batch", None)
+        tokens = None
+        if isinstance(self.original, CausalLMLoss):  # one product with the head for all adapters
+            tokens = self.original.of_tokens(logits, labels)
         start = 0
         for name, samples, count, micro_batches in self._expected:
             rows = slice(start, start + samples)
             start += samples
-            part = logits.rows(rows) if isinstance(logits, DeferredLogits) else logits[rows]
-            loss = self.original(part, labels[rows], vocab_size, num_items_in_batch=count, **kwargs)
+            if tokens is not None:
+                counted = (labels[rows, 1:] != IGNORE_INDEX).sum() if count is None else count
+                loss = tokens[rows].sum() / counted
+            else:
+                part = logits.rows(rows) if isinstance(logits, DeferredLogits) else logits[rows]
+                loss = self.original(
+                    part, labels[rows], vocab_size, num_items_in_batch=count, **kwargs
+                )
             if count is None:
                 loss = loss / micro_batches
             self._found[name] = loss.detach()

@@ -92,7 +92,7 @@ def supports(device_type: str, dtype: torch.dtype, weight_requires_grad: bool) -
 
 
 def fwd(
-    loss_sum: Tensor,
+    losses: Tensor,
     n_correct: Tensor,
     d_hidden: Tensor | None,
     d_weight: Tensor | None,
@@ -104,7 +104,7 @@ def fwd(
     ignore_index: int,
     chunk: int,
 ) -> None:
-    """Summed loss (1,), correct count (1,) and the gradients of the summed loss.
+    """Loss of each token (T,), correct count (1,) and the gradients of the summed loss.
 
     d_hidden is (T, H) in hidden's dtype, d_weight float32 (V, H); each is made where it is not
     None and fully overwritten. hidden is (T, H), weight (V, H), labels int64 (T,).
@@ -118,7 +118,7 @@ def fwd(
             d_hidden.zero_()
         if d_weight is not None and tokens == 0:
             d_weight.zero_()
-        losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
+        row_losses = losses if kept is None else losses.new_empty(tokens)
         correct = torch.empty(tokens, dtype=torch.int32, device=hidden.device)
         rows = min(chunk, tokens)
         slab_buffer = torch.empty((rows, weight.shape[0]), dtype=hidden.dtype, device=hidden.device)
@@ -133,7 +133,7 @@ def fwd(
             torch.mm(hidden_rows, weight.t(), out=slab)
             _cross_entropy_kernel[(end - begin,)](
                 slab, label_rows, slab if bias is None else bias,
-                losses[begin:end], correct[begin:end], weight.shape[0], ignore_index,
+                row_losses[begin:end], correct[begin:end], weight.shape[0], ignore_index,
                 HAS_BIAS=bias is not None,
                 GRADIENT=d_hidden is not None or d_weight is not None,
                 BLOCK_V=launch.block_v, **launch.launch.options(),
@@ -145,7 +145,8 @@ def fwd(
                     d_hidden.index_copy_(0, kept[begin:end], torch.mm(slab, weight))
             if d_weight is not None:
                 _add_d_weight(d_weight, slab, hidden_rows, begin == 0, launch.d_weight_rows)
-        torch.sum(losses, dim=0, keepdim=True, out=loss_sum)
+        if kept is not None:
+            losses.zero_().index_copy_(0, kept, row_losses)
         torch.sum(correct, dim=0, keepdim=True, dtype=torch.int64, out=n_correct)
 
 

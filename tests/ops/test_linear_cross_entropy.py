@@ -128,6 +128,37 @@ def test_shift_mean_sum_and_num_items_are_transformers_own() -> None:
     torch.testing.assert_close(summed / 17, expected)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_loss_for_each_token(backend: str, dtype: torch.dtype, compiled: bool) -> None:
+    """Each with a gradient of its own: log-probabilities, weighted tokens, sums over groups."""
+    hidden, weight, _, labels = inputs(CASES[2], dtype, False)
+    shaped = labels[:36].view(4, 9)
+    scale = torch.randn(4, 9)
+
+    def run(h: Tensor) -> Tensor:
+        h = h[:36].view(4, 9, -1)
+        return ops.linear_cross_entropy(h, weight, shaped, reduction="none", backend=backend)
+
+    def plain(dtype: torch.dtype) -> list[Tensor]:
+        h = hidden.detach().to(dtype).requires_grad_()
+        logits = (h[:36] @ weight.detach().to(dtype).t()).to(torch.promote_types(dtype, F32))
+        losses = torch.nn.functional.cross_entropy(logits, shaped.flatten(), reduction="none")
+        grad = torch.autograd.grad((losses * scale.flatten()).sum(), h)[0]
+        return [losses.detach(), grad]
+
+    if compiled:
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    with poisoned():
+        losses = run(hidden)
+        (gradient,) = torch.autograd.grad((losses * scale).sum(), hidden)
+    assert losses.shape == (4, 9)
+    assert not losses[shaped == -100].any()
+    got = [losses.detach().flatten(), gradient]
+    assert_as_good_as_torch(["losses", "d_hidden"], got, plain(dtype), plain(F64), dtype)
+
+
 def test_all_ignored_is_nan_as_in_torch_and_zero_gradient() -> None:
     hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(9, 8)
     labels = torch.full((4,), -100)
@@ -256,7 +287,9 @@ def _rejected() -> list[Rejected]:
          ["labels", "0 to 8", "9"]),
         ("label -1", {"labels": torch.tensor([1, 2, 3, -1])}, errors.ArgumentError,
          ["labels", "-1"]),
-        ("reduction", {"reduction": "none"}, errors.ArgumentError, ["reduction", "'mean'"]),
+        ("reduction", {"reduction": "all"}, errors.ArgumentError, ["reduction", "'none'", "all"]),
+        ("trained head", {"reduction": "none", "weight": w.clone().requires_grad_()},
+         errors.ArgumentError, ["trained head", "each group"]),
         ("chunk", {"chunk": 0}, errors.ArgumentError, ["chunk", "at least 1"]),
     ]  # fmt: skip
     return [Rejected(n, call(**c), e, words) for n, c, e, words in cases]

@@ -36,12 +36,12 @@ def _run(
 ) -> dict[str, Tensor]:
     d_hidden = poison(tuple(h.shape), h.dtype) if need_h else None
     d_weight = poison(tuple(weight.shape)) if need_w else None
-    loss, correct = poison((1,)), poison((1,), torch.int64)
+    losses, correct = poison((h.shape[0],)), poison((1,), torch.int64)
     launcher.fwd(
-        loss, correct, d_hidden, d_weight, h, weight, bias, labels,
+        losses, correct, d_hidden, d_weight, h, weight, bias, labels,
         ignore_index=ignore_index, chunk=chunk,
     )  # fmt: skip
-    results = {"loss": loss, "correct": correct}
+    results = {"losses": losses, "loss": losses.sum(0, keepdim=True), "correct": correct}
     if d_hidden is not None:
         results["d_hidden"] = d_hidden
     if d_weight is not None:
@@ -76,7 +76,9 @@ def test_compaction_changes_nothing(dtype: torch.dtype, monkeypatch: pytest.Monk
     )
     compacted = _run(*inputs)
     assert torch.equal(everything["d_hidden"], compacted["d_hidden"])
-    assert not compacted["d_hidden"][inputs[3] == IGNORED].any()
+    assert torch.equal(everything["losses"], compacted["losses"])
+    for key in ("d_hidden", "losses"):
+        assert not compacted[key][inputs[3] == IGNORED].any()
     assert int(everything["correct"]) == int(compacted["correct"])
     for key in ("loss", "d_weight"):  # the chunks' borders, so the order of sums, move
         torch.testing.assert_close(everything[key], compacted[key], rtol=1e-5, atol=1e-5)
@@ -141,6 +143,8 @@ def test_infinite_logits() -> None:
     truth = LossInputs(h, weight, bias, labels).autograd(torch.float64)
     torch.testing.assert_close(actual["loss"].double(), truth["loss"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(actual["d_hidden"].double(), truth["d_hidden"], rtol=1e-4, atol=1e-5)
+    each = torch.nn.functional.cross_entropy(h @ weight.t() + bias, labels, reduction="none")
+    torch.testing.assert_close(actual["losses"], each, rtol=1e-5, atol=1e-5)
 
 
 def test_same_inputs_same_bits() -> None:
