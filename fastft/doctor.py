@@ -50,6 +50,7 @@ OP_FACTS: dict[str, dict[str, Any]] = {
     "dora_scale": {},
     "glu": {},
     "linear_cross_entropy": {"weight_requires_grad": False},
+    "lora_grouped_linear": {"adapter_dtype": "float32", "r": 16},
     "lora_linear": {"adapter_dtype": "float32", "r": 16},
     "rms_norm": {},
 }

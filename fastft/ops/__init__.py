@@ -7,6 +7,7 @@ from fastft.ops.attention import scaled_dot_product_attention
 from fastft.ops.dora_scale import dora_norm, dora_scale
 from fastft.ops.glu import glu
 from fastft.ops.linear_cross_entropy import linear_cross_entropy
+from fastft.ops.lora_grouped_linear import lora_grouped_linear
 from fastft.ops.lora_linear import lora_linear, lora_linear_siblings
 from fastft.ops.rms_norm import rms_norm
 
@@ -16,6 +17,7 @@ __all__ = [
     "dora_scale",
     "glu",
     "linear_cross_entropy",
+    "lora_grouped_linear",
     "lora_linear",
     "lora_linear_siblings",
     "rms_norm",

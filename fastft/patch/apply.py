@@ -52,7 +52,8 @@ def accelerate(
 
     Args:
         model: a PeftModel, or any torch model with PEFT LoRA layers in it.
-        lora: fuse LoRA layers over ``nn.Linear`` (:func:`fastft.ops.lora_linear`).
+        lora: fuse LoRA layers over ``nn.Linear`` (:func:`fastft.ops.lora_linear`) and over the
+            expert weights of a mixture (:func:`fastft.ops.lora_grouped_linear`).
         loss: fuse a Transformers causal language model's head and loss
             (:func:`fastft.ops.linear_cross_entropy`); logits are computed only if read.
         norm: fuse RMS norms, whose convention is found by running them
@@ -88,7 +89,14 @@ def accelerate(
             got="one that is",
             remedy="Call fastft.restore(model) first.",
         )
-    switches = {"lora": lora, "loss": loss, "norm": norm, "glu": glu, "attention": attention}
+    switches = {
+        "lora": lora,
+        "experts": lora,
+        "loss": loss,
+        "norm": norm,
+        "glu": glu,
+        "attention": attention,
+    }
     planned: list[Site] = []
     refused: dict[nn.Module, str] = {}
     proofs: dict[tuple[Any, ...], str | None] = {}

@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fastft.nn.attention import FusedAttention, attention_forward
 from fastft.nn.calls import uncounted
+from fastft.nn.experts import experts_of
 from fastft.nn.head import FusedHead, causal_lm_loss
 from fastft.nn.mlp import layout_of
 from fastft.nn.swap import original_of
@@ -128,6 +129,29 @@ def run_lora(module: Any, kind: type[nn.Module]) -> list[Tensor]:
     dy = torch.randn(y.shape, device=y.device).to(y.dtype)
     leaves = [x, *adapters.values()]
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def run_experts(module: Any, kind: type[nn.Module]) -> list[Tensor]:
+    """Output and gradients of experts with random adapters, each token through two, as ``kind``."""
+    experts, wrappers = experts_of(module)
+    adapters, prefix = {}, ""
+    for wrapper in wrappers.values():
+        (name,) = (n for n in wrapper.active_adapters if n in wrapper.lora_A)
+        for part in ("lora_A", "lora_B"):
+            p = getattr(wrapper, part)[name].weight
+            random = torch.randn(p.shape, dtype=torch.float32, device=p.device) / p.shape[1] ** 0.5
+            adapters[f"{prefix}{part}.{name}.weight"] = random.to(p.dtype).requires_grad_()
+        prefix += "base_layer."
+    weight: Any = experts.down_proj
+    width = weight.shape[2 if experts.is_transposed else 1]
+    x = torch.randn(_TOKENS, width, device=weight.device).to(weight.dtype).requires_grad_()
+    top_k = min(2, experts.num_experts)
+    scores = torch.rand(_TOKENS, experts.num_experts, device=weight.device)
+    weights, index = scores.topk(top_k)
+    with _as_class(module, kind):
+        y = functional_call(module, adapters, (x, index, weights.to(weight.dtype)))
+    dy = torch.randn(y.shape, device=y.device).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, [x, *adapters.values()], dy)]
 
 
 def run_head(head: Any, kind: type[nn.Module]) -> list[Tensor]:

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastft import backends
 from fastft.nn.attention import FusedAttention
+from fastft.nn.experts import FusedLoraExperts, experts_of, experts_refusal
 from fastft.nn.head import CausalLMLoss, FusedHead
 from fastft.nn.lora import FusedLoraLinear, module_refusal
 from fastft.nn.mlp import FusedGatedMLP, activation_of, layout_of
@@ -72,7 +73,7 @@ def _lora_sites(model: nn.Module) -> Iterator[Site]:
             continue
         if original_of(module) is PeftLinear:
             yield Site(name, module, module_refusal(module), FusedLoraLinear, by_state=True)
-        else:
+        elif not isinstance(module, ParamWrapper):
             yield Site(name, module, f"{type(module).__name__} layers are not fused")
 
 
@@ -87,6 +88,30 @@ def _lora_backend(module: Any) -> str:
         dtype=weight.dtype if weight.dtype.is_floating_point else torch.float32,
         adapter_dtype=adapter.dtype,
         r=adapter.shape[0],
+    )[0]
+
+
+def _experts_sites(model: nn.Module) -> Iterator[Site]:
+    """The outermost wrapper of each module whose parameters have adapters."""
+    inner = {id(m.base_layer) for m in model.modules() if isinstance(m, ParamWrapper)}
+    for name, module in model.named_modules():
+        if isinstance(module, ParamWrapper) and id(module) not in inner:
+            experts, _ = experts_of(module)
+            known = hasattr(experts, "has_gate")  # another parameter never becomes one of these
+            yield Site(name, module, experts_refusal(module), FusedLoraExperts, by_state=known)
+
+
+def _experts_backend(module: Any) -> str:
+    weight = proofs.float_parameter(experts_of(module)[0])
+    adapter = next(module.lora_A[n].weight for n in module.active_adapters if n in module.lora_A)
+    if weight is None or weight.device.type == "meta":
+        return "reference"
+    return backends.select(
+        "lora_grouped_linear",
+        device_type=weight.device.type,
+        dtype=weight.dtype,
+        adapter_dtype=adapter.dtype,
+        r=adapter.shape[0] // module.num_experts,
     )[0]
 
 
@@ -247,6 +272,7 @@ RULES: dict[str, Rule] = {
     for rule in (
         # Dropout masks of PEFT and of fastft differ: verified without.
         Rule("lora", _lora_sites, proofs.run_lora, _lora_backend, trained=False),
+        Rule("experts", _experts_sites, proofs.run_experts, _experts_backend),
         Rule("loss", _loss_sites, proofs.run_head, _loss_backend),
         Rule("norm", _norm_sites, proofs.run_norm, _norm_backend),
         Rule("glu", _glu_sites, proofs.run_mlp, _glu_backend),

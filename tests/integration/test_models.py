@@ -21,8 +21,10 @@ def test_every_layer_has_its_reason_or_is_fused_and_really_ran() -> None:
         model = fastft.accelerate(tiny.peft_model(name))
         tiny.step(model, tiny.inputs(name))
         found = fastft.explain(model).to_dict()
-        reports = {m["name"]: m for m in found["modules"] if m["kind"] == "lora"}
-        assert set(reports) == set(tiny.lora_layers(model)), name
+        reports = {m["name"]: m for m in found["modules"] if m["kind"] in ("lora", "experts")}
+        # The wrapper of one expert weight may hold that of another: one call computes both.
+        layers = {n for n in tiny.lora_layers(model) if not n.endswith(".base_layer")}
+        assert set(reports) == layers, name
         assert reports, name
         for layer, report in reports.items():
             expected = re.search(facts.plain, layer) is None

@@ -134,7 +134,7 @@ ARCHITECTURES: dict[str, Tiny] = {
     ),
     "mixtral": Tiny(
         _of("MixtralForCausalLM", "MixtralConfig", **_DECODER, num_local_experts=4),
-        plain=r"\.mlp\.(gate|experts)",  # parameters of the router and of the experts, no layers
+        plain=r"\.mlp\.gate$",  # the router's weight: a parameter, no layer
     ),
 }
 
