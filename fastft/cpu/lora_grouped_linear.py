@@ -1,4 +1,9 @@
-"""CPU launcher of ``lora_grouped_linear``: library products, a group of rows at a time."""
+"""CPU launcher of ``lora_grouped_linear``: library products, a group of rows at a time.
+
+The library makes code for every size it meets, and routing gives each group another. Groups are
+therefore multiplied with some rows of the next one, up to a multiple of 16: what lands there is
+overwritten when that group's turn comes, and sums over rows see zeros in their place.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +14,18 @@ from fastft.cpu.products import mm_nn, mm_nt, mm_tn, scratch
 
 __all__ = ["bwd", "fwd", "supports"]
 
+_STEP = 16
 
-def _segments(ends: Tensor) -> list[tuple[int, slice]]:
+
+def _segments(ends: Tensor) -> list[tuple[int, int, slice]]:
+    """Of each group that has rows: its number, how many they are, and the rows to multiply."""
     stops = ends.tolist()
-    pairs = zip([0, *stops[:-1]], stops, strict=True)
-    return [(e, slice(a, b)) for e, (a, b) in enumerate(pairs) if a < b]
+    found = []
+    for e, (start, stop) in enumerate(zip([0, *stops[:-1]], stops, strict=True)):
+        if start < stop:
+            rounded = -(-(stop - start) // _STEP) * _STEP
+            found.append((e, stop - start, slice(start, min(stops[-1], start + rounded))))
+    return found
 
 
 def fwd(
@@ -27,7 +39,7 @@ def fwd(
     scaling: float,
 ) -> None:
     """Writes y (M, N) and s = x A^T (M, r), of each group's rows with its matrices."""
-    for e, rows in _segments(ends):
+    for e, _, rows in _segments(ends):
         mm_nt(s[rows], x[rows], lora_a[e].to(x.dtype))
         mm_nt(y[rows], x[rows], weight[e])
         mm_nt(y[rows], s[rows], lora_b[e].to(x.dtype), alpha=scaling, accumulate=True)
@@ -50,13 +62,17 @@ def bwd(
     for gradient in (da, db):
         if gradient is not None:
             gradient.zero_()
-    for e, rows in _segments(ends):
-        ds = scratch("s_all", (rows.stop - rows.start, s.shape[1]), x.dtype)
+    for e, own, rows in _segments(ends):
+        size = (rows.stop - rows.start, s.shape[1])
+        ds = scratch("s_all", size, x.dtype)
         mm_nn(ds, dy[rows], lora_b[e].to(x.dtype), alpha=scaling)
         if dx is not None:
             mm_nn(dx[rows], dy[rows], weight[e])
             mm_nn(dx[rows], ds, lora_a[e].to(x.dtype), accumulate=True)
         if da is not None:
+            ds[own:].zero_()
             mm_tn(da[e], ds, x[rows])
         if db is not None:
-            mm_tn(db[e], dy[rows], s[rows], alpha=scaling)
+            group = scratch("s_group", size, x.dtype).copy_(s[rows])
+            group[own:].zero_()
+            mm_tn(db[e], dy[rows], group, alpha=scaling)
