@@ -22,6 +22,10 @@ from fastft.ops._checks import autocast_dtype
 __all__ = ["ADAPTER_RULES", "CALL_RULES", "LAYER_RULES", "FusedLoraLinear", "module_refusal"]
 
 
+# Where a merged layer keeps its weights from before the merge.
+UNMERGED = "fastft_unmerged"
+
+
 @dataclass(frozen=True)
 class Rule:
     """A condition under which a layer runs through PEFT's own forward, and what to call it."""
@@ -301,6 +305,33 @@ class FusedLoraLinear(PeftLinear):
         )
         return "no fused backend for this device and dtype" if chosen == "reference" else plan
 
+    def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
+        """PEFT's merge, which also keeps the weights as they were, in host memory."""
+        if not self.merged:
+            self.__dict__[UNMERGED] = [t.detach().to("cpu", copy=True) for t in self._merged_into()]
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if not self.merged:
+            self.__dict__.pop(UNMERGED, None)
+
+    def unmerge(self) -> None:
+        """PEFT's unmerge, then the very bits from before the merge: a sum in 16 bits and its
+        difference do not cancel, and each round trip of PEFT's would leave another rounding."""
+        kept = self.__dict__.pop(UNMERGED, [])
+        super().unmerge()
+        tensors = self._merged_into()
+        if len(kept) != len(tensors):
+            return
+        # A weight that was changed while it was merged is not what was kept.
+        bound = 4 * torch.finfo(self.base_layer.weight.dtype).eps
+        for tensor, old in zip(tensors, kept, strict=True):
+            old = old.to(tensor.device)
+            if old.shape == tensor.shape and _relative(tensor, old) <= bound:
+                tensor.copy_(old)
+
+    def _merged_into(self) -> list[Tensor]:
+        base = self.base_layer
+        return [t.data for t in (base.weight, base.bias) if t is not None]
+
     @staticmethod
     def fused_call(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
         """The outputs of layers that share x, in one operation; DoRA scales its own after."""
@@ -327,6 +358,12 @@ class FusedLoraLinear(PeftLinear):
 
 # PEFT parses the class's name, and its tests and users print it.
 FusedLoraLinear.__name__ = "Linear"
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest value."""
+    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return float((got - expected).abs().max() / scale)
 
 
 def _dora(plan: Plan, z: Tensor) -> Tensor:

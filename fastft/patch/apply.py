@@ -14,6 +14,7 @@ from fastft.nn import head as head_module
 from fastft.nn import siblings
 from fastft.nn.calls import strict_modules
 from fastft.nn.head import CausalLMLoss, FusedHead
+from fastft.nn.lora import UNMERGED
 from fastft.nn.swap import original_of
 from fastft.patch.proofs import difference, site_key, tolerance, verifiable
 from fastft.patch.rules import RULES, Rule, Site, causal_lm_of
@@ -192,6 +193,7 @@ def restore(model: nn.Module) -> nn.Module:
         original = original_of(module)
         if type(module) is not original:
             module.__class__ = original
+            module.__dict__.pop(UNMERGED, None)
             strict_modules.discard(module)
         refusals.pop(module, None)
         _remove_hooks(module)
