@@ -317,15 +317,16 @@ class FusedLoraLinear(PeftLinear):
         """PEFT's unmerge, then the very bits from before the merge: a sum in 16 bits and its
         difference do not cancel, and each round trip of PEFT's would leave another rounding."""
         kept = self.__dict__.pop(UNMERGED, [])
+        largest = [t.abs().max() for t in self._merged_into()]
         super().unmerge()
         tensors = self._merged_into()
         if len(kept) != len(tensors):
             return
-        # A weight that was changed while it was merged is not what was kept.
-        bound = 4 * torch.finfo(self.base_layer.weight.dtype).eps
-        for tensor, old in zip(tensors, kept, strict=True):
+        for tensor, old, scale in zip(tensors, kept, largest, strict=True):
             old = old.to(tensor.device)
-            if old.shape == tensor.shape and _relative(tensor, old) <= bound:
+            # A weight that was changed while it was merged differs by more than rounding.
+            bound = 8 * torch.finfo(tensor.dtype).eps * torch.maximum(scale, old.abs().max())
+            if old.shape == tensor.shape and bool((tensor - old).abs().max() <= bound):
                 tensor.copy_(old)
 
     def _merged_into(self) -> list[Tensor]:
@@ -358,12 +359,6 @@ class FusedLoraLinear(PeftLinear):
 
 # PEFT parses the class's name, and its tests and users print it.
 FusedLoraLinear.__name__ = "Linear"
-
-
-def _relative(got: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest value."""
-    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
-    return float((got - expected).abs().max() / scale)
 
 
 def _dora(plan: Plan, z: Tensor) -> Tensor:
