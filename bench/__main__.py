@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import adapters, block, curves, e2e, experts, lora, loss, optim
+from . import adapters, block, curves, e2e, experts, layer, lora, loss, optim
 from .declare import Options, Suite
 from .records import Record, pick_dtype
 from .report import show
@@ -18,7 +18,15 @@ from .runner import run_suite
 
 SUITES: dict[str, Suite] = {
     suite.name: suite
-    for suite in (lora.SUITE, experts.SUITE, adapters.SUITE, block.SUITE, loss.SUITE, optim.SUITE)
+    for suite in (
+        lora.SUITE,
+        layer.SUITE,
+        experts.SUITE,
+        adapters.SUITE,
+        block.SUITE,
+        loss.SUITE,
+        optim.SUITE,
+    )
 }
 # Suites that run a model, each in its own way.
 WHOLE = {e2e.NAME: e2e.run, curves.NAME: curves.run}

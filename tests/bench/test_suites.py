@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench import adapters, experts, lora, loss, optim
+from bench import adapters, experts, layer, lora, loss, optim
 from bench.declare import Case, Impl, Options, Step, Suite
 from bench.runner import run_suite
 
 OPTIONS = Options(device=torch.device("cpu"), dtype=torch.float32, rounds=1)
 _MODEL = {**adapters.MODEL, "num_hidden_layers": 1, "vocab_size": 200}
 SIZES: dict[str, list[dict[str, Any]]] = {
+    "layer": [{"hidden": 24, "inner": 40, "keys": 16, "m": 33, "r": 4, "dropout": 0.0}],
     "experts": [{"k": 24, "n": 40, "e": 5, "top": 2, "m": 33}],
     "adapters": [{"k": 3, "batch": 2, "tokens": 9, "model": _MODEL}],
     "lora": [{"k": 48, "n": 40, "m": 33, "dropout": p} for p in (0.0, 0.3)],
@@ -26,7 +27,7 @@ SIZES: dict[str, list[dict[str, Any]]] = {
     ],
     "optim": [{"shapes": [(16, 9), (5, 16)], "total": 224, "dtype": "float32"}],
 }
-_ALL = (lora.SUITE, experts.SUITE, adapters.SUITE, loss.SUITE, optim.SUITE)
+_ALL = (lora.SUITE, layer.SUITE, experts.SUITE, adapters.SUITE, loss.SUITE, optim.SUITE)
 SUITES = {s.name: s for s in _ALL}
 
 
