@@ -217,7 +217,7 @@ def without_dropout(case: Case, options: Options) -> str | None:
 
 
 def tiny(case: Case) -> Case:
-    return Case(case.name, {**case.facts, "hidden": 64, "inner": 96, "keys": 32, "m": 32})
+    return Case(case.name, {**case.facts, "hidden": 64, "inner": 96, "keys": 32, "m": 32, "r": 8})
 
 
 SUITE = Suite(

@@ -68,8 +68,22 @@ def _groups(masks: list[Tensor | None], spans: list[tuple[int, int]]) -> list[li
     return list(groups.values())
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+def _narrow(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in dtype, in this thread's buffer where it has to be cast."""
+    if tensor.dtype == dtype:
+        return tensor
+    return scratch(name, tuple(tensor.shape), dtype).copy_(tensor)
+
+
+def _stacked(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """All rows in one matrix of dtype."""
+    if len(tensors) == 1:
+        return _narrow("a_all", tensors[0], dtype)
+    ranks = [t.shape[0] for t in tensors]
+    out = scratch("a_all", (sum(ranks), tensors[0].shape[1]), dtype)
+    for part, tensor in zip(out.split(ranks), tensors, strict=True):
+        part.copy_(tensor)
+    return out
 
 
 def fwd(
@@ -93,20 +107,19 @@ def fwd(
     for group in _groups(masks, spans):
         first = group[0]
         part = x[slice(*spans[first])]
-        mask, narrow = masks[first], [_cast(lora_as[j], x.dtype) for j in group]
         if part.shape[0] == 0:
             continue
+        mask, stacked = masks[first], _stacked([lora_as[j] for j in group], x.dtype)
         if mask is not None:
             for rows in _row_slices(part.shape[0], part.shape[1], part.element_size()):
                 dropped = _dropped(part[rows], mask[rows], dropout_ps[first])
-                mm_nt(ss[first][rows], dropped, narrow[0])
+                mm_nt(ss[first][rows], dropped, stacked)
         elif len(group) == 1:
-            mm_nt(ss[first], part, narrow[0])
+            mm_nt(ss[first], part, stacked)
         else:
-            stacked = torch.cat(narrow)
             s_all = scratch("s_all", (part.shape[0], stacked.shape[0]), x.dtype)
             mm_nt(s_all, part, stacked)
-            for j, s in zip(group, s_all.split([a.shape[0] for a in narrow], 1), strict=True):
+            for j, s in zip(group, s_all.split([lora_as[j].shape[0] for j in group], 1)):
                 ss[j].copy_(s)
     for i, (y, weight, bias) in enumerate(zip(ys, weights, biases, strict=True)):
         mm_nt(y, x, weight)
@@ -114,7 +127,7 @@ def fwd(
             y.add_(bias)
         for j, owner in enumerate(owners):
             if owner == i and ss[j].shape[0]:
-                b = _cast(lora_bs[j], x.dtype)
+                b = _narrow("b", lora_bs[j], x.dtype)
                 mm_nt(y[slice(*spans[j])], ss[j], b, alpha=scalings[j], accumulate=True)
 
 
@@ -151,7 +164,7 @@ def bwd(
         ds_all = scratch("s_all", (rows.stop - rows.start, sum(ranks)), x.dtype)
         for j, ds in zip(group, ds_all.split(ranks, 1), strict=True):
             dy = dys[owners[j]][rows]
-            mm_nn(ds, dy, _cast(lora_bs[j], x.dtype), alpha=scalings[j])
+            mm_nn(ds, dy, _narrow("b", lora_bs[j], x.dtype), alpha=scalings[j])
             if (db := dbs[j]) is not None:
                 mm_tn(db, dy, ss[j], alpha=scalings[j])
         dx_rows = None if dx is None else dx[rows]
@@ -160,9 +173,9 @@ def bwd(
         if mask is None:
             _bwd_stacked(dx_rows, group_das, ds_all, x[rows], group_as)
         else:
-            narrow = _cast(group_as[0], x.dtype)
+            lora_a = _stacked(group_as, x.dtype)
             p = dropout_ps[group[0]]
-            _bwd_dropped(dx_rows, group_das[0], ds_all, x[rows], narrow, mask, p)
+            _bwd_dropped(dx_rows, group_das[0], ds_all, x[rows], lora_a, mask, p)
 
 
 def _bwd_stacked(
@@ -174,9 +187,7 @@ def _bwd_stacked(
 ) -> None:
     """One pass over dx and one over x for all adapters of a group."""
     if dx is not None:
-        narrow = [_cast(a, x.dtype) for a in lora_as]
-        stacked = narrow[0] if len(narrow) == 1 else torch.cat(narrow)
-        mm_nn(dx, ds_all, stacked, accumulate=True)
+        mm_nn(dx, ds_all, _stacked(lora_as, x.dtype), accumulate=True)
     wanted = [da for da in das if da is not None]
     if not wanted:
         return

@@ -352,6 +352,39 @@ def test_deterministic_and_saves_no_copy_of_x() -> None:
     assert extra <= tokens * (features + 7) // 8 + tokens * 16 * 4 + tokens
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(("dtype", "adapter"), DTYPES, ids=ID)
+def test_nothing_is_allocated_in_the_steady_state(
+    dtype: torch.dtype, adapter: torch.dtype, p: float
+) -> None:
+    """Once the buffers are there, the launcher makes none beside the outputs it is given."""
+    from fastft.cpu import lora_linear as launcher
+
+    shape = Shape(300, 96, (40, 64), (8, 16))
+    call = Call(shape, dtype, adapter, True)
+    ys = [torch.empty_like(dy) for dy in call.dys]
+    ss = [torch.empty(300, r, dtype=dtype) for r in shape.r]
+    masks: list[Tensor | None] = [None, None]
+    if p:
+        x, a = call.x, call.lora_as[0]
+        masks = [autograd_module.new_dropout_mask(x, p, a, "cpu") for _ in ss]
+    rest = (call.scalings, masks, [p, p], [0, 1], [(0, 300), (0, 300)])
+    arguments = (call.x, call.weights, call.biases, call.lora_as, call.lora_bs, *rest)
+    dx, das, dbs = (torch.empty_like(call.x), *([torch.empty_like(t) for t in ts]
+                    for ts in (call.lora_as, call.lora_bs)))  # fmt: skip
+    backward = (call.dys, call.x, ss, call.weights, call.lora_as, call.lora_bs, *rest)
+
+    def run() -> None:
+        launcher.fwd(ys, ss, *arguments)
+        launcher.bwd(dx, das, dbs, *backward)
+
+    run()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    made = {e.key: e.self_cpu_memory_usage for e in profile.key_averages()}
+    assert {key: size for key, size in made.items() if size > 0} == {}
+
+
 def _rejected() -> list[Rejected]:
     x, w = torch.randn(4, 6), torch.randn(5, 6)
     a, b = torch.randn(2, 6), torch.randn(5, 2)
