@@ -127,13 +127,13 @@ PYBIND11_MODULE(_C, m) {
       free_gil);
   m.def(
       "dropout_apply",
-      [](int64_t dst, int64_t src, int64_t mask, int64_t rows, int64_t cols, float scale, int dtype,
+      [](int64_t dst, int64_t src, int64_t mask, int64_t rows, int64_t cols, int dtype,
          const std::string& isa) {
         kernels(isa).dropout_apply(at<void>(dst), at<const void>(src), at<const uint8_t>(mask),
-                                   rows, cols, scale, dtype);
+                                   rows, cols, dtype);
       },
       py::arg("dst"), py::arg("src"), py::arg("mask"), py::arg("rows"), py::arg("cols"),
-      py::arg("scale"), py::arg("dtype"), py::arg("isa") = "", free_gil);
+      py::arg("dtype"), py::arg("isa") = "", free_gil);
   m.def(
       "dropout_add",
       [](int64_t dst, int64_t src, int64_t mask, int64_t rows, int64_t cols, float scale,
@@ -143,6 +143,24 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("dst"), py::arg("src"), py::arg("mask"), py::arg("rows"), py::arg("cols"),
       py::arg("scale"), py::arg("dst_dtype"), py::arg("src_dtype"), py::arg("isa") = "", free_gil);
+  m.def(
+      "lora_dx",
+      [](int64_t dx, int64_t ds, int64_t a, int64_t mask, int64_t rows, int64_t cols, int64_t r,
+         float scale, int dtype, const std::string& isa) {
+        kernels(isa).lora_dx(at<void>(dx), at<const float>(ds), at<const float>(a),
+                             at<const uint8_t>(mask), rows, cols, r, scale, dtype);
+      },
+      py::arg("dx"), py::arg("ds"), py::arg("a"), py::arg("mask"), py::arg("rows"), py::arg("cols"),
+      py::arg("r"), py::arg("scale"), py::arg("dtype"), py::arg("isa") = "", free_gil);
+  m.def(
+      "lora_da",
+      [](int64_t da, int64_t ds, int64_t x, int64_t mask, int64_t rows, int64_t cols, int64_t r,
+         float scale, int dtype, const std::string& isa) {
+        kernels(isa).lora_da(at<float>(da), at<const float>(ds), at<const void>(x),
+                             at<const uint8_t>(mask), rows, cols, r, scale, dtype);
+      },
+      py::arg("da"), py::arg("ds"), py::arg("x"), py::arg("mask"), py::arg("rows"), py::arg("cols"),
+      py::arg("r"), py::arg("scale"), py::arg("dtype"), py::arg("isa") = "", free_gil);
   m.def(
       "cross_entropy",
       [](int64_t logits, int64_t bias, int64_t labels, int64_t row_loss, int64_t row_correct,

@@ -37,15 +37,17 @@ static inline int64_t thread_index() {
 #include "dora_scale.inc"
 #include "dropout.inc"
 #include "glu.inc"
+#include "lora.inc"
 #include "rms_norm.inc"
 
 }  // namespace FASTFT_ISA
 
 extern const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA);
 const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA) = {
-    dropout_mask,       dropout_apply,      dropout_add,         cross_entropy, attention_softmax,
-    attention_gradient, attention_extent,   glu_forward,         glu_backward,  rms_norm_forward,
-    rms_norm_backward,  dora_scale_forward, dora_scale_backward, adamw,
+    dropout_mask,      dropout_apply,      dropout_add,         lora_dx,
+    lora_da,           cross_entropy,      attention_softmax,   attention_gradient,
+    attention_extent,  glu_forward,        glu_backward,        rms_norm_forward,
+    rms_norm_backward, dora_scale_forward, dora_scale_backward, adamw,
 };
 
 }  // namespace fastft

@@ -26,12 +26,18 @@ struct GluRows {
 struct Kernels {
   // mask: (rows, ceil(cols / 8)) bytes; bit k % 8 of byte k / 8 is 1 where column k is kept.
   void (*dropout_mask)(uint8_t* mask, int64_t bytes, uint64_t seed, uint32_t threshold);
-  // dst[i, k] = src[i, k] * kept(i, k) * scale; rows of dst and src are `cols` long.
+  // dst[i, k] = src[i, k] where kept, else 0; rows of dst and src are `cols` long.
   void (*dropout_apply)(void* dst, const void* src, const uint8_t* mask, int64_t rows, int64_t cols,
-                        float scale, int dtype);
+                        int dtype);
   // dst[i, k] += src[i, k] * kept(i, k) * scale.
   void (*dropout_add)(void* dst, const void* src, const uint8_t* mask, int64_t rows, int64_t cols,
                       float scale, int dst_dtype, int src_dtype);
+  // dx[m, k] += scale * kept(m, k) * sum_j ds[m, j] a[j, k]; ds (rows, r), a (r, cols).
+  void (*lora_dx)(void* dx, const float* ds, const float* a, const uint8_t* mask, int64_t rows,
+                  int64_t cols, int64_t r, float scale, int dtype);
+  // da[j, k] = scale * sum_m ds[m, j] * kept(m, k) * x[m, k]; da (r, cols).
+  void (*lora_da)(float* da, const float* ds, const void* x, const uint8_t* mask, int64_t rows,
+                  int64_t cols, int64_t r, float scale, int dtype);
   // Row-wise cross-entropy of logits (rows, vocab); with `gradient` the logits become
   // softmax - onehot. scratch: float32 (max_threads, vocab), used for 16-bit logits.
   void (*cross_entropy)(void* logits, const float* bias, const int64_t* labels, float* row_loss,

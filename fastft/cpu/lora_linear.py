@@ -1,7 +1,8 @@
 """CPU launcher of ``lora_linear``: library products, and C++ kernels where dropout comes in.
 
 Without dropout every step is a product. With it, x is dropped a slice of rows at a time into a
-buffer that stays in cache and feeds the product at once; no dropped copy of x is kept.
+buffer that stays in cache and feeds the product at once, and the backward's two thin products read
+the mask as they go; no dropped copy of x is kept.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from torch import Tensor
 from fastft import native
 from fastft.cpu.products import mm_nn, mm_nt, mm_tn, scratch
 
+# Ranks up to which a pass of our own over dx or x beats a library product and a pass after it.
+_FUSED_RANK = 32
 # Bytes of x dropped at a time: half of a common second-level cache.
 _SLICE_BYTES = 1 << 19
 
@@ -45,8 +48,8 @@ def _row_slices(rows: int, columns: int, itemsize: int) -> list[slice]:
     return [slice(start, min(rows, start + size)) for start in range(0, rows, size)]
 
 
-def _dropped(x: Tensor, mask: Tensor, p: float) -> Tensor:
-    """x * mask / (1 - p) for a slice of rows, in this thread's buffer."""
+def _dropped(x: Tensor, mask: Tensor) -> Tensor:
+    """x * mask for a slice of rows, in this thread's buffer; 1 / (1 - p) is left to the product."""
     out = scratch("dropped", tuple(x.shape), x.dtype)
     native.module().dropout_apply(
         out.data_ptr(),
@@ -54,7 +57,6 @@ def _dropped(x: Tensor, mask: Tensor, p: float) -> Tensor:
         mask.data_ptr(),
         x.shape[0],
         x.shape[1],
-        1.0 / (1.0 - p),
         native.DTYPE_CODES[x.dtype],
     )
     return out
@@ -112,8 +114,8 @@ def fwd(
         mask, stacked = masks[first], _stacked([lora_as[j] for j in group], x.dtype)
         if mask is not None:
             for rows in _row_slices(part.shape[0], part.shape[1], part.element_size()):
-                dropped = _dropped(part[rows], mask[rows], dropout_ps[first])
-                mm_nt(ss[first][rows], dropped, stacked)
+                dropped, keep = _dropped(part[rows], mask[rows]), 1.0 / (1.0 - dropout_ps[first])
+                mm_nt(ss[first][rows], dropped, stacked, alpha=keep)
         elif len(group) == 1:
             mm_nt(ss[first], part, stacked)
         else:
@@ -173,9 +175,8 @@ def bwd(
         if mask is None:
             _bwd_stacked(dx_rows, group_das, ds_all, x[rows], group_as)
         else:
-            lora_a = _stacked(group_as, x.dtype)
             p = dropout_ps[group[0]]
-            _bwd_dropped(dx_rows, group_das[0], ds_all, x[rows], lora_a, mask, p)
+            _bwd_dropped(dx_rows, group_das[0], ds_all, x[rows], group_as[0], mask, p)
 
 
 def _bwd_stacked(
@@ -210,10 +211,36 @@ def _bwd_dropped(
     mask: Tensor,
     p: float,
 ) -> None:
-    """dx += mask/(1-p) * (dS A) and dA = dS^T drop(x), a slice of rows at a time."""
+    """dx += mask/(1-p) * (dS A) and dA = dS^T drop(x), each in one pass."""
+    if ds.shape[1] > _FUSED_RANK:
+        _bwd_dropped_in_slices(dx, da, ds, x, lora_a, mask, p)
+        return
     c = native.module()
-    columns = x.shape[1]
+    sizes = (x.shape[0], x.shape[1], ds.shape[1], 1.0 / (1.0 - p), native.DTYPE_CODES[x.dtype])
+    wide_ds = _narrow("ds32", ds, torch.float32)
+    if dx is not None:
+        wide_a = _narrow("a32", lora_a, torch.float32).contiguous()
+        c.lora_dx(dx.data_ptr(), wide_ds.data_ptr(), wide_a.data_ptr(), mask.data_ptr(), *sizes)
+    if da is not None:
+        total = scratch("da_total", tuple(da.shape), torch.float32)
+        c.lora_da(total.data_ptr(), wide_ds.data_ptr(), x.data_ptr(), mask.data_ptr(), *sizes)
+        da.copy_(total)
+
+
+def _bwd_dropped_in_slices(
+    dx: Tensor | None,
+    da: Tensor | None,
+    ds: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    mask: Tensor,
+    p: float,
+) -> None:
+    """The same through library products, a slice of rows at a time."""
+    c = native.module()
+    columns, keep = x.shape[1], 1.0 / (1.0 - p)
     code = native.DTYPE_CODES[x.dtype]
+    narrow = _narrow("a_all", lora_a, x.dtype)
     total = part = None
     if da is not None:
         total = scratch("da_total", tuple(da.shape), torch.float32).zero_()
@@ -221,19 +248,19 @@ def _bwd_dropped(
     for rows in _row_slices(x.shape[0], columns, x.element_size()):
         if dx is not None:
             product = scratch("ds_a", (rows.stop - rows.start, columns), x.dtype)
-            mm_nn(product, ds[rows], lora_a)
+            mm_nn(product, ds[rows], narrow)
             c.dropout_add(
                 dx[rows].data_ptr(),
                 product.data_ptr(),
                 mask[rows].data_ptr(),
                 product.shape[0],
                 columns,
-                1.0 / (1.0 - p),
+                keep,
                 code,
                 code,
             )
         if total is not None and part is not None:
-            mm_tn(part, ds[rows], _dropped(x[rows], mask[rows], p))
+            mm_tn(part, ds[rows], _dropped(x[rows], mask[rows]), alpha=keep)
             total += part
     if da is not None and total is not None:
         da.copy_(total)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from harness import Rejected, assert_as_good_as_torch, assert_rejected, poisoned
+from harness import Rejected, assert_as_good_as_torch, assert_rejected, poisoned, relative_error
 from torch import Tensor
 
 from fastft import backends, errors, ops
@@ -350,6 +350,44 @@ def test_deterministic_and_saves_no_copy_of_x() -> None:
     )
     tokens, features = x.shape
     assert extra <= tokens * (features + 7) // 8 + tokens * 16 * 4 + tokens
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=ID)
+@pytest.mark.parametrize("shape", [(1, 3, 1), (7, 45, 5), (9, 130, 16), (300, 192, 33)], ids=ID)
+def test_thin_products_of_every_instruction_set(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    """dx += mask / (1-p) (dS A) and dA = dS^T drop(x) of each set against float64, any thread
+    count with the same bits, and no write past the end."""
+    from fastft import native
+
+    rows, columns, r = shape
+    x, dx = (torch.randn(rows, columns).to(dtype) for _ in range(2))
+    ds, a = torch.randn(rows, r), torch.randn(r, columns)
+    mask = autograd_module.new_dropout_mask(x, 0.3, a, "reference")
+    kept = reference.unpack_mask(mask, columns).double() * 1.25
+    exact_dx = dx.double() + kept * (ds.double() @ a.double())
+    exact_da = ds.double().t() @ (x.double() * kept)
+    size = (rows, columns, r, 1.25, native.DTYPE_CODES[dtype])
+    for isa in native.build_info()["instruction_sets_usable"]:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            out = torch.full((rows * columns + 8,), 7.0, dtype=dtype)
+            out[:-8] = dx.flatten()
+            da = torch.full((r * columns + 8,), 7.0)
+            pointers = (ds.data_ptr(), a.data_ptr(), mask.data_ptr())
+            native.module().lora_dx(out.data_ptr(), *pointers, *size, isa=isa)
+            pointers = (ds.data_ptr(), x.data_ptr(), mask.data_ptr())
+            native.module().lora_da(da.data_ptr(), *pointers, *size, isa=isa)
+            assert bool((out[-8:] == 7).all()), isa
+            assert bool((da[-8:] == 7).all()), isa
+            found.append((out[:-8].view(rows, columns), da[:-8].view(r, columns)))
+        assert all(torch.equal(one, two) for one, two in zip(*found, strict=True)), isa
+        step = torch.finfo(dtype).eps
+        assert relative_error(found[0][0], exact_dx) <= step, isa
+        # Float32 sums over the rows: the square root of their number in roundings.
+        assert relative_error(found[0][1], exact_da) <= rows**0.5 * torch.finfo(F32).eps, isa
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
