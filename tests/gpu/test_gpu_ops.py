@@ -3,6 +3,7 @@ kernels on, and sizes like those of real models, where the real code paths are."
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from bench import ledger
 from fastft import backends, ops
 from fastft.ops.lora_linear import lora_linear_siblings
 from fastft.reference import adamw as adamw_reference
+from fastft.reference import lora_grouped_linear as grouped_reference
 from fastft.reference import lora_linear as lora_reference
 from tests.kernels.bounds import assert_as_accurate, relative_errors
 from tests.kernels.cases import (
@@ -396,6 +398,33 @@ def test_adamw_time(kernel: str, device: torch.device, observed: Any) -> None:
         lambda: ops.adamw(*state.arguments(), max_norm=1.0, backend=backend)  # type: ignore[arg-type]
     )
     assert observed.time_ms[name] > 0
+
+
+@pytest.mark.parametrize("adapter", [F32, BF16])
+def test_lora_grouped_linear(adapter: torch.dtype, device: torch.device) -> None:
+    """Grouped products of torch's own: no kernel of the ledger, but the layouts PEFT has."""
+    sizes, k, n, r = (0, 300, 1, 0, 723), 512, 640, 16
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+        return (torch.randn(*shape, generator=generator, device=device) / 8).to(dtype)
+
+    ends = torch.tensor(sizes, device=device).cumsum(0).to(torch.int32)
+    weight, dy = draw(len(sizes), n, k), draw(sum(sizes), n)
+    b = draw(n, r, len(sizes), dtype=adapter).permute(2, 0, 1)
+    given = (draw(sum(sizes), k), draw(len(sizes), r, k, dtype=adapter), b)
+
+    def run(call: Callable[..., Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+        leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in given]
+        y = call(leaves[0], weight.to(leaves[0].dtype), *leaves[1:], ends)
+        gradients = torch.autograd.grad(y, leaves, dy.to(y.dtype))
+        return {"y": y.detach(), **dict(zip(("dx", "da", "db"), gradients, strict=True))}
+
+    fused = functools.partial(ops.lora_grouped_linear, scaling=0.5, backend="triton")
+    plain = functools.partial(grouped_reference.lora_grouped_linear, scaling=0.5)
+    got, own, truth = run(fused, None), run(plain, BF16), run(plain, torch.float64)
+    for name, value in got.items():
+        assert_as_accurate(name, value, own[name], truth[name])
 
 
 def test_every_gpu_kernel_is_tested() -> None:
