@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastft import backends, ops
-from fastft.nn import siblings
+from fastft.nn import packing, siblings
 from fastft.nn.calls import count
 from fastft.nn.mixed import adapter_names_of
 from fastft.ops._checks import autocast_dtype
@@ -239,8 +239,17 @@ def _first(rules: tuple[Rule, ...], *facts: Any) -> str | None:
 
 def module_refusal(layer: PeftLinear) -> str | None:
     """Why the layer, as it stands, runs through PEFT; None when it can run fused."""
+    plan = _standing_plan(layer)
+    return plan if isinstance(plan, str) else None
+
+
+def _standing_plan(layer: PeftLinear) -> Plan | str:
+    """What the layer, as it stands, computes, or why that cannot be fused."""
     reason = _first(LAYER_RULES, layer)
-    return reason or _plan_refusal(Plan(layer, None))
+    if reason is not None:
+        return reason
+    plan = Plan(layer, None)
+    return _plan_refusal(plan) or plan
 
 
 def _plan_refusal(plan: Plan) -> str | None:
@@ -305,8 +314,13 @@ class FusedLoraLinear(PeftLinear):
         )
         return "no fused backend for this device and dtype" if chosen == "reference" else plan
 
+    def standing_plan(self) -> Plan | str:
+        """What the layer, whatever the call, computes, or why that cannot be fused."""
+        return _standing_plan(self)
+
     def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
         """PEFT's merge, which also keeps the weights as they were, in host memory."""
+        packing.unpack([self])
         if not self.merged:
             self.__dict__[UNMERGED] = [t.detach().to("cpu", copy=True) for t in self._merged_into()]
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)

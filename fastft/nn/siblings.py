@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastft.nn import packing
+
 if TYPE_CHECKING:
     from fastft.nn.lora import FusedLoraLinear, Plan
 
@@ -83,6 +85,7 @@ class _Watch:
     def __init__(self) -> None:
         self.last: weakref.ref[Tensor] | None = None
         self.version = 0
+        self.order: list[weakref.ref[Any]] = []
         self.run: list[weakref.ref[Any]] = []
         self.runs: list[list[weakref.ref[Any]]] = []
         self.needed_grad = False
@@ -95,9 +98,15 @@ class _Watch:
         if not same:
             self.close_run()
             self.last, self.version = weakref.ref(x), x._version
+        self.order.append(weakref.ref(layer))
         self.run.append(weakref.ref(layer))
         if torch.is_grad_enabled():
             self.needed_grad = True
+
+    def called(self) -> list[FusedLoraLinear]:
+        """Every layer that was called, once, in order."""
+        found = (ref() for ref in self.order)
+        return list(dict.fromkeys(layer for layer in found if layer is not None))
 
     def close_run(self) -> None:
         if len(self.run) > 1:
@@ -155,9 +164,20 @@ def begin_forward(root: nn.Module, *_: Any) -> None:
                 for layer in layers:
                     _groups[layer] = group  # type: ignore[index]
         _seen.add(root)
+        if root in packing.wanted:
+            _pack(watch.called())
         return
     if watch is None:
         _thread.watch = _watches[root] = _Watch()
+
+
+def _pack(layers: list[FusedLoraLinear]) -> None:
+    """Packs each group once, and each layer without siblings by itself."""
+    for layer in layers:
+        group = _groups.get(layer)
+        members = [layer] if group is None else group.layers()
+        if members and members[0] is layer:
+            packing.pack(members, [member.standing_plan() for member in members])
 
 
 def end_forward(root: nn.Module, *_: Any) -> None:
@@ -178,5 +198,7 @@ def forget(root: nn.Module) -> None:
     """Undoes all that was learnt about a model."""
     _watches.pop(root, None)
     _seen.discard(root)
+    packing.wanted.discard(root)
+    packing.unpack(root.modules())
     for module in root.modules():
         _groups.pop(module, None)

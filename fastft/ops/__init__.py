@@ -8,7 +8,7 @@ from fastft.ops.dora_scale import dora_norm, dora_scale
 from fastft.ops.glu import glu
 from fastft.ops.linear_cross_entropy import linear_cross_entropy
 from fastft.ops.lora_grouped_linear import lora_grouped_linear
-from fastft.ops.lora_linear import lora_linear, lora_linear_siblings
+from fastft.ops.lora_linear import lay_out_weights, lora_linear, lora_linear_siblings
 from fastft.ops.rms_norm import rms_norm
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "dora_norm",
     "dora_scale",
     "glu",
+    "lay_out_weights",
     "linear_cross_entropy",
     "lora_grouped_linear",
     "lora_linear",

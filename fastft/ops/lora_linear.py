@@ -16,10 +16,12 @@ may mix the samples of many adapters.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import (
     FLOATS,
@@ -37,7 +39,7 @@ from fastft.ops._lora_linear_autograd import (
     new_dropout_mask,
 )
 
-__all__ = ["check", "lora_linear", "lora_linear_siblings"]
+__all__ = ["check", "lay_out_weights", "lora_linear", "lora_linear_siblings"]
 
 _WHERE = "fastft.ops.lora_linear"
 
@@ -167,6 +169,41 @@ def lora_linear_siblings(
     if x.dim() == 2:
         return tuple(ys)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+
+def lay_out_weights(
+    weights: Sequence[Tensor], ranks: Sequence[int], adapter_dtype: torch.dtype
+) -> Any:
+    """Frozen weights copied into one buffer with room for their adapters beside and below.
+
+    [[W, scaling B], [A, 0]] makes y = [x | S] [W | scaling B]^T and dx = [dy | dS] [W ; A] one
+    library product each, where the backend has that way.
+
+    Args:
+        weights: (out_features_i, in_features) of layers that share their input, one dtype and
+            device, contiguous.
+        ranks: of the one adapter of each layer.
+        adapter_dtype: theirs.
+
+    Returns:
+        what must be held for as long as the weights are used; its ``weights`` are views with the
+        values given, to be passed to :func:`lora_linear_siblings`. None where the backend that
+        serves these tensors has no such way.
+
+    Source: derived here; LoRA's two products of rank r ride in the borders of the frozen one.
+    """
+    first = weights[0]
+    launcher = backends.select(
+        "lora_linear",
+        device_type=first.device.type,
+        dtype=first.dtype,
+        adapter_dtype=adapter_dtype,
+        r=max(ranks),
+    )[1]
+    if not hasattr(launcher, "lay_out"):
+        return None
+    with torch.no_grad():
+        return launcher.lay_out([w.detach() for w in weights], list(ranks))
 
 
 def check(

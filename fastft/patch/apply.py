@@ -11,7 +11,7 @@ from torch import nn
 from fastft import native
 from fastft.errors import ArgumentError, DtypeError, VerificationError, nearest
 from fastft.nn import head as head_module
-from fastft.nn import siblings
+from fastft.nn import packing, siblings
 from fastft.nn.calls import strict_modules
 from fastft.nn.head import CausalLMLoss, FusedHead
 from fastft.nn.lora import UNMERGED
@@ -46,6 +46,7 @@ def accelerate(
     glu: bool = True,
     attention: bool = True,
     *,
+    pack_weights: bool = False,
     strict: bool = False,
     verify: bool = True,
 ) -> nn.Module:
@@ -62,6 +63,11 @@ def accelerate(
         glu: fuse gated MLPs between their projections (:func:`fastft.ops.glu`).
         attention: on the CPU, in Transformers models that use sdpa, fuse attention
             (:func:`fastft.ops.scaled_dot_product_attention`).
+        pack_weights: on GPUs, before the second step, copy the frozen weights of layers that share
+            an input (q/k/v, gate/up) into one buffer with room for their adapters, so that a layer
+            and its adapter can be one library product. The parameters become views of it, rows
+            padded, and take at most 2% more memory; ``restore`` and merging undo it. Call
+            ``restore`` before saving the base model or sharding it.
         strict: raise where a module or a call cannot be fused, instead of running PEFT's own code.
         verify: run each distinct site once on a small random input, output and gradients, beside
             what it replaces; one that differs by more than rounding is not replaced.
@@ -69,9 +75,9 @@ def accelerate(
     Returns:
         ``model`` itself.
 
-    Parameters, buffers, state-dict keys, hooks and saving are untouched. On the CPU with glibc the
-    process is told to keep freed memory (mallopt), which spares a page fault for every 4 KiB of
-    every large tensor. :func:`fastft.explain` says what was done.
+    Parameters (but for ``pack_weights``), buffers, state-dict keys, hooks and saving are untouched.
+    On the CPU with glibc the process is told to keep freed memory (mallopt), which spares a page
+    fault for every 4 KiB of every large tensor. :func:`fastft.explain` says what was done.
 
     Raises:
         DtypeError: ``model`` is no torch module.
@@ -132,6 +138,8 @@ def accelerate(
             strict_modules.add(site.module)
         if site.fused is FusedHead:
             _attach_loss(causal_lm_of(model))
+    if pack_weights:
+        packing.wanted.add(model)
     model.register_forward_pre_hook(siblings.begin_forward, prepend=True)
     model.register_forward_hook(siblings.end_forward, always_call=True)
     if native.available() and any(p.device.type == "cpu" for p in model.parameters()):

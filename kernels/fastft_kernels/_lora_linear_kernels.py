@@ -53,7 +53,7 @@ def _keep_tile(mask_ptr, row, column, M, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
     rows = tl.arange(0, BLOCK_M)
     bytes_ = column // 8 + tl.arange(0, BLOCK_N // 8)
     packed = tl.load(
-        mask_ptr + row.to(tl.int64) * row_bytes + rows[:, None] * row_bytes + bytes_[None, :],
+        mask_ptr + tl.cast(row, tl.int64) * row_bytes + rows[:, None] * row_bytes + bytes_[None, :],
         mask=(row + rows < M)[:, None] & (bytes_ < row_bytes)[None, :],
         other=0,
     )
@@ -83,14 +83,18 @@ def _shrink_step(
 
 
 @triton.jit
-def _shrink_store(s_ptr, acc, scale, row, r0, M, r, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
+def _shrink_store(
+    s_ptr, copy, acc, scale, row, r0, M, r,
+    COPY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Writes s, and with COPY once more from the pointers ``copy`` on, one a row."""
     rows = tl.arange(0, BLOCK_M)
     rank = r0 + tl.arange(0, BLOCK_R)
-    tl.store(
-        s_ptr + row.to(tl.int64) * r + rows[:, None] * r + rank[None, :],
-        (acc * scale).to(s_ptr.dtype.element_ty),
-        mask=(row + rows < M)[:, None] & (rank < r)[None, :],
-    )
+    s = (acc * scale).to(s_ptr.dtype.element_ty)
+    inside = (row + rows < M)[:, None] & (rank < r)[None, :]
+    tl.store(s_ptr + row.to(tl.int64) * r + rows[:, None] * r + rank[None, :], s, mask=inside)
+    if COPY:
+        tl.store(copy + rank[None, :], s, mask=inside)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -99,19 +103,26 @@ def _shrink_kernel(
     a0_ptr, a1_ptr, a2_ptr,  # (r_i, K), or (K, r_i) where TRANSPOSED
     s0_ptr, s1_ptr, s2_ptr,  # (M, r_i)
     mask0_ptr, mask1_ptr, mask2_ptr,  # uint8 (M, ceil(K / 8))
-    M, K, r0, r1, r2, scale0, scale1, scale2,
+    copy_ptr,  # (M, copy_stride): x, then every s_i from column K + first_i
+    M, K, r0, r1, r2, scale0, scale1, scale2, copy_stride, first0, first1, first2,
     SIBLINGS: tl.constexpr,
     MASKED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    COPY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """s_i = scale_i * drop_i(x) a_i^T for all siblings, reading x once (for each rank block)."""
+    """s_i = scale_i * drop_i(x) a_i^T for all siblings, reading x once (for each rank block).
+
+    With COPY also [x | s_0 | s_1 ..] for a library product on bordered operands.
+    """
     row = tl.program_id(0) * BLOCK_M
     rank = tl.program_id(1) * BLOCK_R
     rows = tl.arange(0, BLOCK_M)
     x_tile = x_ptr + row.to(tl.int64) * K + rows[:, None] * K
+    copied_columns = tl.where(rank == 0, K, 0)  # by the first rank block alone
+    copy_tile = copy_ptr + row.to(tl.int64) * copy_stride + rows[:, None] * copy_stride
     acc0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if SIBLINGS > 1:
         acc1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -122,6 +133,9 @@ def _shrink_kernel(
         x = tl.load(
             x_tile + k[None, :], mask=(row + rows < M)[:, None] & (k < K)[None, :], other=0.0
         )
+        if COPY:
+            copied = (row + rows < M)[:, None] & (k < copied_columns)[None, :]
+            tl.store(copy_tile + k[None, :], x, mask=copied)
         acc0 = _shrink_step(
             acc0, x, a0_ptr, mask0_ptr, row, k0, rank, M, K, r0,
             MASKED, TRANSPOSED, BLOCK_M, BLOCK_R, BLOCK_K,
@@ -136,11 +150,20 @@ def _shrink_kernel(
                 acc2, x, a2_ptr, mask2_ptr, row, k0, rank, M, K, r2,
                 MASKED, TRANSPOSED, BLOCK_M, BLOCK_R, BLOCK_K,
             )  # fmt: skip
-    _shrink_store(s0_ptr, acc0, scale0, row, rank, M, r0, BLOCK_M, BLOCK_R)
+    _shrink_store(
+        s0_ptr, copy_tile + K + first0, acc0, scale0, row, rank, M, r0,
+        COPY, BLOCK_M, BLOCK_R,
+    )  # fmt: skip
     if SIBLINGS > 1:
-        _shrink_store(s1_ptr, acc1, scale1, row, rank, M, r1, BLOCK_M, BLOCK_R)
+        _shrink_store(
+            s1_ptr, copy_tile + K + first1, acc1, scale1, row, rank, M, r1,
+            COPY, BLOCK_M, BLOCK_R,
+        )  # fmt: skip
     if SIBLINGS > 2:
-        _shrink_store(s2_ptr, acc2, scale2, row, rank, M, r2, BLOCK_M, BLOCK_R)
+        _shrink_store(
+            s2_ptr, copy_tile + K + first2, acc2, scale2, row, rank, M, r2,
+            COPY, BLOCK_M, BLOCK_R,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -52,6 +52,13 @@ def _blocks(variant: Variant, arch: config.Arch) -> tuple[dict[str, int], config
         tile = getattr(arch, variant.table)[variant.key]
         wide = "BLOCK_N" if variant.table == "expand" else "BLOCK_K"
         return {"BLOCK_M": tile.block_m, wide: tile.block_n}, tile.launch
+    if variant.table == "pair":
+        tile = arch.pair[variant.key[1]]
+        return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}, tile.launch
+    if variant.table == "gemm":
+        gemm = arch.gemm[variant.key[2]]  # type: ignore[index]
+        blocks = {f"BLOCK_{axis}": getattr(gemm, f"block_{axis.lower()}") for axis in "MNKR"}
+        return {**blocks, "GROUP_M": gemm.group_m}, gemm.launch
     if variant.table == "cross_entropy":
         return {"BLOCK_V": arch.cross_entropy.block_v}, arch.cross_entropy.launch
     if variant.table == "adamw":
@@ -65,6 +72,13 @@ def _blocks(variant: Variant, arch: config.Arch) -> tuple[dict[str, int], config
         return {"SUMS": arch.adamw.prepare_sums, "BLOCK": prepare.block}, prepare.launch
     block: config.BlockConfig = getattr(arch, variant.table)
     return {"BLOCK": block.block}, block.launch
+
+
+def applies(variant: Variant, arch: config.Arch) -> bool:
+    """Whether a launcher makes this variant on the architecture."""
+    if variant.table == "gemm":
+        return arch.gemm is not None
+    return variant.table != "pair" or variant.key[1] in arch.pair
 
 
 def compile_variant(variant: Variant, capability: int) -> Report:
@@ -81,7 +95,8 @@ def compile_variant(variant: Variant, capability: int) -> Report:
         name: names[value] if isinstance(value, str) else value
         for name, value in {**variant.constants, **blocks}.items()
     }
-    signature = {name: variant.types.get(name, "constexpr") for name in kernel.arg_names}
+    types = {name: kind.format(**blocks) for name, kind in variant.types.items()}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     fixed = {param.name for param in kernel.params if param.do_not_specialize}
     attributes = {
         (i,): [["tt.divisibility", 16]]
@@ -137,7 +152,12 @@ def check(
     jobs: int | None = None,
 ) -> list[Report]:
     """Compiles ``variants`` for ``capabilities`` in ``jobs`` processes (default: one a CPU)."""
-    work = [(variant, capability) for capability in capabilities for variant in variants]
+    work = [
+        (variant, capability)
+        for capability in capabilities
+        for variant in variants
+        if applies(variant, config.ARCHS[capability])
+    ]
     jobs = min(jobs or os.cpu_count() or 1, len(work))
     # Spawned, not forked: the caller may hold threads, and the interpreter must be off.
     context = multiprocessing.get_context("spawn")

@@ -21,12 +21,14 @@ __all__ = [
     "Arch",
     "BlockConfig",
     "CrossEntropyConfig",
+    "GemmTile",
     "Launch",
     "NormConfig",
     "TileConfig",
     "TileTable",
     "block_r_for",
     "for_device",
+    "processors",
     "tile_for",
 ]
 
@@ -93,6 +95,19 @@ class BlockConfig:
 
 
 @dataclass(frozen=True)
+class GemmTile:
+    """A tile of the persistent LoRA product; ``block_r``: ranks of its thin term at a time;
+    ``group_m``: rows of tiles that are walked together."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    block_r: int
+    launch: Launch
+    group_m: int = 8
+
+
+@dataclass(frozen=True)
 class CrossEntropyConfig:
     """Row kernel of the loss: one program for each row, ``block_v`` logits at a time."""
 
@@ -155,6 +170,11 @@ class Arch:
     expand: TileTable
     # dA = dS^T x and dB = dY^T s: contracted tokens by features.
     outer: TileTable
+    # dS and dB in one read of a 16-bit dY, by rank block: tokens by a strip of features.
+    pair: dict[int, TileConfig]
+    # The persistent product, with dropout or without; None without tensor memory descriptors,
+    # where Triton walks them by hand and does not pipeline.
+    gemm: dict[bool, GemmTile] | None = None
     # Dropout mask: bytes of eight elements; second stage of dA and dB: elements.
     mask: BlockConfig = BlockConfig(512)
     reduce: BlockConfig = BlockConfig(512)
@@ -224,19 +244,45 @@ _OUTER_LARGE: TileTable = {
     (2, 64, True): TileConfig(32, 64, Launch(8, 4)),
 }
 
+# The parts of dS that a strip leaves cost 8 r bytes a token: wide strips, where they fit.
+_PAIR_SMALL = {16: TileConfig(64, 128, Launch(4, 3))}
+_PAIR_LARGE = {16: TileConfig(64, 256, Launch(8, 3)), 32: TileConfig(64, 256, Launch(8, 3))}
+
+# The masked product holds its thin term apart from the accumulator until the mask has met it.
+_GEMM_SM90 = {
+    False: GemmTile(128, 256, 64, 32, Launch(8, 3)),
+    True: GemmTile(128, 128, 64, 16, Launch(8, 4)),
+}
+_GEMM_SM100 = {**_GEMM_SM90, True: GemmTile(128, 64, 64, 16, Launch(8, 4))}
+_GEMM_SM120 = {
+    False: GemmTile(128, 64, 64, 32, Launch(8, 3)),
+    True: GemmTile(64, 128, 32, 32, Launch(8, 3)),
+}
+
 _KIB = 1024
 
+# fmt: off
 ARCHS: dict[int, Arch] = {
     arch.capability: arch
     for arch in (
-        Arch("sm_80", 80, 163 * _KIB, 216, _SHRINK_SM80, _EXPAND_LARGE, _OUTER_LARGE),
-        Arch("sm_86", 86, 99 * _KIB, 168, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL),
-        Arch("sm_89", 89, 99 * _KIB, 256, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL),
-        Arch("sm_90", 90, 227 * _KIB, 264, _SHRINK_LARGE, _EXPAND_LARGE, _OUTER_LARGE),
-        Arch("sm_100", 100, 227 * _KIB, 296, _SHRINK_LARGE, _EXPAND_LARGE, _OUTER_LARGE),
-        Arch("sm_120", 120, 99 * _KIB, 340, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL),
+        Arch("sm_80", 80, 163 * _KIB, 216, _SHRINK_SM80, _EXPAND_LARGE, _OUTER_LARGE, _PAIR_LARGE),
+        Arch("sm_86", 86, 99 * _KIB, 168, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL, _PAIR_SMALL),
+        Arch("sm_89", 89, 99 * _KIB, 256, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL, _PAIR_SMALL),
+        Arch(
+            "sm_90", 90, 227 * _KIB, 264, _SHRINK_LARGE, _EXPAND_LARGE, _OUTER_LARGE, _PAIR_LARGE,
+            _GEMM_SM90,
+        ),
+        Arch(
+            "sm_100", 100, 227 * _KIB, 296, _SHRINK_LARGE, _EXPAND_LARGE, _OUTER_LARGE,
+            _PAIR_LARGE, _GEMM_SM100,
+        ),
+        Arch(
+            "sm_120", 120, 99 * _KIB, 340, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL, _PAIR_SMALL,
+            _GEMM_SM120,
+        ),
     )
 }
+# fmt: on
 
 
 @functools.cache
@@ -254,9 +300,23 @@ def _capability(index: int) -> int:
 def for_device(device: torch.device) -> Arch:
     """The table for ``device``: the newest architecture that is not newer than it.
 
-    A CPU tensor only gets here under Triton's interpreter, which runs the oldest table.
+    A CPU tensor only gets here under Triton's interpreter, which runs the oldest table that has
+    every kernel.
     """
     if device.type != "cuda":
-        return ARCHS[min(ARCHS)]
+        return ARCHS[90]
     index = device.index if device.index is not None else torch.cuda.current_device()
     return _for_capability(_capability(index))
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors: what a persistent kernel starts; a few under the interpreter, so
+    that each walks several tiles there too."""
+    if device.type != "cuda":
+        return 3
+    return _processors(device.index if device.index is not None else torch.cuda.current_device())

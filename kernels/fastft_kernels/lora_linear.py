@@ -1,16 +1,23 @@
 """``lora_linear`` in Triton: y = x W^T + bias + scaling * drop(x) A^T B^T, and its gradients.
 
-The frozen product is the vendor library's (``torch.mm``); what LoRA adds is done in as few passes
-over the wide tensors as there can be without touching that product:
+What LoRA adds to the frozen products is passes over the wide tensors. There are as few as can be:
 
     fwd   s_j = drop_j(x) A_j^T           one read of x for all adapters of its rows
-          y_i += bias_i + sum_j scaling_j s_j B_j^T
-    bwd   dS_j = scaling_j dY_i B_j       one read of each dY_i
-          dx += sum_j drop_j'(dS_j A_j)   one read and write of dx for all adapters
+    bwd   dS_j = scaling_j dY_i B_j       one read of each dY_i for both
+          dB_j = scaling_j dY_i^T s_j
           dA_j = dS_j^T drop_j(x)         one read of x for all adapters
-          dB_j = scaling_j dY_i^T s_j     one read of each dY_i
 
-An adapter j belongs to a layer i and to a span of rows; "one read" holds for up to three adapters.
+and the two low-rank terms, y_i += scaling_j s_j B_j^T and dx += drop_j'(dS_j A_j), take one of
+three ways (``fastft_kernels.ways`` chooses by the shape):
+
+    expand   after the vendor library's product, one read and write of y, or of dx
+    border   inside it: [x | S] [W | s B]^T and [dY | dS] [W ; A] (``fastft_kernels.border``); the
+             pass that makes S and dS also leaves what it read beside them
+    gemm     in the accumulator of a persistent Triton product
+
+An adapter j belongs to a layer i and to a span of rows. The ways serve layers with one adapter each
+over all rows; a mixed batch adds the terms of all its adapters in one launch; what is neither takes
+``expand`` a span at a time. "One read" holds for up to three adapters.
 
 Adapters may be float32 next to a 16-bit x: they are cast as they are loaded, accumulation is
 float32, and no float32 copy of x exists. Sums over tokens are split by a rule that depends on the
@@ -26,21 +33,16 @@ import torch
 import triton
 from torch import Tensor
 
-from fastft_kernels import config
+from fastft_kernels import _lora_gemm, border, config, ways
 from fastft_kernels._common import device_guard, supports_device
-from fastft_kernels._lora_linear_kernels import (
-    _dropout_mask_kernel,
-    _expand_add_kernel,
-    _outer_partial_kernel,
-    _outer_reduce_kernel,
-    _shrink_kernel,
-)
+from fastft_kernels._lora_linear_kernels import _dropout_mask_kernel
+from fastft_kernels._lora_routed import Route
+from fastft_kernels._lora_routed import fits as routes
+from fastft_kernels._lora_skinny import Copy, expand_add, outer, pair, pairs_well, shrink
 
-__all__ = ["bwd", "dropout_mask", "fwd", "supports"]
+__all__ = ["bwd", "dropout_mask", "fwd", "lay_out", "supports"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Grid axes 1 and 2 hold at most 65535 programs; rank blocks and splits stay far below.
-_MAX_SPLITS = 1024
 
 
 def supports(
@@ -73,6 +75,12 @@ def dropout_mask(out: Tensor, seed: Tensor, p: float) -> None:
         )  # fmt: skip
 
 
+def lay_out(weights: Sequence[Tensor], ranks: Sequence[int]) -> border.Border:
+    """Copies the weights of layers that share their input into one bordered buffer; calls with its
+    ``weights`` and adapters of these ranks may take that way as long as the result is held."""
+    return border.make(weights, ranks)
+
+
 def fwd(
     ys: list[Tensor],
     ss: list[Tensor],
@@ -92,24 +100,88 @@ def fwd(
     lora_as, lora_bs = _dense(lora_as), _dense(lora_bs)
     whole = (0, x.shape[0])
     with device_guard(x):
+        keep_scales = _keep_scales(masks, dropout_ps)
+        if _plain(len(weights), owners, spans, whole) and x.numel():
+            way, held = _way("fwd", x, ys, weights, lora_as, masks)
+            thin = (ss, x, lora_as, keep_scales, masks)
+            if way == "border" and held is not None:
+                return _fwd_border(held, ys, biases, lora_bs, scalings, *thin)
+            if way == "gemm":
+                return _fwd_gemm(ys, weights, biases, lora_bs, scalings, *thin)
         for y, weight in zip(ys, weights, strict=True):
             torch.mm(x, weight.t(), out=y)
-        keep_scales = _keep_scales(masks, dropout_ps)
-        for span, members in _by(spans).items():
-            _shrink(
-                _at(ss, members), x[slice(*span)], _at(lora_as, members),
-                _at(keep_scales, members), _at(masks, members), transposed=False,
-            )  # fmt: skip
-        for (owner, span), members in _by(zip(owners, spans, strict=True)).items():
-            bias = biases[owner] if span == whole else None
-            _expand_add(
-                ys[owner][slice(*span)], bias, _at(ss, members), _at(lora_bs, members),
-                _at(scalings, members), [None] * len(members), transposed=True,
-            )  # fmt: skip
+        if routes(tuple(owners), tuple(spans)):
+            every = range(len(owners))
+            Route([x] * len(owners), lora_as, ss, spans, keep_scales, masks).shrink(
+                transposed=False
+            )
+            wides, none = [ys[i] for i in owners], [None] * len(owners)
+            Route(wides, lora_bs, ss, spans, scalings, none).expand(
+                [[j] for j in every], transposed=True
+            )
+        else:
+            for span, members in _by(spans).items():
+                shrink(
+                    _at(ss, members), x[slice(*span)], _at(lora_as, members),
+                    _at(keep_scales, members), _at(masks, members), transposed=False,
+                )  # fmt: skip
+            for (owner, span), members in _by(zip(owners, spans, strict=True)).items():
+                bias = biases[owner] if span == whole else None
+                expand_add(
+                    ys[owner][slice(*span)], bias, _at(ss, members), _at(lora_bs, members),
+                    _at(scalings, members), [None] * len(members), transposed=True,
+                )  # fmt: skip
         fused = {o for o, span in zip(owners, spans, strict=True) if span == whole}
         for i, bias in enumerate(biases):
             if bias is not None and i not in fused:
                 ys[i].add_(bias)
+    return None
+
+
+def _fwd_border(
+    held: border.Border,
+    ys: list[Tensor],
+    biases: list[Tensor | None],
+    lora_bs: list[Tensor],
+    scalings: list[float],
+    ss: list[Tensor],
+    x: Tensor,
+    lora_as: list[Tensor],
+    keep_scales: list[float],
+    masks: list[Tensor | None],
+) -> None:
+    """y_i = [x | S] [W_i | scaling_i B_i]^T + bias_i."""
+    left = border.operand(x, x.shape[0], x.shape[1], held.border)
+    thin = left[:, x.shape[1] :]
+    copy = Copy(left[:, : x.shape[1]], [thin[:, place] for place in held.rank_slices()])
+    _clear_padding(thin, held.ranks)
+    shrink(ss, x, lora_as, keep_scales, masks, transposed=False, copy=copy)
+    right = held.forward_operand(lora_bs, scalings)
+    for y, bias, rows in zip(ys, biases, right.split(list(held.widths)), strict=True):
+        if bias is None:
+            torch.mm(left, rows.t(), out=y)
+        else:
+            torch.addmm(bias, left, rows.t(), out=y)
+
+
+def _fwd_gemm(
+    ys: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    lora_bs: list[Tensor],
+    scalings: list[float],
+    ss: list[Tensor],
+    x: Tensor,
+    lora_as: list[Tensor],
+    keep_scales: list[float],
+    masks: list[Tensor | None],
+) -> None:
+    shrink(ss, x, lora_as, keep_scales, masks, transposed=False)
+    layers = zip(ys, weights, biases, ss, lora_bs, scalings, strict=True)
+    for y, weight, bias, s, b, scaling in layers:
+        _lora_gemm.product(
+            y, bias, [x], [weight], [s], [b], [scaling], [None], transposed=True
+        )  # fmt: skip
 
 
 def bwd(
@@ -130,40 +202,176 @@ def bwd(
 ) -> None:
     """Writes dx (M, K), dA_j (r_j, K) and dB_j (N, r_j), each where it is not None."""
     lora_as, lora_bs = _dense(lora_as), _dense(lora_bs)
+    keep_scales = _keep_scales(masks, dropout_ps)
     with device_guard(x):
         d_ss: list[Tensor] = [torch.empty_like(s) for s in ss]
+        thin = (ss, lora_as, lora_bs, scalings, keep_scales, masks, owners, spans)
+        if routes(tuple(owners), tuple(spans)):
+            return _bwd_routed(dx, das, dbs, dys, d_ss, x, weights, *thin)
+        way, held = "expand", None
+        if dx is not None and dx.numel() and _plain(len(dys), owners, spans, (0, x.shape[0])):
+            way, held = _way("bwd", dx, dys, weights, lora_as, masks)
+        dropped = any(mask is not None for mask in masks)
+        left, copies = None, None
+        if way == "border" and held is not None:
+            left, copies = _bordered_dys(held, dys)
         for (owner, span), members in _by(zip(owners, spans, strict=True)).items():
-            dy = dys[owner][slice(*span)]
-            wanted = [j for j in members if dbs[j] is not None]
-            if wanted:
-                _outer(
-                    _at(dbs, wanted), dy, _at(ss, wanted), _at(scalings, wanted),
-                    [None] * len(wanted), transposed=True,
-                )  # fmt: skip
-            needed = [j for j in members if dx is not None or das[j] is not None]
-            if needed:
-                _shrink(
-                    _at(d_ss, needed), dy, _at(lora_bs, needed), _at(scalings, needed),
-                    [None] * len(needed), transposed=True,
-                )  # fmt: skip
-        keep_scales = _keep_scales(masks, dropout_ps)
-        if dx is not None:
-            torch.mm(dys[0], weights[0], out=dx)
-            for dy, weight in zip(dys[1:], weights[1:], strict=True):
-                dx.addmm_(dy, weight)
+            _d_s_and_d_b(
+                d_ss, dbs, dys[owner][slice(*span)], members, ss, lora_bs, scalings,
+                dx is not None or any(das[j] is not None for j in members),
+                None if copies is None else copies[owner],
+            )  # fmt: skip
+        added = False
+        if dx is not None and left is not None and held is not None:
+            right = held.backward_operand(None if dropped else lora_as)
+            torch.mm(left[:, : right.shape[0]], right, out=dx)
+            added = not dropped
+        elif dx is not None and way == "gemm":
+            _lora_gemm.product(
+                dx, None, dys, weights, d_ss, lora_as, keep_scales, masks, transposed=False
+            )  # fmt: skip
+            added = True
+        elif dx is not None:
+            _frozen_dx(dx, dys, weights)
         for span, members in _by(spans).items():
             rows = slice(*span)
-            if dx is not None:
-                _expand_add(
+            if dx is not None and not added:
+                expand_add(
                     dx[rows], None, _at(d_ss, members), _at(lora_as, members),
                     _at(keep_scales, members), _at(masks, members), transposed=False,
                 )  # fmt: skip
             wanted = [j for j in members if das[j] is not None]
             if wanted:
-                _outer(
+                outer(
                     _at(das, wanted), x[rows], _at(d_ss, wanted), _at(keep_scales, wanted),
                     _at(masks, wanted), transposed=False,
                 )  # fmt: skip
+    return None
+
+
+def _frozen_dx(dx: Tensor, dys: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    torch.mm(dys[0], weights[0], out=dx)
+    for dy, weight in zip(dys[1:], weights[1:], strict=True):
+        dx.addmm_(dy, weight)
+
+
+def _bordered_dys(held: border.Border, dys: Sequence[Tensor]) -> tuple[Tensor, list[Copy]]:
+    """Room for [dY_1 | dY_2 .. | dS_1 | dS_2 ..], and each layer's share of it."""
+    left = border.operand(dys[0], dys[0].shape[0], held.width, held.border)
+    thin = left[:, held.width :]
+    _clear_padding(thin, held.ranks)
+    wides = left[:, : held.width].split(list(held.widths), 1)
+    places = held.rank_slices()
+    return left, [Copy(w, [thin[:, p]]) for w, p in zip(wides, places, strict=True)]
+
+
+def _d_s_and_d_b(
+    d_ss: list[Tensor],
+    dbs: Sequence[Tensor | None],
+    dy: Tensor,
+    members: Sequence[int],
+    ss: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    need_ds: bool,
+    copy: Copy | None,
+) -> None:
+    """dS_j and dB_j of one layer's adapters over the rows of dy."""
+    first = members[0]
+    db = dbs[first]
+    alone = len(members) == 1 and db is not None
+    if alone and db is not None and need_ds and pairs_well(dy, lora_bs[first].shape[1]):
+        pair(d_ss[first], db, dy, ss[first], lora_bs[first], float(scalings[first]), copy)
+        return
+    wanted = [j for j in members if dbs[j] is not None]
+    none = [None] * len(members)
+    if wanted:
+        outer(
+            _at(dbs, wanted), dy, _at(ss, wanted), _at(scalings, wanted), none[: len(wanted)],
+            transposed=True,
+        )  # fmt: skip
+    if need_ds:
+        shrink(
+            _at(d_ss, members), dy, _at(lora_bs, members), _at(scalings, members), none,
+            transposed=True, copy=copy,
+        )  # fmt: skip
+
+
+def _bwd_routed(
+    dx: Tensor | None,
+    das: list[Tensor | None],
+    dbs: list[Tensor | None],
+    dys: list[Tensor],
+    d_ss: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    ss: list[Tensor],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    scalings: list[float],
+    keep_scales: list[float],
+    masks: list[Tensor | None],
+    owners: list[int],
+    spans: list[tuple[int, int]],
+) -> None:
+    """The backward of a mixed batch: four launches beside the frozen products."""
+    own_dys, none = [dys[i] for i in owners], [None] * len(owners)
+    if dx is not None or any(da is not None for da in das):
+        Route(own_dys, lora_bs, d_ss, spans, scalings, none).shrink(transposed=True)
+    if dx is not None:
+        _frozen_dx(dx, dys, weights)
+        Route([dx] * len(owners), lora_as, d_ss, spans, keep_scales, masks).expand(
+            list(_by(spans).values()), transposed=False
+        )
+    wanted = [j for j, db in enumerate(dbs) if db is not None]
+    if wanted:
+        chosen = (own_dys, lora_bs, ss, spans, scalings, none)
+        Route(*(_at(values, wanted) for values in chosen)).outer(_at(dbs, wanted), transposed=True)
+    wanted = [j for j, da in enumerate(das) if da is not None]
+    if wanted:
+        chosen = ([x] * len(owners), lora_as, d_ss, spans, keep_scales, masks)
+        Route(*(_at(values, wanted) for values in chosen)).outer(_at(das, wanted), transposed=False)
+
+
+def _plain(
+    layers: int,
+    owners: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    whole: tuple[int, int],
+) -> bool:
+    """One adapter a layer, in order, over all rows."""
+    return list(owners) == list(range(layers)) and all(span == whole for span in spans)
+
+
+def _way(
+    direction: str,
+    narrow: Tensor,
+    wides: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+) -> tuple[str, border.Border | None]:
+    """The way of a call, and the border that holds its weights; ``narrow`` is x or dx."""
+    ranks = [a.shape[0] for a in lora_as]
+    held = border.find(weights, ranks)
+    possible = ["expand"]
+    if held is not None:
+        possible.append("border")
+    masked = {mask is not None for mask in masks}
+    # That kernel drops the terms of all siblings or of none; forward, the mask is in S already.
+    uniform = direction == "fwd" or len(masked) == 1
+    if uniform and _lora_gemm.fits([narrow, *wides, *weights]):
+        possible.append("gemm")
+    tokens, features = narrow.shape
+    widths = tuple(w.shape[0] for w in weights)
+    shape = ways.Shape(direction, tokens, features, widths, max(ranks), any(masked))
+    return ways.pick(config.for_device(narrow.device).name, shape, possible), held
+
+
+def _clear_padding(thin: Tensor, ranks: Sequence[int]) -> None:
+    """The border's columns past the last rank meet zeros, but NaN times zero is NaN."""
+    if sum(ranks) < thin.shape[1]:
+        thin[:, sum(ranks) :].zero_()
 
 
 def _by(keys: Iterable[Any]) -> dict[Any, list[int]]:
@@ -189,151 +397,3 @@ def _keep_scales(masks: Sequence[Tensor | None], ps: Sequence[float]) -> list[fl
         1.0 if mask is None else (1.0 / (1.0 - p) if p < 1.0 else 0.0)
         for mask, p in zip(masks, ps, strict=True)
     ]
-
-
-def _groups(masks: Sequence[Tensor | None]) -> list[list[int]]:
-    """Siblings that share a launch: at most three, all with a mask or all without."""
-    groups = []
-    for masked in (False, True):
-        members = [i for i, mask in enumerate(masks) if (mask is not None) == masked]
-        step = config.MAX_SIBLINGS
-        groups += [members[i : i + step] for i in range(0, len(members), step)]
-    return groups
-
-
-def _padded(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Fills the kernel's three places; the kernel never touches the repeated ones."""
-    return [*tensors, *[tensors[0]] * (config.MAX_SIBLINGS - len(tensors))]
-
-
-def _ranks(tensors: Sequence[Tensor]) -> list[int]:
-    return [t.shape[1] for t in _padded(tensors)]
-
-
-def _pick(tensors: Sequence[Tensor], group: Sequence[int]) -> list[Tensor]:
-    return _padded([tensors[i] for i in group])
-
-
-def _pick_masks(masks: Sequence[Tensor | None], group: Sequence[int], stand_in: Tensor) -> list:
-    """The group's masks, or (never read) stand-ins where it has none."""
-    chosen = [m for i in group if (m := masks[i]) is not None]
-    return _padded(chosen or [stand_in])
-
-
-def _scales(scales: Sequence[float], group: Sequence[int]) -> list[float]:
-    chosen = [float(scales[i]) for i in group]
-    return chosen + [0.0] * (config.MAX_SIBLINGS - len(chosen))
-
-
-def _shrink(
-    outs: Sequence[Tensor],
-    x: Tensor,
-    matrices: Sequence[Tensor],
-    scales: Sequence[float],
-    masks: Sequence[Tensor | None],
-    *,
-    transposed: bool,
-) -> None:
-    """out_i (M, r_i) = scale_i * drop_i(x) a_i^T; a_i is (r_i, K), or (K, r_i) if transposed."""
-    tokens, features = x.shape
-    if tokens == 0:
-        return
-    arch = config.for_device(x.device)
-    for group in _groups(masks):
-        group_outs = _pick(outs, group)
-        ranks = _ranks(group_outs)
-        masked = masks[group[0]] is not None
-        stacked = masked or len(group) > 1
-        block_r, tile = config.tile_for(arch.shrink, x.element_size(), max(ranks), stacked)
-        grid = (triton.cdiv(tokens, tile.block_m), triton.cdiv(max(ranks), block_r))
-        _shrink_kernel[grid](
-            x, *_pick(matrices, group), *group_outs, *_pick_masks(masks, group, x),
-            tokens, features, *ranks, *_scales(scales, group),
-            SIBLINGS=len(group), MASKED=masked, TRANSPOSED=transposed,
-            BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_K=tile.block_n,
-            **tile.launch.options(),
-        )  # fmt: skip
-
-
-def _expand_add(
-    y: Tensor,
-    bias: Tensor | None,
-    ss: Sequence[Tensor],
-    matrices: Sequence[Tensor],
-    scales: Sequence[float],
-    masks: Sequence[Tensor | None],
-    *,
-    transposed: bool,
-) -> None:
-    """y (M, N) += bias + sum_i keep_i * scale_i * s_i w_i; w_i is (r_i, N), or (N, r_i)."""
-    tokens, features = y.shape
-    if y.numel() == 0:
-        return
-    arch = config.for_device(y.device)
-    for group in _groups(masks):
-        group_ss = _pick(ss, group)
-        ranks = _ranks(group_ss)
-        masked = masks[group[0]] is not None
-        stacked = masked or len(group) > 1
-        block_r, tile = config.tile_for(arch.expand, y.element_size(), max(ranks), stacked)
-        grid = (triton.cdiv(tokens, tile.block_m) * triton.cdiv(features, tile.block_n),)
-        _expand_add_kernel[grid](
-            y, y if bias is None else bias, *group_ss, *_pick(matrices, group),
-            *_pick_masks(masks, group, y), tokens, features, *ranks, *_scales(scales, group),
-            SIBLINGS=len(group), HAS_BIAS=bias is not None, MASKED=masked,
-            TRANSPOSED=transposed, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r,
-            **tile.launch.options(),
-        )  # fmt: skip
-        bias = None
-
-
-def _outer(
-    outs: Sequence[Tensor],
-    x: Tensor,
-    ds: Sequence[Tensor],
-    scales: Sequence[float],
-    masks: Sequence[Tensor | None],
-    *,
-    transposed: bool,
-) -> None:
-    """out_i (r_i, K), or (K, r_i) if transposed, = scale_i * d_i^T drop_i(x), in two stages."""
-    tokens, features = x.shape
-    if tokens == 0 or features == 0:
-        for out in outs:
-            out.zero_()
-        return
-    arch = config.for_device(x.device)
-    for group in _groups(masks):
-        ranks = _ranks(_pick(ds, group))
-        masked = masks[group[0]] is not None
-        stacked = masked or len(group) > 1
-        block_r, tile = config.tile_for(arch.outer, x.element_size(), max(ranks), stacked)
-        blocks = (triton.cdiv(features, tile.block_n), triton.cdiv(max(ranks), block_r))
-        splits, rows_per_split = _split(tokens, tile.block_m, blocks, arch.target_programs)
-        partials = [
-            torch.empty((splits, r, features), dtype=torch.float32, device=x.device)
-            for r in ranks[: len(group)]
-        ]
-        _outer_partial_kernel[(*blocks, splits)](
-            x, *_pick(ds, group), *_padded(partials), *_pick_masks(masks, group, x),
-            tokens, features, *ranks, rows_per_split,
-            SIBLINGS=len(group), MASKED=masked,
-            BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_K=tile.block_n,
-            **tile.launch.options(),
-        )  # fmt: skip
-        for i, partial in zip(group, partials, strict=True):
-            out = outs[i] if outs[i].is_contiguous() else outs[i].new_empty(outs[i].shape)
-            _outer_reduce_kernel[(triton.cdiv(out.numel(), arch.reduce.block),)](
-                out, partial, splits, features, ds[i].shape[1], float(scales[i]),
-                TRANSPOSED=transposed, BLOCK=arch.reduce.block, **arch.reduce.launch.options(),
-            )  # fmt: skip
-            if out is not outs[i]:
-                outs[i].copy_(out)
-
-
-def _split(tokens: int, block_m: int, blocks: tuple[int, int], target: int) -> tuple[int, int]:
-    """(splits, rows in each): enough programs to fill the GPU, each with at least four blocks."""
-    steps = triton.cdiv(tokens, block_m)
-    splits = min(triton.cdiv(target, blocks[0] * blocks[1]), triton.cdiv(steps, 4), _MAX_SPLITS)
-    rows = triton.cdiv(steps, max(splits, 1)) * block_m
-    return triton.cdiv(tokens, rows), rows

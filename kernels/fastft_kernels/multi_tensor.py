@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["N_SCALARS", "Group", "Plan", "plan_for"]
+__all__ = ["N_SCALARS", "Group", "Plan", "plan_for", "to_device"]
 
 # Numbers kept for each tensor between the kernels of one step; the order is AdamWScalars' in
 # csrc/include/fastft/adamw.h, less the gradient scale.
@@ -84,7 +84,7 @@ def plan_for(
         t.data_ptr() for tensors in (params, grads, exp_avgs, exp_avg_sqs) for t in tensors
     )
     if addresses != plan.host_addresses:
-        table = _to_device(addresses, torch.int64, device)
+        table = to_device(addresses, torch.int64, device)
         plan.addresses = table.view(4, len(params))
         plan.aligned = all(address % _ALIGNMENT == 0 for address in addresses)
         plan.host_addresses = addresses
@@ -114,16 +114,17 @@ def _build(
         device=device,
         groups=tuple(groups),
         n_chunks=n_chunks,
-        sizes=_to_device([p.numel() for p in params], torch.int64, device),
-        dtypes=_to_device(codes, torch.int32, device),
-        chunk_tensor=_to_device(tensor_of, torch.int32, device),
-        chunk_part=_to_device(part_of, torch.int32, device),
+        sizes=to_device([p.numel() for p in params], torch.int64, device),
+        dtypes=to_device(codes, torch.int32, device),
+        chunk_tensor=to_device(tensor_of, torch.int32, device),
+        chunk_part=to_device(part_of, torch.int32, device),
         partials=torch.empty(max(n_chunks, 1), dtype=torch.float32, device=device),
         scalars=torch.empty((n, N_SCALARS), dtype=torch.float32, device=device),
     )
 
 
-def _to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small table on ``device``; the host does not wait for the copy."""
     host = torch.tensor(values, dtype=dtype)
     # Pinned memory from torch's caching allocator is not reused before the copy has run.
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

@@ -27,7 +27,8 @@ class Variant:
     Args:
         module, kernel: where the ``@triton.jit`` function is.
         label: what distinguishes it, for people.
-        types: argument name -> Triton type, for the arguments that are not compile-time constants.
+        types: argument name -> Triton type, for the arguments that are not compile-time constants;
+            ``{BLOCK_M}`` and the like stand for block sizes.
         constants: compile-time constants other than block sizes.
         table: the tile table of ``config.Arch`` that gives block sizes, or the field's name.
         key: the key into that tile table: bytes of an element of x, rank block, stacked; for a norm
@@ -70,8 +71,10 @@ def _lora(kernel: str, x: str, adapter: str, r: int, siblings: int, masked: bool
     if kernel == "shrink":
         types = {
             "x_ptr": f"*{x}", **_numbered("a", f"*{adapter}", "_ptr"),
-            **_numbered("s", f"*{x}", "_ptr"), **masks, **shape, **scales,
+            **_numbered("s", f"*{x}", "_ptr"), **masks, "copy_ptr": f"*{x}", **shape, **scales,
+            "copy_stride": "i32", **_numbered("first", "i32"),
         }  # fmt: skip
+        flags.setdefault("COPY", False)
     elif kernel == "expand":
         shape = {"M": "i32", "N": "i32", **_numbered("r", "i32")}
         types = {
@@ -102,7 +105,7 @@ def _lora_variants() -> list[Variant]:
         # Float32 walks ranks in blocks of 32 at most: rank 64 is its heaviest form.
         for x, adapter in (("bf16", "fp32"), ("fp32", "fp32"))[: 1 if r == 16 else 2]:
             variants += [
-                _lora("shrink", x, adapter, r, 3, True, TRANSPOSED=False),
+                _lora("shrink", x, adapter, r, 3, True, TRANSPOSED=False, COPY=True),
                 _lora("expand", x, adapter, r, 3, True, HAS_BIAS=False, TRANSPOSED=False),
                 _lora("outer", x, adapter, r, 3, True),
             ]
@@ -114,6 +117,15 @@ def _lora_variants() -> list[Variant]:
         _lora("outer", "fp16", "fp16", 16, 1, False),
         _reduce("fp32", False),
         _reduce("bf16", True),
+    ]
+    variants += [_pair("bf16", "fp32", 16, True), _pair("fp16", "fp16", 32, False)]
+    for kernel in ("shrink", "expand", "outer"):
+        variants += [_routed(kernel, "bf16", "fp32", 64, True), _routed(kernel, "fp32", "fp32", 16)]
+    variants += [
+        _gemm("bf16", "fp32", 1, TRANSPOSED=True, HAS_BIAS=True, MASKED=False),
+        _gemm("bf16", "fp32", 3, TRANSPOSED=False, HAS_BIAS=False, MASKED=False),
+        _gemm("bf16", "fp32", 3, TRANSPOSED=False, HAS_BIAS=False, MASKED=True),
+        _pair_reduce("bf16", True),
     ]
     mask_types = {"out_ptr": "*u8", "seed_ptr": "*i64", "n_bytes": "i32", "threshold": "i32"}
     variants.append(Variant(_LORA, "_dropout_mask_kernel", "", mask_types, {}, "mask"))
@@ -129,6 +141,70 @@ def _reduce(out: str, transposed: bool) -> Variant:
     return Variant(
         _LORA, "_outer_reduce_kernel", f"out={out} transposed={transposed}", types, constants,
         "reduce",
+    )  # fmt: skip
+
+
+def _pair(x: str, adapter: str, r: int, copy: bool, aligned: bool = True) -> Variant:
+    pointers = {"dy_ptr": x, "b_ptr": adapter, "s_ptr": x, "ds_ptr": "fp32", "db_ptr": "fp32"}
+    types = {
+        **{name: f"*{kind}" for name, kind in pointers.items()}, "copy_ptr": f"*{x}",
+        **dict.fromkeys(("M", "N", "r", "rows_per_split", "copy_stride"), "i32"),
+    }  # fmt: skip
+    return Variant(
+        "fastft_kernels._lora_pair_kernels", "_pair_partial_kernel",
+        f"dy={x} b={adapter} r={r} copy={copy}" + ("" if aligned else " unaligned"), types,
+        {"COPY": copy, "BLOCK_R": r}, "pair", (_DTYPES[x], r, False), aligned,
+        0 if aligned else _UNALIGNED_STACK,
+    )  # fmt: skip
+
+
+def _pair_reduce(out: str, copy: bool) -> Variant:
+    types = {
+        "ds_ptr": f"*{out}", "copy_ptr": f"*{out}", "p_ptr": "*fp32", "size": "i32",
+        "strips": "i32", "r": "i32", "copy_stride": "i32", "scale": "fp32",
+    }  # fmt: skip
+    return Variant(
+        "fastft_kernels._lora_pair_kernels", "_pair_reduce_kernel", f"ds={out} copy={copy}", types,
+        {"COPY": copy}, "reduce",
+    )  # fmt: skip
+
+
+def _routed(
+    kernel: str, x: str, adapter: str, r: int, masked: bool = False, transposed: bool = False,
+    aligned: bool = True,
+) -> Variant:  # fmt: skip
+    types = {"fields_ptr": "*i64", "scales_ptr": "*fp32", "programs_ptr": "*i32"}
+    types |= {"expand": {"members_ptr": "*i32"}, "outer": {"outs_ptr": "*i64"}}.get(kernel, {})
+    block_r = config.block_r_for(r, _DTYPES[x])
+    constants = {
+        "WIDE": x, "ADAPTER": adapter, "MASKED": masked, "TRANSPOSED": transposed,
+        "ALIGNED": aligned, "BLOCK_R": block_r,
+    }  # fmt: skip
+    return Variant(
+        "fastft_kernels._lora_routed_kernels", f"_routed_{kernel}_kernel",
+        f"x={x} ab={adapter} r={r} masked={masked} transposed={transposed} aligned={aligned}",
+        types, constants, kernel, (_DTYPES[x], block_r, True), True,
+        0 if aligned else _UNALIGNED_STACK,
+    )  # fmt: skip
+
+
+def _gemm(x: str, adapter: str, siblings: int, **flags: bool) -> Variant:
+    """A variant of the persistent product, on the architectures that have one."""
+    wide = "{BLOCK_N}, {BLOCK_K}" if flags["TRANSPOSED"] else "{BLOCK_K}, {BLOCK_N}"
+    types = {
+        **_numbered("x", f"tensordesc<{x}[{{BLOCK_M}}, {{BLOCK_K}}]>", "_desc"),
+        **_numbered("w", f"tensordesc<{x}[{wide}]>", "_desc"),
+        "y_desc": f"tensordesc<{x}[{{BLOCK_M}}, {{BLOCK_N}}]>",
+        **_numbered("s", f"*{x}", "_ptr"), **_numbered("l", f"*{adapter}", "_ptr"),
+        **_numbered("mask", "*u8", "_ptr"), "bias_ptr": f"*{x}", "M": "i32", "N": "i32",
+        **_numbered("k", "i32"), **_numbered("r", "i32"), **_numbered("scale", "fp32"),
+        "programs": "i32",
+    }  # fmt: skip
+    text = "".join(f" {name.lower()}={value}" for name, value in flags.items())
+    return Variant(
+        "fastft_kernels._lora_gemm_kernel", "_lora_gemm_kernel",
+        f"x={x} ab={adapter} siblings={siblings}{text}", types, {"SIBLINGS": siblings, **flags},
+        "gemm", (_DTYPES[x], 0, flags["MASKED"]),
     )  # fmt: skip
 
 
@@ -264,6 +340,24 @@ def _all_variants() -> tuple[Variant, ...]:
         alone, flags = (x, a, r, 1, False), {"TRANSPOSED": True, "aligned": aligned}
         variants.append(_lora("shrink", *alone, **flags))
         variants += [_lora("expand", *alone, HAS_BIAS=bias, **flags) for bias in booleans]
+    for (x, a), copy, aligned in itertools.product(pairs, booleans, booleans):
+        if _DTYPES[x] == 2:
+            variants += [_pair(x, a, r, copy, aligned) for r in (16, 32)]
+    for (x, a), r in itertools.product(pairs, (16, 32, 64)):
+        for masked, transposed, aligned in itertools.product(booleans, booleans, booleans):
+            rest = (x, a, r, masked, transposed, aligned)
+            variants += [_routed(kernel, *rest) for kernel in ("shrink", "expand", "outer")]
+        for siblings, masked in itertools.product((1, 2, 3), booleans):
+            flags = {"TRANSPOSED": False, "COPY": True}
+            variants.append(_lora("shrink", x, a, r, siblings, masked, **flags))
+        variants.append(_lora("shrink", x, a, r, 1, False, TRANSPOSED=True, COPY=True))
+    for x, a in (both for both in pairs if _DTYPES[both[0]] == 2):
+        flags = {"TRANSPOSED": True, "MASKED": False}
+        variants += [_gemm(x, a, 1, HAS_BIAS=bias, **flags) for bias in booleans]
+        flags = {"TRANSPOSED": False, "HAS_BIAS": False}
+        for siblings, masked in itertools.product((1, 2, 3), booleans):
+            variants.append(_gemm(x, a, siblings, MASKED=masked, **flags))
+    variants += [_pair_reduce(out, copy) for out in _DTYPES for copy in booleans]
     variants += [_reduce(out, t) for out, t in itertools.product(_DTYPES, booleans)]
     variants += [_loss(*c) for c in itertools.product(_DTYPES, booleans, booleans)]
     variants += [_adamw_norm(*c) for c in itertools.product(_DTYPES, booleans)]

@@ -170,6 +170,34 @@ LORA_CASES = {
         owners=(0, 1, 0, 1, 0, 0, 1),
         spans=((0, 32), (0, 32), (32, 48), (32, 48), (64, 96), (48, 48), (80, 81)),
     ),
+    # The same with samples apart, which one launch serves: any adapter on any two samples.
+    "mixed-batch-apart": LoraCase(
+        96,
+        40,
+        (33, 20),
+        (5, 8, 3, 16, 2, 5, 70),
+        BF16,
+        F32,
+        (0.0, 0.2, 0.0, 0.2, 0.0, 0.0, 0.0),
+        owners=(0, 1, 0, 1, 0, 1, 0),
+        spans=((0, 32), (0, 32), (32, 49), (32, 49), (64, 96), (64, 96), (63, 63)),
+    ),
+    "mixed-batch-aligned": LoraCase(
+        192,
+        64,
+        (80, 48),
+        (16, 16, 8, 8),
+        F16,
+        F16,
+        owners=(0, 1, 0, 1),
+        spans=((0, 64), (0, 64), (64, 192), (64, 192)),
+    ),
+    # Rows of whole 16 bytes, as every model's are: what the persistent product takes.
+    "aligned-siblings": LoraCase(150, 136, (264, 80, 88), (8, 16, 5), BF16, F32),
+    "aligned-siblings-dropout": LoraCase(
+        150, 136, (264, 80, 88), (8, 16, 5), BF16, F32, (0.3, 0.1, 0.2)
+    ),
+    "aligned-rank-over-a-block": LoraCase(140, 72, (80,), (70,), F16, F16, (0.1,)),
     "siblings": LoraCase(70, 100, (50, 33, 90), (5, 16, 20)),
     "siblings-dropout": LoraCase(70, 100, (50, 33, 90), (5, 16, 20), ps=(0.1, 0.5, 0.3)),
     "siblings-bf16": LoraCase(70, 100, (50, 33, 90), (5, 16, 20), BF16, F32, (0.1, 0.1, 0.1)),

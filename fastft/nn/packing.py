@@ -1,0 +1,81 @@
+"""Frozen weights of layers that share an input, laid out as one buffer with room for their adapters
+(``accelerate(pack_weights=True)``).
+
+It happens once, when the layers that share an input are known: between two forwards. A layer's
+weight stays the parameter it was and becomes a view. What needs the weight as it was (merging,
+``restore``) takes it out again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fastft import ops
+
+if TYPE_CHECKING:
+    from fastft.nn.lora import FusedLoraLinear, Plan
+
+__all__ = ["pack", "packed", "packs", "unpack", "wanted"]
+
+# Models that asked for it.
+wanted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Beside the layers, not in them: a copy or a saved layer carries none. Siblings hold the same one.
+_held: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+def packed(layer: Any) -> bool:
+    """Whether the layer's weight is, still, a view of a packed buffer."""
+    held = _held.get(layer)
+    if held is None:
+        return False
+    weight: Any = layer.base_layer.weight
+    return any(weight.data_ptr() == view.data_ptr() for view in held.weights)
+
+
+def packs(layer: FusedLoraLinear, plan: Plan | str) -> bool:
+    """Whether one product can serve the layer: plain LoRA of one adapter on a dense frozen weight
+    that is the layer's own."""
+    if isinstance(plan, str) or len(plan.parts) != 1 or plan.spans is not None:
+        return False
+    weight = layer.base_layer.weight
+    return (
+        type(layer.base_layer) is nn.Linear
+        and plan.parts[0].variant is None
+        and type(weight) is nn.Parameter
+        and not weight.requires_grad
+        and weight.is_contiguous()
+        and weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+        and weight.device.type != "meta"
+    )
+
+
+def pack(layers: Sequence[FusedLoraLinear], plans: Sequence[Plan | str]) -> None:
+    """Packs the weights of layers that share an input, in the order they are called; nothing where
+    one of them cannot be, they differ in dtype, or the backend has no use for it."""
+    if not all(packs(layer, plan) for layer, plan in zip(layers, plans, strict=True)):
+        return
+    weights = [layer.base_layer.weight for layer in layers]
+    adapters = [plan.parts[0].a.weight for plan in plans]  # type: ignore[union-attr]
+    if len({(w.dtype, w.device) for w in weights}) > 1 or len({a.dtype for a in adapters}) > 1:
+        return
+    held = ops.lay_out_weights(weights, [a.shape[0] for a in adapters], adapters[0].dtype)
+    if held is None:
+        return
+    for layer, weight, view in zip(layers, weights, held.weights, strict=True):
+        weight.data = view
+        _held[layer] = held
+
+
+@torch.no_grad()
+def unpack(layers: Iterable[Any]) -> None:
+    """Gives the layers dense weights of their own again, the same bits."""
+    for layer in layers:
+        if packed(layer):
+            weight: Any = layer.base_layer.weight
+            weight.data = weight.data.contiguous()
+        _held.pop(layer, None)

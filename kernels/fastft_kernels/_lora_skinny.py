@@ -1,0 +1,247 @@
+"""Launchers of the thin products of ``lora_linear``: shrink, expand-add, outer, and the pair of
+shrink and outer that shares one read. Up to three adapters a launch share the wide operand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from fastft_kernels import config
+from fastft_kernels._lora_linear_kernels import (
+    _expand_add_kernel,
+    _outer_partial_kernel,
+    _outer_reduce_kernel,
+    _shrink_kernel,
+)
+from fastft_kernels._lora_pair_kernels import _pair_partial_kernel, _pair_reduce_kernel
+
+__all__ = ["Copy", "expand_add", "outer", "padded", "pair", "pairs_well", "shrink"]
+
+# Grid axes 1 and 2 hold at most 65535 programs; rank blocks and splits stay far below.
+_MAX_SPLITS = 1024
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Where a thin product leaves what it read, and its result, for a bordered product.
+
+    wide: (M, features), columns of the bordered operand. thin: (M, r) each, its border's.
+    """
+
+    wide: Tensor
+    thin: list[Tensor]
+
+    def first(self, i: int) -> int:
+        """The column of ``thin[i]``, counted from the end of ``wide``."""
+        offset = self.thin[i].storage_offset() - self.wide.storage_offset()
+        return offset - self.wide.shape[1]
+
+
+def _groups(masks: Sequence[Tensor | None]) -> list[list[int]]:
+    """Siblings that share a launch: at most three, all with a mask or all without."""
+    groups = []
+    for masked in (False, True):
+        members = [i for i, mask in enumerate(masks) if (mask is not None) == masked]
+        step = config.MAX_SIBLINGS
+        groups += [members[i : i + step] for i in range(0, len(members), step)]
+    return groups
+
+
+def padded(values: Sequence) -> list:
+    """Fills the kernel's three places; the kernel never touches the repeated ones."""
+    return [*values, *[values[0]] * (config.MAX_SIBLINGS - len(values))]
+
+
+def _ranks(tensors: Sequence[Tensor]) -> list[int]:
+    return [t.shape[1] for t in padded(tensors)]
+
+
+def _pick(tensors: Sequence[Tensor], group: Sequence[int]) -> list[Tensor]:
+    return padded([tensors[i] for i in group])
+
+
+def _pick_masks(masks: Sequence[Tensor | None], group: Sequence[int], stand_in: Tensor) -> list:
+    """The group's masks, or (never read) stand-ins where it has none."""
+    chosen = [m for i in group if (m := masks[i]) is not None]
+    return padded(chosen or [stand_in])
+
+
+def _scales(scales: Sequence[float], group: Sequence[int]) -> list[float]:
+    return padded([float(scales[i]) for i in group])
+
+
+def shrink(
+    outs: Sequence[Tensor],
+    x: Tensor,
+    matrices: Sequence[Tensor],
+    scales: Sequence[float],
+    masks: Sequence[Tensor | None],
+    *,
+    transposed: bool,
+    copy: Copy | None = None,
+) -> None:
+    """out_i (M, r_i) = scale_i * drop_i(x) a_i^T; a_i is (r_i, K), or (K, r_i) if transposed."""
+    tokens, features = x.shape
+    if tokens == 0:
+        return
+    arch = config.for_device(x.device)
+    for number, group in enumerate(_groups(masks)):
+        group_outs = _pick(outs, group)
+        ranks = _ranks(group_outs)
+        masked = masks[group[0]] is not None
+        stacked = masked or len(group) > 1
+        block_r, tile = config.tile_for(arch.shrink, x.element_size(), max(ranks), stacked)
+        grid = (triton.cdiv(tokens, tile.block_m), triton.cdiv(max(ranks), block_r))
+        copies = copy is not None and number == 0
+        target, stride, firsts = x, 0, [0, 0, 0]
+        if copy is not None and copies:
+            target, stride = copy.wide, copy.wide.stride(0)
+            firsts = padded([copy.first(i) for i in group])
+        _shrink_kernel[grid](
+            x, *_pick(matrices, group), *group_outs, *_pick_masks(masks, group, x), target,
+            tokens, features, *ranks, *_scales(scales, group), stride, *firsts,
+            SIBLINGS=len(group), MASKED=masked, TRANSPOSED=transposed, COPY=copies,
+            BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_K=tile.block_n,
+            **tile.launch.options(),
+        )  # fmt: skip
+        if copy is not None and not copies:
+            for i in group:
+                copy.thin[i].copy_(outs[i])
+
+
+def expand_add(
+    y: Tensor,
+    bias: Tensor | None,
+    ss: Sequence[Tensor],
+    matrices: Sequence[Tensor],
+    scales: Sequence[float],
+    masks: Sequence[Tensor | None],
+    *,
+    transposed: bool,
+) -> None:
+    """y (M, N) += bias + sum_i keep_i * scale_i * s_i w_i; w_i is (r_i, N), or (N, r_i)."""
+    tokens, features = y.shape
+    if y.numel() == 0:
+        return
+    arch = config.for_device(y.device)
+    for group in _groups(masks):
+        group_ss = _pick(ss, group)
+        ranks = _ranks(group_ss)
+        masked = masks[group[0]] is not None
+        stacked = masked or len(group) > 1
+        block_r, tile = config.tile_for(arch.expand, y.element_size(), max(ranks), stacked)
+        grid = (triton.cdiv(tokens, tile.block_m) * triton.cdiv(features, tile.block_n),)
+        _expand_add_kernel[grid](
+            y, y if bias is None else bias, *group_ss, *_pick(matrices, group),
+            *_pick_masks(masks, group, y), tokens, features, *ranks, *_scales(scales, group),
+            SIBLINGS=len(group), HAS_BIAS=bias is not None, MASKED=masked,
+            TRANSPOSED=transposed, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r,
+            **tile.launch.options(),
+        )  # fmt: skip
+        bias = None
+
+
+def outer(
+    outs: Sequence[Tensor],
+    x: Tensor,
+    ds: Sequence[Tensor],
+    scales: Sequence[float],
+    masks: Sequence[Tensor | None],
+    *,
+    transposed: bool,
+) -> None:
+    """out_i (r_i, K), or (K, r_i) if transposed, = scale_i * d_i^T drop_i(x), in two stages."""
+    tokens, features = x.shape
+    if tokens == 0 or features == 0:
+        for out in outs:
+            out.zero_()
+        return
+    arch = config.for_device(x.device)
+    for group in _groups(masks):
+        ranks = _ranks(_pick(ds, group))
+        masked = masks[group[0]] is not None
+        stacked = masked or len(group) > 1
+        block_r, tile = config.tile_for(arch.outer, x.element_size(), max(ranks), stacked)
+        blocks = (triton.cdiv(features, tile.block_n), triton.cdiv(max(ranks), block_r))
+        splits, rows = _split(tokens, tile.block_m, blocks[0] * blocks[1], arch.target_programs)
+        partials = [
+            torch.empty((splits, r, features), dtype=torch.float32, device=x.device)
+            for r in ranks[: len(group)]
+        ]
+        _outer_partial_kernel[(*blocks, splits)](
+            x, *_pick(ds, group), *padded(partials), *_pick_masks(masks, group, x),
+            tokens, features, *ranks, rows,
+            SIBLINGS=len(group), MASKED=masked,
+            BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_K=tile.block_n,
+            **tile.launch.options(),
+        )  # fmt: skip
+        for i, partial in zip(group, partials, strict=True):
+            _reduce(outs[i], partial, float(scales[i]), arch, transposed=transposed)
+
+
+def _reduce(
+    out: Tensor, partial: Tensor, scale: float, arch: config.Arch, *, transposed: bool
+) -> None:
+    """out = scale * partial (splits, r, K) summed over the splits, transposed or not."""
+    splits, r, features = partial.shape
+    dense = out if out.is_contiguous() else out.new_empty(out.shape)
+    _outer_reduce_kernel[(triton.cdiv(out.numel(), arch.reduce.block),)](
+        dense, partial, splits, features, r, scale,
+        TRANSPOSED=transposed, BLOCK=arch.reduce.block, **arch.reduce.launch.options(),
+    )  # fmt: skip
+    if dense is not out:
+        out.copy_(dense)
+
+
+def _split(tokens: int, block_m: int, blocks: int, target: int) -> tuple[int, int]:
+    """(splits, rows in each): enough programs to fill the GPU, each with at least four blocks."""
+    steps = triton.cdiv(tokens, block_m)
+    splits = min(triton.cdiv(target, blocks), triton.cdiv(steps, 4), _MAX_SPLITS)
+    rows = triton.cdiv(steps, max(splits, 1)) * block_m
+    return triton.cdiv(tokens, rows), rows
+
+
+def pairs_well(dy: Tensor, r: int) -> bool:
+    """Whether :func:`pair` moves fewer bytes than a shrink and an outer of their own.
+
+    The parts of dS, float32 and written and read once, are 8 r / block_n bytes for each element
+    that is not read a second time.
+    """
+    table = config.for_device(dy.device).pair
+    if dy.element_size() != 2 or r > max(table) or 0 in dy.shape:
+        return False
+    return 8 * r < dy.element_size() * table[_pair_block(table, r)].block_n
+
+
+def _pair_block(table: dict[int, config.TileConfig], r: int) -> int:
+    return next(block for block in sorted(table) if r <= block)
+
+
+def pair(
+    ds: Tensor, db: Tensor, dy: Tensor, s: Tensor, b: Tensor, scale: float, copy: Copy | None = None
+) -> None:
+    """ds (M, r) = scale * dy b and db (N, r) = scale * dy^T s in one read of dy (M, N)."""
+    tokens, features = dy.shape
+    r, arch = b.shape[1], config.for_device(dy.device)
+    block_r = _pair_block(arch.pair, r)
+    tile = arch.pair[block_r]
+    strips = triton.cdiv(features, tile.block_n)
+    splits, rows = _split(tokens, tile.block_m, strips, arch.target_programs)
+    ds_parts = torch.empty((strips, tokens, r), dtype=torch.float32, device=dy.device)
+    db_parts = torch.empty((splits, r, features), dtype=torch.float32, device=dy.device)
+    copies = copy is not None
+    wide, thin = (copy.wide, copy.thin[0]) if copy is not None else (dy, ds)
+    _pair_partial_kernel[(strips, splits)](
+        dy, b, s, ds_parts, db_parts, wide, tokens, features, r, rows, wide.stride(0),
+        COPY=copies, BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_N=tile.block_n,
+        **tile.launch.options(),
+    )  # fmt: skip
+    _pair_reduce_kernel[(triton.cdiv(tokens * r, arch.reduce.block),)](
+        ds, thin, ds_parts, tokens * r, strips, r, thin.stride(0), scale,
+        COPY=copies, BLOCK=arch.reduce.block, **arch.reduce.launch.options(),
+    )  # fmt: skip
+    _reduce(db, db_parts, scale, arch, transposed=True)

@@ -1,0 +1,217 @@
+"""The three ways of a LoRA product against float64, each on every case it can take."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastft_kernels import _lora_gemm, _lora_routed, border, config, ways
+from fastft_kernels import lora_linear as launcher
+
+from tests.kernels.bounds import assert_as_accurate
+from tests.kernels.cases import LORA_CASES, LoraCase, LoraInputs
+from tests.kernels.interpreted.test_lora_linear import _run
+
+BF16, F32 = torch.bfloat16, torch.float32
+ONE_EACH = {name for name, case in LORA_CASES.items() if not case.owners}
+ALIGNED = {
+    name
+    for name in ONE_EACH
+    if (case := LORA_CASES[name]).dtype != F32
+    and len(case.widths) <= 3
+    and all(size % 8 == 0 for size in (case.features, *case.widths))
+}
+
+
+def _taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ways chosen from here on, in order."""
+    seen: list[str] = []
+    plain = launcher.ways.pick
+
+    def pick(*arguments: Any) -> str:
+        seen.append(plain(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(launcher.ways, "pick", pick)
+    return seen
+
+
+def _check(case: LoraInputs, actual: dict[str, torch.Tensor]) -> None:
+    plain, truth = case.autograd(case.x.dtype), case.autograd(torch.float64)
+    for key, value in actual.items():
+        assert_as_accurate(key, value, plain[key], truth[key])
+
+
+@pytest.mark.parametrize("name", sorted(ONE_EACH))
+def test_border(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = LORA_CASES[name].inputs()
+    held = border.make(case.weights, [a.shape[0] for a in case.lora_as])
+    case.weights = held.weights
+    before = [w.clone() for w in case.weights]
+    seen = _taken(monkeypatch)
+    with ways.force("border"):
+        _check(case, _run(case))
+    assert seen == ["border", "border"]
+    for weight, old in zip(case.weights, before, strict=True):
+        assert torch.equal(weight, old), "an adapter was written over a frozen weight"
+
+
+@pytest.mark.parametrize("name", sorted(ALIGNED))
+def test_gemm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = LORA_CASES[name].inputs()
+    seen = _taken(monkeypatch)
+    with ways.force("gemm"):
+        _check(case, _run(case))
+    assert seen == ["gemm", "gemm"]
+
+
+def test_gemm_walks_several_tiles_and_takes_bordered_weights() -> None:
+    case = LoraCase(300, 72, (520,), (16,), BF16, F32).inputs()
+    case.weights = border.make(case.weights, [16]).weights
+    tile = config.ARCHS[90].gemm[False]  # type: ignore[index]
+    tiles = math.ceil(300 / tile.block_m) * math.ceil(520 / tile.block_n)
+    assert tiles > config.processors(case.x.device)
+    with ways.force("gemm"):
+        _check(case, _run(case))
+
+
+def test_what_the_persistent_product_refuses() -> None:
+    x = torch.zeros(16, 64, dtype=BF16)
+    assert _lora_gemm.fits([x, x, x])
+    assert not _lora_gemm.fits([x.float()])
+    assert not _lora_gemm.fits([x[:, :9]]) or x[:, :9].stride(0) % 8 == 0
+    assert not _lora_gemm.fits([torch.zeros(16, 65, dtype=BF16)])
+    assert not _lora_gemm.fits([x[:0]])
+    assert not _lora_gemm.fits([x] * 9)
+
+
+@pytest.mark.parametrize("way", ["border", "gemm", "expand"])
+def test_same_inputs_same_bits(way: str) -> None:
+    case = LORA_CASES["aligned-siblings"].inputs()
+    case.weights = border.make(case.weights, list(LORA_CASES["aligned-siblings"].ranks)).weights
+    with ways.force(way):
+        first, second = _run(case), _run(case)
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+def test_a_border_is_found_by_its_views_alone() -> None:
+    weights = [torch.randn(n, 24) for n in (8, 16)]
+    held = border.make(weights, [4, 2])
+    assert border.find(held.weights, [4, 2]) is held
+    assert border.find(held.weights, [4, 3]) is None, "another rank has no place"
+    assert border.find(held.weights[:1], [4]) is None, "a layer alone is not the whole"
+    assert border.find(weights, [4, 2]) is None
+    views = [w[:, :20] for w in held.weights]
+    assert border.find(views, [4, 2]) is None
+    assert held.buffer.shape == (24 + 8, 32)
+    address = held.weights[0].data_ptr()
+    del held, views
+    assert address not in border._known, "a border lives as long as who made it"
+
+
+def test_columns_past_the_ranks_meet_zeros() -> None:
+    """Ranks of 5 leave three columns of the border unused, and memory may hold NaN there."""
+    case = LoraCase(9, 16, (24,), (5,)).inputs()
+    case.weights = border.make(case.weights, [5]).weights
+    plain = border.operand
+
+    def poisoned(*arguments: Any) -> torch.Tensor:
+        return plain(*arguments).fill_(float("nan"))
+
+    with pytest.MonkeyPatch.context() as patch, ways.force("border"):
+        patch.setattr(launcher.border, "operand", poisoned)
+        _check(case, _run(case))
+
+
+def test_several_spans_go_in_one_launch_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven adapters, two layers: a shrink and an expand forward; backward one of each and the two
+    outer products."""
+    launches: list[str] = []
+    for name in ("shrink", "expand", "outer"):
+        kernel = f"_routed_{name}_kernel"
+        plain = getattr(_lora_routed, kernel)
+
+        class Counted:
+            def __init__(self, kernel: Any, name: str) -> None:
+                self.kernel, self.name = kernel, name
+
+            def __getitem__(self, grid: Any) -> Any:
+                launches.append(self.name)
+                return self.kernel[grid]
+
+        monkeypatch.setattr(_lora_routed, kernel, Counted(plain, name))
+    case = LORA_CASES["mixed-batch-apart"].inputs()
+    _check(case, _run(case))
+    assert launches == ["shrink", "expand", "shrink", "expand", "outer", "outer"]
+
+
+def test_overlapping_spans_do_not_share_a_launch() -> None:
+    assert _lora_routed.fits((0, 0), ((0, 4), (4, 8)))
+    assert not _lora_routed.fits((0, 0), ((0, 5), (4, 8)))
+    assert not _lora_routed.fits((0, 0), ((0, 8), (0, 8)))
+    assert not _lora_routed.fits((0, 0, 0), ((0, 4), (4, 8), (0, 4)))
+    case = LoraCase(
+        24, 16, (12,), (4, 4), F32, F32, owners=(0, 0), spans=((0, 14), (8, 24))
+    ).inputs()  # fmt: skip
+    _check(case, _run(case))
+
+
+SHAPE = ways.Shape("fwd", 8192, 4096, (4096,), 16, False)
+
+
+def test_without_a_measurement_bytes_decide() -> None:
+    both = ("expand", "border")
+    assert ways.pick("sm_90", SHAPE, both) == "border"
+    down = ways.Shape("fwd", 8192, 14336, (4096,), 16, False)
+    assert ways.pick("sm_90", down, both) == "expand", "x is wider than y, read and written"
+    siblings = ways.Shape("bwd", 8192, 4096, (4096, 1024, 1024), 16, False)
+    assert ways.pick("sm_90", siblings, both) == "border"
+    gate_up = ways.Shape("bwd", 8192, 4096, (14336, 14336), 16, False)
+    assert ways.pick("sm_90", gate_up, both) == "expand"
+    assert ways.pick("sm_90", SHAPE, ("expand", "gemm")) == "expand", "never without a measurement"
+    assert ways.pick("sm_90", SHAPE, ("expand",)) == "expand"
+
+
+def test_a_measurement_near_by_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"expand": 1.0, "border": 0.9, "gemm": 0.8}
+    row = {"arch": "sm_90", **dataclasses.asdict(SHAPE), "time_ms": times}
+    table = tmp_path / "ways.json"
+    table.write_text(json.dumps([row]))
+    monkeypatch.setattr(ways, "TABLE", table)
+    ways._rows.cache_clear()
+    ways._picked.cache_clear()
+    try:
+        assert ways.pick("sm_90", SHAPE, ways.WAYS) == "gemm"
+        assert ways.pick("sm_90", SHAPE, ("expand", "border")) == "border"
+        far = ways.Shape("fwd", 1024, 4096, (4096,), 16, False)
+        assert ways.pick("sm_90", far, ways.WAYS) == "border", "bytes: 8192 tokens are too many"
+        assert ways.pick("sm_80", SHAPE, ways.WAYS) == "border"
+        dropped = ways.Shape("fwd", 8192, 4096, (4096,), 16, True)
+        assert dropped.distance(row) == math.inf
+        with ways.force("expand"):
+            assert ways.pick("sm_90", SHAPE, ways.WAYS) == "expand"
+    finally:
+        ways._rows.cache_clear()
+        ways._picked.cache_clear()
+
+
+def test_force_knows_its_ways() -> None:
+    with (
+        pytest.raises(ValueError, match="expand, border, gemm, got 'cublas'"),
+        ways.force("cublas"),
+    ):
+        pass
+
+
+def test_the_shipped_table_is_well_formed() -> None:
+    keys = {"arch", "direction", "tokens", "features", "widths", "r", "dropout", "time_ms"}
+    for row in json.loads(ways.TABLE.read_text()):
+        assert keys | {"device", "date", "commit"} == set(row)
+        assert row["arch"] in {arch.name for arch in config.ARCHS.values()}
+        assert set(row["time_ms"]) <= set(ways.WAYS)
