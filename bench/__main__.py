@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import adapters, block, curves, e2e, experts, layer, lora, loss, optim
+from . import adapters, block, curves, e2e, experts, layer, lora, loss, optim, ways
 from .declare import Options, Suite
 from .records import Record, pick_dtype
 from .report import show
@@ -21,6 +21,7 @@ SUITES: dict[str, Suite] = {
     for suite in (
         lora.SUITE,
         layer.SUITE,
+        ways.SUITE,
         experts.SUITE,
         adapters.SUITE,
         block.SUITE,
@@ -96,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"{record.case}: {record.impl} {record.metric} {value}", highlight=False)
         if found.json is None:
             print(record.to_json(), flush=True)
+        else:  # a run that is stopped keeps what it measured
+            write(found.json, records)
 
     for name in [*SUITES, *WHOLE] if found.suite == "all" else [found.suite]:
         options = options_for(name, found)
@@ -103,8 +106,6 @@ def main(arguments: list[str] | None = None) -> int:
             WHOLE[name](options, emit)
         else:
             run_suite(SUITES[name], options, emit)
-    if found.json is not None:
-        write(found.json, records)
     show(records, console)
     asked = not found.impls or "fastft" in found.impls.split(",")
     return int(asked and any(r.impl == "fastft" and r.value is None for r in records))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,10 @@ import torch
 from torch import nn
 
 from .checks import compare
-from .declare import Case, Impl, Measured, Metric, Options, Step, Suite, time_ms
+from .declare import Case, Impl, Measured, Metric, Options, Step, Suite, peak_bytes, time_ms
+from .unsloth_style import BetaOneLora
 
-R = 16
 SCALING = 2.0
-DROPOUTS = (0.0, 0.05)
 # (in_features, out_features, tokens)
 CPU_SHAPES = (
     (576, 576, 2048),
@@ -24,27 +24,35 @@ CPU_SHAPES = (
     (2048, 8192, 1024),
     (4096, 4096, 512),
 )
+QUICK_SHAPES = ((576, 576, 512), (1024, 1024, 256))
+# The tokens that goals are stated for come first: a run that is stopped has them.
 CUDA_SHAPES = tuple(
     (k, n, m)
-    for k, n in ((576, 576), (2048, 8192), (4096, 4096), (4096, 14336), (14336, 4096))
-    for m in (2048, 4096, 8192, 16384)
+    for m in (8192, 2048, 4096, 16384)
+    for k, n in ((4096, 4096), (4096, 14336), (14336, 4096))
 )
-QUICK_SHAPES = ((576, 576, 512), (1024, 1024, 256))
 
 
 def cases(options: Options) -> Sequence[Case]:
-    """Shapes of SmolLM2 and of 1B to 8B models; dropout off, and at TRL's default of 0.05."""
-    shapes = CUDA_SHAPES if options.device.type == "cuda" else CPU_SHAPES
+    """Shapes of SmolLM2 and of 1B to 8B models on a CPU, dropout off and at TRL's default of 0.05;
+    of an 8B model on a GPU, two ranks, dropout off and at 0.1."""
+    shapes, ranks, dropouts = CPU_SHAPES, (16,), (0.0, 0.05)
+    if options.device.type == "cuda":
+        shapes, ranks, dropouts = CUDA_SHAPES, (16, 64), (0.0, 0.1)
+    if options.quick:
+        shapes, ranks = QUICK_SHAPES, (16,)
+    runs = [(p, k, n, m, r) for p in dropouts for k, n, m in shapes for r in ranks]
+    if options.device.type == "cuda":
+        runs.sort(key=lambda run: [m for _, _, m in shapes].index(run[3]))
     return [
-        Case(f"{k}x{n}x{m} r={R} dropout={p:g}", {"k": k, "n": n, "m": m, "dropout": p})
-        for p in DROPOUTS
-        for k, n, m in (QUICK_SHAPES if options.quick else shapes)
+        Case(f"{k}x{n}x{m} r={r} dropout={p:g}", {"k": k, "n": n, "m": m, "r": r, "dropout": p})
+        for p, k, n, m, r in runs
     ]
 
 
 @dataclass
 class Inputs:
-    """x: (m, k), weight: (n, k), dy: (m, n) in the run's dtype; a: (16, k), b: (n, 16) float32."""
+    """x: (m, k), weight: (n, k), dy: (m, n) in the run's dtype; a: (r, k), b: (n, r) float32."""
 
     case: Case
     options: Options
@@ -57,7 +65,7 @@ class Inputs:
 
 
 def prepare(case: Case, options: Options) -> Inputs:
-    k, n, m = case["k"], case["n"], case["m"]
+    k, n, m, r = (case[name] for name in ("k", "n", "m", "r"))
     generator = torch.Generator(options.device).manual_seed(k + n + m)
 
     def draw(*shape: int, scale: float, dtype: torch.dtype) -> torch.Tensor:
@@ -71,8 +79,8 @@ def prepare(case: Case, options: Options) -> Inputs:
         weight=draw(n, k, scale=k**-0.5, dtype=options.dtype),
         dy=draw(m, n, scale=1.0, dtype=options.dtype),
         # The adapter's part is as large as the layer's: an error in it cannot hide.
-        a=draw(R, k, scale=k**-0.5, dtype=torch.float32),
-        b=draw(n, R, scale=R**-0.5, dtype=torch.float32),
+        a=draw(r, k, scale=k**-0.5, dtype=torch.float32),
+        b=draw(n, r, scale=r**-0.5, dtype=torch.float32),
         known={},
     )
 
@@ -171,7 +179,7 @@ def _step(inputs: Inputs, layer: Callable[[torch.Tensor], torch.Tensor], trained
         torch.manual_seed(seed)
         layer(x).backward(torch.ones_like(inputs.dy))
         base = inputs.weight.double().sum(0)
-        kept = (x.grad.double() - base) > 0.5 * SCALING * inputs.case["n"] * R
+        kept = (x.grad.double() - base) > 0.5 * SCALING * inputs.case["n"] * inputs.case["r"]
         with torch.no_grad():
             for parameter, old in zip(parameters.values(), saved, strict=True):
                 parameter.copy_(old)
@@ -190,8 +198,8 @@ def _peft_model(inputs: Inputs, *, float32_adapters: bool, dora: bool = False) -
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=R,
-        lora_alpha=int(R * SCALING),
+        r=inputs.case["r"],
+        lora_alpha=int(inputs.case["r"] * SCALING),
         lora_dropout=inputs.case["dropout"],
         target_modules=["linear"],
         use_dora=dora,
@@ -225,17 +233,34 @@ def build_peft_bf16(inputs: Inputs) -> Step:
     return _peft_step(inputs, _peft_model(inputs, float32_adapters=False))
 
 
+def build_unsloth_style(inputs: Inputs) -> Step:
+    """`BetaOneLora`, adapters in the layer's dtype."""
+    a, b = (t.to(inputs.options.dtype).requires_grad_() for t in (inputs.a, inputs.b))
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return BetaOneLora.apply(x, SCALING, 1, inputs.weight, a, b)[0]
+
+    return _step(inputs, layer, (a, b))
+
+
 def build_peft_dora(inputs: Inputs) -> Step:
     """PEFT's DoRA layer in its default mode."""
     return _peft_step(inputs, _peft_model(inputs, float32_adapters=True, dora=True))
 
 
 def build_fastft(inputs: Inputs, dora: bool = False) -> Step:
-    """PEFT's layer in its default mode after `fastft.accelerate`; it must not have fallen back."""
+    """PEFT's layer in its default mode after `fastft.accelerate`; it must not have fallen back. On
+    a GPU its weight, a copy then, is packed by the second step."""
     import fastft
 
-    model = fastft.accelerate(_peft_model(inputs, float32_adapters=True, dora=dora))
-    step = _peft_step(inputs, model)
+    on_gpu, copies = inputs.options.device.type == "cuda", 0
+    if on_gpu:
+        copies = inputs.weight.numel() * inputs.weight.element_size()
+        inputs = dataclasses.replace(inputs, weight=inputs.weight.clone())
+    model = _peft_model(inputs, float32_adapters=True, dora=dora)
+    model = fastft.accelerate(model, pack_weights=on_gpu)
+    step = dataclasses.replace(_peft_step(inputs, model), copies=copies)
+    step.run()
     step.run()
     calls = fastft.explain(model).to_dict()["calls"]
     if not calls["fused"] or calls["fallback"]:
@@ -256,8 +281,13 @@ def extra_over_frozen(own: Measured, by_impl: Mapping[str, Measured], case: Case
     return statistics.median(t / f - 1 for t, f in zip(own.times, frozen.times, strict=True))
 
 
+def tflop_s(own: Measured, by_impl: Mapping[str, Measured], case: Case) -> float:
+    """Operations of the frozen products, forward and backward to x, over the median time."""
+    return 4.0 * case["m"] * case["k"] * case["n"] / own.median / 1e12
+
+
 def tiny(case: Case) -> Case:
-    return Case(case.name, {**case.facts, "k": 64, "n": 64, "m": 32})
+    return Case(case.name, {**case.facts, "k": 64, "n": 64, "m": 32, "r": 8})
 
 
 def needs_bf16(case: Case, options: Options) -> str | None:
@@ -268,6 +298,11 @@ def needs_bf16(case: Case, options: Options) -> str | None:
 
 
 def without_dropout(case: Case, options: Options) -> str | None:
+    """The published beta = 1 way has none."""
+    return "does not apply: no dropout" if case["dropout"] else needs_bf16(case, options)
+
+
+def dora_here(case: Case, options: Options) -> str | None:
     """DoRA with dropout is another formula, which fastft leaves to PEFT."""
     return "does not apply: DoRA with dropout is left to PEFT" if case["dropout"] else None
 
@@ -279,15 +314,20 @@ SUITE = Suite(
         Impl("frozen", build_frozen),
         Impl("peft", build_peft, package="peft"),
         Impl("peft-bf16", build_peft_bf16, package="peft", not_here=needs_bf16),
+        Impl("unsloth-style", build_unsloth_style, not_here=without_dropout),
         Impl("fastft", build_fastft, package="peft"),
-        Impl("peft-dora", build_peft_dora, package="peft", not_here=without_dropout),
-        Impl("fastft-dora", build_fastft_dora, package="peft", not_here=without_dropout),
+        Impl("peft-dora", build_peft_dora, package="peft", not_here=dora_here),
+        Impl("fastft-dora", build_fastft_dora, package="peft", not_here=dora_here),
     ),
     metrics=(
         Metric("time_ms", "ms", False, time_ms),
         Metric("extra_over_frozen", "fraction", False, extra_over_frozen),
+        Metric("tflop_s", "TFLOP/s", True, tflop_s),
+        Metric("peak_bytes", "bytes", False, peak_bytes),
     ),
     prepare=prepare,
     check=check,
     tiny=tiny,
+    measures_memory=True,
+    preload=("fastft", "peft"),
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastft_kernels import ways
 from torch import Tensor
 
 from bench import ledger
@@ -47,6 +48,10 @@ LARGE_LORA = {
     "attention-bf16": LoraCase(
         2048, 2048, (2048, 512, 512), (16, 16, 16), BF16, F32, (0.05, 0.05, 0.05), bias=False
     ),
+    "siblings-bf16-no-dropout": LoraCase(
+        2048, 2048, (2048, 512, 512), (16, 16, 16), BF16, F32, bias=False
+    ),
+    "wide-bf16-no-dropout": LoraCase(1030, 4096, (4104,), (16,), BF16, F32),
     "mlp-r64-bf16": LoraCase(1024, 2048, (5632, 5632), (64, 64), BF16, F32, (0.1, 0.1)),
     "odd-f16": LoraCase(777, 1001, (2047,), (33,), F16, F32),
     "r256-f32": LoraCase(513, 1030, (640,), (256,)),
@@ -169,6 +174,42 @@ def test_lora_linear(kernel: str, name: str, device: torch.device, observed: Any
     inputs = case.inputs(device)
     got = lora_through_op(inputs, backend)
     compare(observed, got, inputs.autograd(case.dtype), inputs.autograd(torch.float64))
+
+
+@of("lora_linear")
+@pytest.mark.parametrize("way", ["border", "gemm"])
+@pytest.mark.parametrize("name", [*LORA_CASES, *LARGE_LORA])
+def test_lora_linear_ways(
+    kernel: str, name: str, way: str, device: torch.device, observed: Any
+) -> None:
+    """Each way on every case it can take; where it cannot, the others serve."""
+    case = {**LORA_CASES, **LARGE_LORA}[name]
+    facts = {"dtype": case.dtype, "adapter_dtype": case.adapter_dtype, "r": max(case.ranks)}
+    backend = backend_of(kernel, device_type="cuda", **facts)
+    inputs = case.inputs(device)
+    held = lora_launcher(inputs, backend).lay_out(inputs.weights, case.ranks[: len(case.widths)])
+    inputs.weights = held.weights
+    before = [w.clone() for w in inputs.weights]
+    with ways.force(way):
+        got = lora_through_op(inputs, backend)
+    compare(observed, got, inputs.autograd(case.dtype), inputs.autograd(torch.float64))
+    assert all(torch.equal(w, old) for w, old in zip(inputs.weights, before, strict=True))
+
+
+@of("lora_linear")
+@pytest.mark.parametrize("way", ["expand", "border", "gemm"])
+def test_lora_linear_ways_same_inputs_same_bits(
+    kernel: str, way: str, device: torch.device
+) -> None:
+    backend = backend_of(kernel, device_type="cuda", dtype=BF16, adapter_dtype=F32, r=16)
+    inputs = LORA_CASES["aligned-siblings"].inputs(device)
+    held = lora_launcher(inputs, backend).lay_out(
+        inputs.weights, LORA_CASES["aligned-siblings"].ranks
+    )
+    inputs.weights = held.weights
+    with ways.force(way):
+        first, second = (lora_through_op(inputs, backend) for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @of("lora_linear")
