@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from fastft.nn.calls import CallCounts, call_counts, reset_call_counts
+from fastft.nn.conv import FusedLoraConv1d, FusedLoraConv2d, FusedLoraConv3d
 from fastft.nn.deferred import DeferredLogits
+from fastft.nn.embedding import FusedLoraEmbedding
 from fastft.nn.head import FusedHead, causal_lm_loss
 from fastft.nn.lora import FusedLoraLinear
 
@@ -11,6 +13,10 @@ __all__ = [
     "CallCounts",
     "DeferredLogits",
     "FusedHead",
+    "FusedLoraConv1d",
+    "FusedLoraConv2d",
+    "FusedLoraConv3d",
+    "FusedLoraEmbedding",
     "FusedLoraLinear",
     "call_counts",
     "causal_lm_loss",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from fastft import backends, ops
 from fastft.nn import packing, siblings
 from fastft.nn.calls import count
 from fastft.nn.mixed import adapter_names_of
+from fastft.nn.rules import ADAPTER_STATE, LAYER_STATE, Rule, first, hooked
 from fastft.ops._checks import autocast_dtype
 
 __all__ = ["ADAPTER_RULES", "CALL_RULES", "LAYER_RULES", "FusedLoraLinear", "module_refusal"]
@@ -24,25 +24,6 @@ __all__ = ["ADAPTER_RULES", "CALL_RULES", "LAYER_RULES", "FusedLoraLinear", "mod
 
 # Where a merged layer keeps its weights from before the merge.
 UNMERGED = "fastft_unmerged"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A condition under which a layer runs through PEFT's own forward, and what to call it."""
-
-    reason: str
-    applies: Callable[..., bool]
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    return bool(
-        "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 class Parts:
@@ -124,24 +105,10 @@ class Plan:
 
 # What the layer is, whatever its adapters.
 LAYER_RULES: tuple[Rule, ...] = (
-    Rule("forward replaced on the layer itself", lambda m: "forward" in vars(m)),
-    Rule("adapters disabled", lambda m: m.disable_adapters),
-    Rule("adapter merged into the base", lambda m: m.merged),
+    *LAYER_STATE,
     Rule("base layer is no nn.Linear", lambda m: type(m.base_layer) not in (nn.Linear, Conv1D)),
-    Rule("hooks on the base layer", lambda m: _hooked(m.base_layer)),
+    Rule("hooks on the base layer", lambda m: hooked(m.base_layer)),
 )
-
-
-def _odd_dropout(p: Parts) -> bool:
-    if type(p.dropout) is nn.Dropout:
-        return p.dropout.p >= 1.0 or _hooked(p.dropout)
-    return type(p.dropout) is not nn.Identity
-
-
-def _odd_scaling(p: Parts) -> bool:
-    if isinstance(p.scaling, Tensor):
-        return p.scaling.numel() != 1 or p.scaling.requires_grad
-    return not isinstance(p.scaling, (int, float))
 
 
 def _too_large(p: Parts) -> bool:
@@ -156,15 +123,13 @@ ADAPTER_RULES: tuple[Rule, ...] = (
         "DoRA with lora_bias",
         lambda p: p.magnitude is not None and getattr(p.b, "bias", None) is not None,
     ),
-    Rule("hooks on the magnitude", lambda p: p.magnitude is not None and _hooked(p.magnitude)),
+    Rule("hooks on the magnitude", lambda p: p.magnitude is not None and hooked(p.magnitude)),
     Rule(
         "adapter layers are not nn.Linear",
         lambda p: type(p.a) is not nn.Linear or type(p.b) is not nn.Linear,
     ),
-    Rule("hooks on the adapter", lambda p: _hooked(p.a) or _hooked(p.b)),
+    *ADAPTER_STATE,
     Rule("r larger than the layer's features", _too_large),
-    Rule("dropout of another kind", _odd_dropout),
-    Rule("scaling is not a plain number", _odd_scaling),
 )
 
 
@@ -230,13 +195,6 @@ CALL_RULES: tuple[Rule, ...] = (
 )
 
 
-def _first(rules: tuple[Rule, ...], *facts: Any) -> str | None:
-    for rule in rules:
-        if rule.applies(*facts):
-            return rule.reason
-    return None
-
-
 def module_refusal(layer: PeftLinear) -> str | None:
     """Why the layer, as it stands, runs through PEFT; None when it can run fused."""
     plan = _standing_plan(layer)
@@ -245,7 +203,7 @@ def module_refusal(layer: PeftLinear) -> str | None:
 
 def _standing_plan(layer: PeftLinear) -> Plan | str:
     """What the layer, as it stands, computes, or why that cannot be fused."""
-    reason = _first(LAYER_RULES, layer)
+    reason = first(LAYER_RULES, layer)
     if reason is not None:
         return reason
     plan = Plan(layer, None)
@@ -254,10 +212,10 @@ def _standing_plan(layer: PeftLinear) -> Plan | str:
 
 def _plan_refusal(plan: Plan) -> str | None:
     for parts in plan.parts:
-        reason = _first(ADAPTER_RULES, parts)
+        reason = first(ADAPTER_RULES, parts)
         if reason is not None:
             return reason
-    return _first(PLAN_RULES, plan)
+    return first(PLAN_RULES, plan)
 
 
 class FusedLoraLinear(PeftLinear):
@@ -290,7 +248,7 @@ class FusedLoraLinear(PeftLinear):
         others = [k for k, v in (kwargs or {}).items() if v is not None and k != "adapter_names"]
         if args or others:
             return "arguments passed to the layer"
-        reason = _first(LAYER_RULES, self)
+        reason = first(LAYER_RULES, self)
         if reason is not None:
             return reason
         plan = Plan(self, names)
@@ -300,7 +258,7 @@ class FusedLoraLinear(PeftLinear):
             plan.route(names, x.numel() // x.shape[-1])
         reason = _plan_refusal(plan)
         for parts in plan.parts:
-            reason = reason or _first(CALL_RULES, parts, x)
+            reason = reason or first(CALL_RULES, parts, x)
         if reason is not None:
             return reason
         if torch.compiler.is_compiling():

@@ -54,8 +54,9 @@ def accelerate(
 
     Args:
         model: a PeftModel, or any torch model with PEFT LoRA layers in it.
-        lora: fuse LoRA layers over ``nn.Linear`` (:func:`fastft.ops.lora_linear`) and over the
-            expert weights of a mixture (:func:`fastft.ops.lora_grouped_linear`).
+        lora: fuse LoRA layers over ``nn.Linear`` (:func:`fastft.ops.lora_linear`), over the expert
+            weights of a mixture (:func:`fastft.ops.lora_grouped_linear`), over convolutions and
+            over embeddings.
         loss: fuse a Transformers causal language model's head and loss
             (:func:`fastft.ops.linear_cross_entropy`); logits are computed only if read.
         norm: fuse RMS norms, whose convention is found by running them
@@ -98,6 +99,8 @@ def accelerate(
         )
     switches = {
         "lora": lora,
+        "conv": lora,
+        "embedding": lora,
         "experts": lora,
         "loss": loss,
         "norm": norm,

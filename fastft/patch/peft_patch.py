@@ -5,20 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import peft.tuners.lora.model as peft_lora_model
-from peft.tuners.lora.layer import Linear as PeftLinear
 
+from fastft.nn.conv import FUSED_CONVS
+from fastft.nn.embedding import FusedLoraEmbedding
 from fastft.nn.lora import FusedLoraLinear
 
 __all__ = ["patch_peft", "unpatch_peft"]
 
 _original = peft_lora_model.dispatch_default
+_FUSED: dict[type, Any] = {
+    **FUSED_CONVS,
+    **{fused.fastft_original: fused for fused in (FusedLoraLinear, FusedLoraEmbedding)},
+}
 
 
 def _dispatch_fused(*args: Any, **kwargs: Any) -> Any:
-    """PEFT's ``dispatch_default``; a plain LoRA linear layer comes out fused."""
+    """PEFT's ``dispatch_default``; a layer that has a fused class comes out as that."""
     layer = _original(*args, **kwargs)
-    if type(layer) is PeftLinear:
-        layer.__class__ = FusedLoraLinear
+    fused = _FUSED.get(type(layer))
+    if fused is not None:
+        layer.__class__ = fused
     return layer
 
 

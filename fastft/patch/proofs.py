@@ -22,6 +22,8 @@ __all__ = [
     "difference",
     "float_parameter",
     "run_attention",
+    "run_conv",
+    "run_embedding",
     "run_head",
     "run_lora",
     "run_mlp",
@@ -129,6 +131,44 @@ def run_lora(module: Any, kind: type[nn.Module]) -> list[Tensor]:
     dy = torch.randn(y.shape, device=y.device).to(y.dtype)
     leaves = [x, *adapters.values()]
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def _run_adapted(
+    module: Any, kind: type[nn.Module], names: list[str], inputs: list[Tensor]
+) -> list[Tensor]:
+    """Output and gradients of a layer with random values for the parameters ``names``."""
+    adapters = {}
+    for name in names:
+        p = module.get_parameter(name)
+        spread = (p.numel() / p.shape[0]) ** 0.5
+        random = torch.randn(p.shape, dtype=torch.float32, device=p.device) / spread
+        adapters[name] = random.to(p.dtype).requires_grad_()
+    with _as_class(module, kind):
+        y = functional_call(module, adapters, tuple(inputs))
+    dy = torch.randn(y.shape, device=y.device).to(y.dtype)
+    leaves = [*(t for t in inputs if t.requires_grad), *adapters.values()]
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def run_conv(module: Any, kind: type[nn.Module]) -> list[Tensor]:
+    """Output and gradients of a LoRA convolution with random adapters as class ``kind``."""
+    name = next(n for n in module.active_adapters if n in module.lora_A)
+    conv = module.base_layer
+    # A few positions to each side of what the kernel covers.
+    sizes = [d * (k - 1) + s + 2 for k, d, s in zip(conv.kernel_size, conv.dilation, conv.stride)]
+    weight = conv.weight
+    x = torch.randn(2, conv.in_channels, *sizes, device=weight.device).to(weight.dtype)
+    names = [f"lora_{part}.{name}.weight" for part in "AB"]
+    return _run_adapted(module, kind, names, [x.requires_grad_()])
+
+
+def run_embedding(module: Any, kind: type[nn.Module]) -> list[Tensor]:
+    """Output and gradients of a LoRA embedding with random adapters as class ``kind``."""
+    name = next(n for n in module.active_adapters if n in module.lora_embedding_A)
+    weight = module.base_layer.weight
+    ids = torch.randint(weight.shape[0], (2, _TOKENS), device=weight.device)
+    names = [f"lora_embedding_{part}.{name}" for part in "AB"]
+    return _run_adapted(module, kind, names, [ids])
 
 
 def run_experts(module: Any, kind: type[nn.Module]) -> list[Tensor]:

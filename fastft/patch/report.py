@@ -21,7 +21,7 @@ class ModuleReport:
     """One module a rule speaks of.
 
     Attributes:
-        kind: "lora", "experts", "loss", "norm", "glu" or "attention".
+        kind: "lora", "conv", "embedding", "experts", "loss", "norm", "glu" or "attention".
         fused: whether it has a fused forward and nothing in its state keeps it from running.
         backend: who runs it, in the dtype of its weights; None when not fused.
         reason: why it is not fused; None when it is.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import Embedding as PeftEmbedding
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastft import backends
 from fastft.nn.attention import FusedAttention
+from fastft.nn.conv import FUSED_CONVS, conv_refusal
+from fastft.nn.embedding import FusedLoraEmbedding, embedding_refusal
 from fastft.nn.experts import FusedLoraExperts, experts_of, experts_refusal
 from fastft.nn.head import CausalLMLoss, FusedHead
 from fastft.nn.lora import FusedLoraLinear, module_refusal
@@ -73,8 +76,30 @@ def _lora_sites(model: nn.Module) -> Iterator[Site]:
             continue
         if original_of(module) is PeftLinear:
             yield Site(name, module, module_refusal(module), FusedLoraLinear, by_state=True)
-        elif not isinstance(module, ParamWrapper):
+        elif not isinstance(module, ParamWrapper) and original_of(module) not in _OTHER_LAYERS:
             yield Site(name, module, f"{type(module).__name__} layers are not fused")
+
+
+_OTHER_LAYERS = {*FUSED_CONVS, PeftEmbedding}
+
+
+def _conv_sites(model: nn.Module) -> Iterator[Site]:
+    for name, module in model.named_modules():
+        fused = FUSED_CONVS.get(original_of(module))
+        if fused is not None:
+            yield Site(name, module, conv_refusal(module), fused, by_state=True)
+
+
+def _embedding_sites(model: nn.Module) -> Iterator[Site]:
+    for name, module in model.named_modules():
+        if original_of(module) is PeftEmbedding:
+            refusal = embedding_refusal(module)
+            yield Site(name, module, refusal, FusedLoraEmbedding, by_state=True)
+
+
+def _library(module: Any) -> str:
+    """These are made of the library's own products, whatever the device."""
+    return "torch"
 
 
 def _lora_backend(module: Any) -> str:
@@ -272,6 +297,8 @@ RULES: dict[str, Rule] = {
     for rule in (
         # Dropout masks of PEFT and of fastft differ: verified without.
         Rule("lora", _lora_sites, proofs.run_lora, _lora_backend, trained=False),
+        Rule("conv", _conv_sites, proofs.run_conv, _library, trained=False),
+        Rule("embedding", _embedding_sites, proofs.run_embedding, _library),
         Rule("experts", _experts_sites, proofs.run_experts, _experts_backend),
         Rule("loss", _loss_sites, proofs.run_head, _loss_backend),
         Rule("norm", _norm_sites, proofs.run_norm, _norm_backend),

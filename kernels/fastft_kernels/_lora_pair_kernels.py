@@ -12,7 +12,7 @@ import triton.language as tl
 __all__ = ["_pair_partial_kernel", "_pair_reduce_kernel"]
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_split"])
+@triton.jit(do_not_specialize=["M", "r", "rows_per_split"])
 def _pair_partial_kernel(
     dy_ptr,  # (M, N)
     b_ptr,  # (N, r)

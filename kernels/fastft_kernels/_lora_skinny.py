@@ -209,10 +209,10 @@ def pairs_well(dy: Tensor, r: int) -> bool:
     """Whether :func:`pair` moves fewer bytes than a shrink and an outer of their own.
 
     The parts of dS, float32 and written and read once, are 8 r / block_n bytes for each element
-    that is not read a second time.
+    that is not read a second time. Rows of dY that are no whole vectors would spill.
     """
     table = config.for_device(dy.device).pair
-    if dy.element_size() != 2 or r > max(table) or 0 in dy.shape:
+    if dy.element_size() != 2 or r > max(table) or 0 in dy.shape or dy.shape[1] % 16:
         return False
     return 8 * r < dy.element_size() * table[_pair_block(table, r)].block_n
 

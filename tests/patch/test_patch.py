@@ -201,8 +201,11 @@ def test_variants_and_other_layers_are_named() -> None:
     reasons = {m.reason for m in fastft.explain(model).modules if m.kind == "lora"}
     assert reasons == {"DoRA with dropout"}
     model = fastft.accelerate(llama(target_modules=["embed_tokens", "q_proj"]))
+    assert {m.kind for m in fastft.explain(model).modules if m.fused} >= {"lora", "embedding"}
+    holder = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    model = fastft.accelerate(get_peft_model(holder, LoraConfig(target_modules=["attention"])))
     reasons = {m.reason for m in fastft.explain(model).modules if not m.fused}
-    assert "Embedding layers are not fused" in reasons
+    assert "MultiheadAttention layers are not fused" in reasons
 
 
 def test_strict_refuses_modules_and_calls() -> None:

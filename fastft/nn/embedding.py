@@ -1,0 +1,87 @@
+"""PEFT's LoRA over an embedding: y = scale W[ids] + scale * scaling * A^T[ids] B^T in one product.
+
+PEFT gathers rows of A^T in float32, multiplies, scales and adds in float32, a pass over a tensor as
+wide as the embedding each. Here the gathered rows (r numbers a token) are cast and one library
+product adds to the frozen rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Embedding as PeftEmbedding
+from torch import Tensor, nn
+
+from fastft.nn.calls import count
+from fastft.nn.mixed import adapter_names_of
+from fastft.nn.rules import LAYER_STATE, Rule, first, odd_scaling
+
+__all__ = ["FusedLoraEmbedding", "embedding_refusal"]
+
+_LAYER_RULES = (
+    *LAYER_STATE,
+    Rule("base layer is no nn.Embedding", lambda m: not isinstance(m.base_layer, nn.Embedding)),
+    Rule("tensor parallel embedding", lambda m: bool(m.input_fns or m.output_fns)),
+)
+
+
+class _Adapter:
+    def __init__(self, layer: Any, name: str) -> None:
+        self.a, self.b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+        self.scaling = layer.scaling[name]
+        self.variant = type(layer.lora_variant[name]) if name in layer.lora_variant else None
+
+
+_ADAPTER_RULES = (
+    Rule("LoRA variant on an embedding", lambda p: p.variant is not None),
+    Rule("scaling is not a plain number", odd_scaling),
+)
+
+
+def _adapters(layer: Any) -> list[_Adapter]:
+    return [
+        _Adapter(layer, name) for name in layer.active_adapters if name in layer.lora_embedding_A
+    ]
+
+
+def embedding_refusal(layer: Any) -> str | None:
+    """Why the layer, as it stands, runs through PEFT; None when it can run fused."""
+    reason = first(_LAYER_RULES, layer)
+    if reason is not None:
+        return reason
+    adapters = _adapters(layer)
+    reasons = (first(_ADAPTER_RULES, adapter) for adapter in adapters)
+    return next((r for r in reasons if r), None if adapters else "no active adapter")
+
+
+class FusedLoraEmbedding(PeftEmbedding):
+    """``peft.tuners.lora.Embedding``, fused; a call that cannot be runs PEFT's own forward."""
+
+    fastft_original = PeftEmbedding
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = adapter_names_of(self, kwargs)
+        reason = embedding_refusal(self)
+        if reason is None and (args or names is not None or any(kwargs.values())):
+            reason = "arguments passed to the layer"
+        if not torch.compiler.is_compiling():
+            count(self, reason)
+        if reason is not None:
+            if names is not None:
+                kwargs["adapter_names"] = names
+            return super().forward(x, *args, **kwargs)
+        y: Tensor = self.base_layer(x)
+        shape, scale = y.shape, self._get_embed_scale()
+        flat = y.reshape(-1, shape[-1])
+        for adapter in _adapters(self):
+            thin = self._embed(x, adapter.a.T).flatten(0, -2)
+            b = adapter.b.T * float(adapter.scaling)
+            if scale is not None:
+                b = b * scale.to(b.dtype)
+            flat = torch.addmm(flat, thin.to(y.dtype), b.to(y.dtype))
+        return flat.view(shape)
+
+
+# PEFT parses the class's name, and its tests and users print it.
+FusedLoraEmbedding.__name__ = "Embedding"

@@ -1,0 +1,68 @@
+"""Conditions under which a LoRA layer runs through PEFT's own forward, as data: those that every
+kind of layer shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["ADAPTER_STATE", "LAYER_STATE", "Rule", "first", "hooked"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition under which a layer runs through PEFT's own forward, and what to call it."""
+
+    reason: str
+    applies: Callable[..., bool]
+
+
+def first(rules: tuple[Rule, ...], *facts: Any) -> str | None:
+    """The reason of the first rule that applies; None where none does."""
+    for rule in rules:
+        if rule.applies(*facts):
+            return rule.reason
+    return None
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    return bool(
+        "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+# Of the layer, whatever its adapters.
+LAYER_STATE: tuple[Rule, ...] = (
+    Rule("forward replaced on the layer itself", lambda m: "forward" in vars(m)),
+    Rule("adapters disabled", lambda m: m.disable_adapters),
+    Rule("adapter merged into the base", lambda m: m.merged),
+)
+
+
+def _odd_dropout(p: Any) -> bool:
+    if type(p.dropout) is nn.Dropout:
+        return p.dropout.p >= 1.0 or hooked(p.dropout)
+    return type(p.dropout) is not nn.Identity
+
+
+def odd_scaling(p: Any) -> bool:
+    """Whether an adapter's scaling is anything but one number that is not trained."""
+    if isinstance(p.scaling, Tensor):
+        return p.scaling.numel() != 1 or p.scaling.requires_grad
+    return not isinstance(p.scaling, (int, float))
+
+
+# Of an adapter with modules a and b and a dropout between.
+ADAPTER_STATE: tuple[Rule, ...] = (
+    Rule("hooks on the adapter", lambda p: hooked(p.a) or hooked(p.b)),
+    Rule("dropout of another kind", _odd_dropout),
+    Rule("scaling is not a plain number", odd_scaling),
+)
