@@ -22,6 +22,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Instruction set -> compiler flags. One binary holds all of them; csrc/cpu/dispatch.cpp chooses.
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
 ISA_FLAGS = {"generic": [], "avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512.split()}
+ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 if not X86:
     ISA_FLAGS = {"generic": []}
 CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
@@ -79,6 +80,7 @@ class BuildExt(build_ext):
         # -fno-math-errno and -fno-trapping-math let square roots and comparisons vectorise;
         # neither changes a value. No -ffast-math anywhere.
         flags = ["-std=c++17", *flags, "-fno-math-errno", "-fno-trapping-math"]
+        flags.append("-fno-strict-aliasing")  # pairs of bfloat16 are read as words
         for isa, isa_flags in ISA_FLAGS.items():
             macros = [f"-DFASTFT_ISA={isa}", *(f"-I{folder}" for folder in INCLUDES)]
             source, target = str(ROOT / "csrc/cpu/isa.cpp"), str(out / f"isa_{isa}.o")

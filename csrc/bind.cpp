@@ -162,6 +162,55 @@ PYBIND11_MODULE(_C, m) {
       py::arg("da"), py::arg("ds"), py::arg("x"), py::arg("mask"), py::arg("rows"), py::arg("cols"),
       py::arg("r"), py::arg("scale"), py::arg("dtype"), py::arg("isa") = "", free_gil);
   m.def(
+      "thin_scratch",
+      [](int64_t rows, int64_t cols, int64_t r, const std::string& isa) {
+        if (r > fastft::kThinMaxRank) throw std::invalid_argument("thin products: rank too large");
+        return kernels(isa).thin_scratch(rows, cols, r);
+      },
+      py::arg("rows"), py::arg("cols"), py::arg("r"), py::arg("isa") = "");
+  m.def(
+      "thin_shrink",
+      [](int64_t s, int64_t x, int64_t a, int64_t mask, int64_t rows, int64_t cols, int64_t r,
+         float scale, bool wide, int64_t scratch, const std::string& isa) {
+        kernels(isa).thin_shrink(at<void>(s), at<const void>(x), at<const void>(a),
+                                 at<const uint8_t>(mask), rows, cols, r, scale, wide,
+                                 at<uint32_t>(scratch));
+      },
+      py::arg("s"), py::arg("x"), py::arg("a"), py::arg("mask"), py::arg("rows"), py::arg("cols"),
+      py::arg("r"), py::arg("scale"), py::arg("wide"), py::arg("scratch"), py::arg("isa") = "",
+      free_gil);
+  m.def(
+      "thin_expand",
+      [](int64_t y, int64_t s, int64_t b, int64_t rows, int64_t cols, int64_t r, float scale,
+         bool wide, int64_t scratch, const std::string& isa) {
+        kernels(isa).thin_expand(at<void>(y), at<const void>(s), at<const void>(b), rows, cols, r,
+                                 scale, wide, at<uint32_t>(scratch));
+      },
+      py::arg("y"), py::arg("s"), py::arg("b"), py::arg("rows"), py::arg("cols"), py::arg("r"),
+      py::arg("scale"), py::arg("wide"), py::arg("scratch"), py::arg("isa") = "", free_gil);
+  m.def(
+      "thin_pair",
+      [](int64_t ds, int64_t ds_pitch, int64_t db, int64_t dy, int64_t s, int64_t b, int64_t rows,
+         int64_t cols, int64_t r, float scale, bool wide, int64_t scratch, const std::string& isa) {
+        kernels(isa).thin_pair(at<void>(ds), ds_pitch, at<void>(db), at<const void>(dy),
+                               at<const void>(s), at<const void>(b), rows, cols, r, scale, wide,
+                               at<uint32_t>(scratch));
+      },
+      py::arg("ds"), py::arg("ds_pitch"), py::arg("db"), py::arg("dy"), py::arg("s"), py::arg("b"),
+      py::arg("rows"), py::arg("cols"), py::arg("r"), py::arg("scale"), py::arg("wide"),
+      py::arg("scratch"), py::arg("isa") = "", free_gil);
+  m.def(
+      "thin_back",
+      [](int64_t dx, int64_t da, int64_t ds, int64_t x, int64_t a, int64_t mask, int64_t rows,
+         int64_t cols, int64_t r, float scale, bool wide, int64_t scratch, const std::string& isa) {
+        kernels(isa).thin_back(at<void>(dx), at<void>(da), at<const void>(ds), at<const void>(x),
+                               at<const void>(a), at<const uint8_t>(mask), rows, cols, r, scale,
+                               wide, at<uint32_t>(scratch));
+      },
+      py::arg("dx"), py::arg("da"), py::arg("ds"), py::arg("x"), py::arg("a"), py::arg("mask"),
+      py::arg("rows"), py::arg("cols"), py::arg("r"), py::arg("scale"), py::arg("wide"),
+      py::arg("scratch"), py::arg("isa") = "", free_gil);
+  m.def(
       "cross_entropy",
       [](int64_t logits, int64_t bias, int64_t labels, int64_t row_loss, int64_t row_correct,
          int64_t rows, int64_t vocab, int dtype, bool gradient, const std::string& isa) {

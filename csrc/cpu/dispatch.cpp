@@ -6,6 +6,7 @@ extern const Kernels kernels_generic;
 #if defined(FASTFT_X86)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512bf16;
 
 static bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -16,12 +17,15 @@ static bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+
+static bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 static bool always() { return true; }
 
 const Isa kIsas[] = {
 #if defined(FASTFT_X86)
+    {"avx512bf16", has_avx512bf16, &kernels_avx512bf16},
     {"avx512", has_avx512, &kernels_avx512},
     {"avx2", has_avx2, &kernels_avx2},
 #endif
@@ -40,7 +44,7 @@ const Isa& isa() {
 
 bool has_native_bfloat16() {
 #if defined(FASTFT_X86)
-  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+  return has_avx512bf16();
 #else
   return false;
 #endif

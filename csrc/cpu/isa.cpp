@@ -11,6 +11,9 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__AVX512BF16__)
+#include <immintrin.h>  // for the one instruction no compiler emits by itself; see thin.inc
+#endif
 
 #include "fastft/adamw.h"
 #include "fastft/glu.h"
@@ -39,6 +42,7 @@ static inline int64_t thread_index() {
 #include "glu.inc"
 #include "lora.inc"
 #include "rms_norm.inc"
+#include "thin.inc"
 
 }  // namespace FASTFT_ISA
 
@@ -48,6 +52,8 @@ const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA) = {
     lora_da,           cross_entropy,      attention_softmax,   attention_gradient,
     attention_extent,  glu_forward,        glu_backward,        rms_norm_forward,
     rms_norm_backward, dora_scale_forward, dora_scale_backward, adamw,
+    thin_scratch,      thin_shrink,        thin_expand,         thin_pair,
+    thin_back,
 };
 
 }  // namespace fastft

@@ -68,7 +68,24 @@ struct Kernels {
   // coefficient, skipped steps.
   void (*adamw)(const int64_t* tensors, float* steps, const float* hyper, int64_t count,
                 float max_norm, bool maximize, float* stats, double* partials);
+  // Thin products over bfloat16 activations; see thin.inc. r <= kThinMaxRank; adapters and their
+  // gradients in float32 where `wide`, else bfloat16. scratch: thin_scratch words.
+  int64_t (*thin_scratch)(int64_t rows, int64_t cols, int64_t r);
+  void (*thin_shrink)(void* s, const void* x, const void* a, const uint8_t* mask, int64_t rows,
+                      int64_t cols, int64_t r, float scale, bool wide, uint32_t* scratch);
+  void (*thin_expand)(void* y, const void* s, const void* b, int64_t rows, int64_t cols, int64_t r,
+                      float scale, bool wide, uint32_t* scratch);
+  // db null: not wanted. ds_pitch: elements from one row of ds to the next.
+  void (*thin_pair)(void* ds, int64_t ds_pitch, void* db, const void* dy, const void* s,
+                    const void* b, int64_t rows, int64_t cols, int64_t r, float scale, bool wide,
+                    uint32_t* scratch);
+  // dx or da null: not wanted.
+  void (*thin_back)(void* dx, void* da, const void* ds, const void* x, const void* a,
+                    const uint8_t* mask, int64_t rows, int64_t cols, int64_t r, float scale,
+                    bool wide, uint32_t* scratch);
 };
+
+constexpr int64_t kThinMaxRank = 64;
 
 // Elements of one AdamW work item; fixed, so that sums do not depend on the thread count.
 constexpr int64_t kAdamWBlock = 16384;

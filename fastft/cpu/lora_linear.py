@@ -1,16 +1,21 @@
 """CPU launcher of ``lora_linear``: library products, and C++ kernels where dropout comes in.
 
-Without dropout every step is a product. With it, x is dropped a slice of rows at a time into a
-buffer that stays in cache and feeds the product at once, and the backward's two thin products read
-the mask as they go; no dropped copy of x is kept.
+Where the processor multiplies bfloat16 itself, the thin products are one pass of our own each
+(``fastft.cpu.thin``), whatever the dropout. Elsewhere, and at high ranks, they are the library's;
+with dropout x is then dropped a slice of rows at a time into a buffer that stays in cache and feeds
+the product at once, and the backward's two thin products read the mask as they go. No dropped copy
+of x is kept.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastft import native
+from fastft.cpu import thin
 from fastft.cpu.products import mm_nn, mm_nt, mm_tn, scratch
 
 # Ranks up to which a pass of our own over dx or x beats a library product and a pass after it.
@@ -77,9 +82,32 @@ def _narrow(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return scratch(name, tuple(tensor.shape), dtype).copy_(tensor)
 
 
+def _keep(mask: Tensor | None, p: float) -> float:
+    return 1.0 if mask is None else 1.0 / (1.0 - p)
+
+
+def _thin_side(ss: list[Tensor]) -> Tensor:
+    """Room for all columns of ss next to each other; the one there is, if it is dense."""
+    if len(ss) == 1 and ss[0].is_contiguous():
+        return ss[0]
+    return scratch("s_all", (ss[0].shape[0], sum(s.shape[1] for s in ss)), ss[0].dtype)
+
+
+def _scatter(
+    parts: Sequence[Tensor | None], whole: Tensor, dim: int, sizes: list[int] | None = None
+) -> None:
+    """Copies the shares of ``whole`` along ``dim`` into the parts that are there."""
+    if len(parts) == 1 and parts[0] is whole:
+        return
+    sizes = sizes or [part.shape[dim] for part in parts if part is not None]
+    for part, share in zip(parts, whole.split(sizes, dim), strict=True):
+        if part is not None:
+            part.copy_(share)
+
+
 def _stacked(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """All rows in one matrix of dtype."""
-    if len(tensors) == 1:
+    """All rows in one dense matrix of dtype."""
+    if len(tensors) == 1 and tensors[0].is_contiguous():
         return _narrow("a_all", tensors[0], dtype)
     ranks = [t.shape[0] for t in tensors]
     out = scratch("a_all", (sum(ranks), tensors[0].shape[1]), dtype)
@@ -111,24 +139,32 @@ def fwd(
         part = x[slice(*spans[first])]
         if part.shape[0] == 0:
             continue
-        mask, stacked = masks[first], _stacked([lora_as[j] for j in group], x.dtype)
+        mask, p = masks[first], dropout_ps[first]
+        if thin.serves(x.dtype, sum(lora_as[j].shape[0] for j in group)):
+            stacked = _stacked([lora_as[j] for j in group], lora_as[first].dtype)
+            s_all = _thin_side([ss[j] for j in group])
+            thin.shrink(s_all, part, stacked, mask, _keep(mask, p))
+            _scatter([ss[j] for j in group], s_all, 1)
+            continue
+        stacked = _stacked([lora_as[j] for j in group], x.dtype)
         if mask is not None:
             for rows in _row_slices(part.shape[0], part.shape[1], part.element_size()):
-                dropped, keep = _dropped(part[rows], mask[rows]), 1.0 / (1.0 - dropout_ps[first])
-                mm_nt(ss[first][rows], dropped, stacked, alpha=keep)
-        elif len(group) == 1:
-            mm_nt(ss[first], part, stacked)
+                dropped = _dropped(part[rows], mask[rows])
+                mm_nt(ss[first][rows], dropped, stacked, alpha=_keep(mask, p))
         else:
-            s_all = scratch("s_all", (part.shape[0], stacked.shape[0]), x.dtype)
+            s_all = _thin_side([ss[j] for j in group])
             mm_nt(s_all, part, stacked)
-            for j, s in zip(group, s_all.split([lora_as[j].shape[0] for j in group], 1)):
-                ss[j].copy_(s)
+            _scatter([ss[j] for j in group], s_all, 1)
     for i, (y, weight, bias) in enumerate(zip(ys, weights, biases, strict=True)):
         mm_nt(y, x, weight)
         if bias is not None:
             y.add_(bias)
         for j, owner in enumerate(owners):
-            if owner == i and ss[j].shape[0]:
+            if owner != i or not ss[j].shape[0]:
+                continue
+            if thin.serves(x.dtype, ss[j].shape[1]):
+                thin.expand(y[slice(*spans[j])], ss[j], lora_bs[j].contiguous(), scalings[j])
+            else:
                 b = _narrow("b", lora_bs[j], x.dtype)
                 mm_nt(y[slice(*spans[j])], ss[j], b, alpha=scalings[j], accumulate=True)
 
@@ -155,28 +191,76 @@ def bwd(
             gradient.zero_()
     if x.shape[0] == 0:
         return
+    groups = [g for g in _groups(masks, spans) if spans[g[0]][0] < spans[g[0]][1]]
+    d_ss = _room([(ss[g[0]].shape[0], sum(ss[j].shape[1] for j in g)) for g in groups], x.dtype)
+    # dY is read twice in a row, and dx added to when it has just been written.
+    for group, ds_all in zip(groups, d_ss, strict=True):
+        rows = slice(*spans[group[0]])
+        for j, ds in zip(group, _columns(ds_all, [ss[j].shape[1] for j in group]), strict=True):
+            _d_s_and_d_b(ds, dbs[j], dys[owners[j]][rows], ss[j], lora_bs[j], scalings[j])
     if dx is not None:
         for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
             mm_nn(dx, dy, weight, accumulate=i > 0)
-    for group in _groups(masks, spans):
+    for group, ds_all in zip(groups, d_ss, strict=True):
         rows = slice(*spans[group[0]])
-        if rows.start == rows.stop:
-            continue
-        ranks = [lora_as[j].shape[0] for j in group]
-        ds_all = scratch("s_all", (rows.stop - rows.start, sum(ranks)), x.dtype)
-        for j, ds in zip(group, ds_all.split(ranks, 1), strict=True):
-            dy = dys[owners[j]][rows]
-            mm_nn(ds, dy, _narrow("b", lora_bs[j], x.dtype), alpha=scalings[j])
-            if (db := dbs[j]) is not None:
-                mm_tn(db, dy, ss[j], alpha=scalings[j])
         dx_rows = None if dx is None else dx[rows]
         group_as, group_das = [lora_as[j] for j in group], [das[j] for j in group]
-        mask = masks[group[0]]
-        if mask is None:
+        mask, p = masks[group[0]], dropout_ps[group[0]]
+        if thin.serves(x.dtype, ds_all.shape[1]):
+            _bwd_thin(dx_rows, group_das, ds_all, x[rows], group_as, mask, _keep(mask, p))
+        elif mask is None:
             _bwd_stacked(dx_rows, group_das, ds_all, x[rows], group_as)
         else:
-            p = dropout_ps[group[0]]
             _bwd_dropped(dx_rows, group_das[0], ds_all, x[rows], group_as[0], mask, p)
+
+
+def _columns(whole: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    return [whole] if len(sizes) == 1 else whole.split(sizes, 1)
+
+
+def _room(shapes: list[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
+    """Tensors of these shapes in one buffer of this thread."""
+    if len(shapes) == 1:
+        return [scratch("d_s", shapes[0], dtype)]
+    sizes = [rows * columns for rows, columns in shapes]
+    parts = scratch("d_s", (sum(sizes),), dtype).split(sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _d_s_and_d_b(
+    ds: Tensor, db: Tensor | None, dy: Tensor, s: Tensor, lora_b: Tensor, scaling: float
+) -> None:
+    """dS = scaling dY B and dB = scaling dY^T S of one adapter."""
+    if thin.serves(dy.dtype, s.shape[1]) and (db is None or db.is_contiguous()):
+        thin.pair(ds, db, dy, s, lora_b.contiguous(), scaling)
+        return
+    mm_nn(ds, dy, _narrow("b", lora_b, dy.dtype), alpha=scaling)
+    if db is not None:
+        mm_tn(db, dy, s, alpha=scaling)
+
+
+def _bwd_thin(
+    dx: Tensor | None,
+    das: list[Tensor | None],
+    ds_all: Tensor,
+    x: Tensor,
+    lora_as: list[Tensor],
+    mask: Tensor | None,
+    keep: float,
+) -> None:
+    """One pass over dx and x together for all adapters of a group."""
+    wanted = [da for da in das if da is not None]
+    if dx is None and not wanted:
+        return
+    stacked = _stacked(lora_as, lora_as[0].dtype)
+    if not wanted:
+        thin.back(dx, None, ds_all, x, stacked, mask, keep)
+    elif len(das) == 1 and wanted[0].is_contiguous():
+        thin.back(dx, wanted[0], ds_all, x, stacked, mask, keep)
+    else:
+        da_all = scratch("da_all", (ds_all.shape[1], x.shape[1]), stacked.dtype)
+        thin.back(dx, da_all, ds_all, x, stacked, mask, keep)
+        _scatter(das, da_all, 0, [a.shape[0] for a in lora_as])
 
 
 def _bwd_stacked(
@@ -197,9 +281,7 @@ def _bwd_stacked(
         return
     da_all = scratch("da_all", (ds_all.shape[1], x.shape[1]), wanted[0].dtype)
     mm_tn(da_all, ds_all, x)
-    for da, part in zip(das, da_all.split([a.shape[0] for a in lora_as]), strict=True):
-        if da is not None:
-            da.copy_(part)
+    _scatter(das, da_all, 0, [a.shape[0] for a in lora_as])
 
 
 def _bwd_dropped(
