@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -279,6 +280,7 @@ class FusedLoraLinear(PeftLinear):
     def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
         """PEFT's merge, which also keeps the weights as they were, in host memory."""
         packing.unpack([self])
+        _norms.pop(self.base_layer, None)
         if not self.merged:
             self.__dict__[UNMERGED] = [t.detach().to("cpu", copy=True) for t in self._merged_into()]
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -288,6 +290,7 @@ class FusedLoraLinear(PeftLinear):
     def unmerge(self) -> None:
         """PEFT's unmerge, then the very bits from before the merge: a sum in 16 bits and its
         difference do not cancel, and each round trip of PEFT's would leave another rounding."""
+        _norms.pop(self.base_layer, None)
         kept = self.__dict__.pop(UNMERGED, [])
         largest = [t.abs().max() for t in self._merged_into()]
         super().unmerge()
@@ -333,10 +336,32 @@ class FusedLoraLinear(PeftLinear):
 FusedLoraLinear.__name__ = "Linear"
 
 
+# By base layer: the weight its norms were taken of (address, version) and the norms.
+_norms: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _frozen_norms(plan: Plan) -> Tensor | None:
+    """Squared row norms of the base weight, taken once for as long as it is the same tensor and
+    unchanged. A change through ``weight.data``, which torch does not count, is seen where PEFT
+    makes one: at merging."""
+    weight = plan.base.weight
+    if weight.requires_grad or torch.compiler.is_compiling() or weight.is_inference():
+        return None
+    key = (weight.data_ptr(), weight._version)
+    known = _norms.get(plan.base)
+    if known is None or known[0] != key or known[1].device != weight.device:
+        with torch.inference_mode(False):
+            known = _norms[plan.base] = (key, ops.squared_row_norms(plan.weight()))
+    return known[1]
+
+
 def _dora(plan: Plan, z: Tensor) -> Tensor:
     """The magnitude over the product z, which has no bias yet."""
     (parts,) = plan.parts
-    norm = ops.dora_norm(plan.weight(), parts.a.weight, parts.b.weight, float(parts.scaling))
+    adapter = (parts.a.weight, parts.b.weight, float(parts.scaling))
+    norm = ops.dora_norm(plan.weight(), *adapter, _frozen_norms(plan))
     scale = parts.magnitude.weight.to(norm.dtype) / norm  # type: ignore[union-attr]
     bias = plan.base.bias
     return ops.dora_scale(z, scale, None if bias is None else bias.to(z.dtype))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastft.ops.adamw import adamw
 from fastft.ops.attention import scaled_dot_product_attention
-from fastft.ops.dora_scale import dora_norm, dora_scale
+from fastft.ops.dora_scale import dora_norm, dora_scale, squared_row_norms
 from fastft.ops.glu import glu
 from fastft.ops.linear_cross_entropy import linear_cross_entropy
 from fastft.ops.lora_grouped_linear import lora_grouped_linear
@@ -23,4 +23,5 @@ __all__ = [
     "lora_linear_siblings",
     "rms_norm",
     "scaled_dot_product_attention",
+    "squared_row_norms",
 ]

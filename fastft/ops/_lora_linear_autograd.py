@@ -4,6 +4,7 @@ torch.compile sees. Both call the same launcher."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,13 @@ def _cast_biases(biases: Sequence[Tensor | None], dtype: torch.dtype) -> list[Te
     return [None if b is None else b.to(dtype) for b in biases]
 
 
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Entering torch's own context costs as much as a small launch: only where there is need."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def _pairs(spans: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(spans[::2], spans[1::2]))
 
@@ -100,7 +108,7 @@ def _forward(
     """ys and ss, from the launcher."""
     outputs = _outputs(x, weights, lora_as, spans)
     n = len(weights)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         choose(backend, x, lora_as)[1].fwd(
             outputs[:n],
             outputs[n:],
@@ -139,7 +147,7 @@ def _backward(
     dx = torch.empty_like(x) if need_dx else None
     das = [torch.empty_like(a) if need else None for a, need in zip(lora_as, need_da, strict=True)]
     dbs = [torch.empty_like(b) if need else None for b, need in zip(lora_bs, need_db, strict=True)]
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         choose(backend, x, lora_as)[1].bwd(
             dx,
             das,

@@ -62,11 +62,20 @@ def dora_norm(
     return squared.clamp_(min=0.0).sqrt_()
 
 
+# Elements of a weight that are widened at a time: 16 MiB in float32.
+_WIDENED = 1 << 22
+
+
 @torch.no_grad()
 def squared_row_norms(weight: Tensor) -> Tensor:
-    """||w_n||^2 of every row, in float32 (float64 for float64)."""
+    """||w_n||^2 of every row, in float32 (float64 for float64).
+
+    Some rows at a time: torch widens all it is given.
+    """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square_()
+    rows = max(1, _WIDENED // max(1, weight.shape[1]))
+    norms = [torch.linalg.vector_norm(part, dim=1, dtype=wide) for part in weight.split(rows)]
+    return torch.cat(norms).square_()
 
 
 def dora_scale(

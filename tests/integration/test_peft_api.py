@@ -235,6 +235,39 @@ def test_dora_with_dropout_runs_as_peft_in_training_only() -> None:
     assert fused_and_not(model)[0] == layers
 
 
+def test_norms_of_frozen_weights_are_taken_once_and_follow_what_changes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fastft import ops
+
+    taken: list[torch.Tensor] = []
+    plain_norms = ops.squared_row_norms
+    monkeypatch.setattr(ops, "squared_row_norms", lambda w: taken.append(w) or plain_norms(w))
+    plain = tiny.peft_model("llama", use_dora=True)
+    fused = fastft.accelerate(copy.deepcopy(plain), norm=False, glu=False, attention=False)
+    del taken[:]
+    n = len(tiny.lora_layers(fused))
+    for _ in range(3):
+        tiny.step(fused, BATCH)
+    assert len(taken) <= n  # verification took some already
+
+    def both(change: str) -> None:
+        for model in (plain, fused):
+            weight = next(iter(tiny.lora_layers(model).values())).base_layer.weight
+            with torch.no_grad():
+                if change == "in place":
+                    weight.mul_(1.5)
+                elif change == "data":
+                    weight.data = weight.data * 1.5
+                else:
+                    model.merge_adapter()
+                    model.unmerge_adapter()
+
+    for change in ("in place", "data", "merged and back"):
+        both(change)
+        torch.testing.assert_close(logits(fused), logits(plain), rtol=1e-4, atol=1e-5)
+
+
 def test_dora_compiles_without_a_graph_break() -> None:
     model = fastft.accelerate(tiny.peft_model("llama", use_dora=True))
     expected = tiny.step(model, BATCH)[1]
@@ -374,3 +407,66 @@ def test_switches_of_accelerate() -> None:
         found = fastft.explain(model).to_dict()["modules"]
         assert {m["kind"] for m in found if m["fused"]} == {kind}
         assert {m["kind"] for m in found} == set(kinds)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_gradients_are_within_twice_peft_s_own_error(dropout: float) -> None:
+    """bfloat16 layers of PEFT, adapters in bfloat16, against float64: the output and each gradient.
+    With dropout on PEFT draws another mask: its error is that of the same layer without."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(192, 160)
+    x, dy = torch.randn(300, 192), torch.randn(300, 160)
+
+    def build(dtype: torch.dtype, p: float) -> PeftModel:
+        torch.manual_seed(1)
+        holder = torch.nn.ModuleDict({"layer": copy.deepcopy(layer)}).bfloat16()
+        config = LoraConfig(r=16, lora_alpha=32, target_modules=["layer"], lora_dropout=p)
+        model = get_peft_model(holder, config, autocast_adapter_dtype=False)
+        torch.nn.init.normal_(model.base_model.model.layer.lora_B["default"].weight, std=0.2)
+        return model.to(dtype)
+
+    def run(model: PeftModel, seen: torch.Tensor) -> dict[str, torch.Tensor]:
+        own = model.base_model.model.layer
+        dtype = own.base_layer.weight.dtype
+        seen = seen.bfloat16().to(dtype).requires_grad_()
+        y = own(seen)
+        parts = {"da": own.lora_A["default"].weight, "db": own.lora_B["default"].weight}
+        leaves = [seen, *parts.values()]
+        gradients = torch.autograd.grad(y, leaves, dy.bfloat16().to(dtype))
+        return {"y": y.detach(), **dict(zip(["dx", *parts], gradients, strict=True))}
+
+    truth, peft = run(build(torch.float64, 0.0), x), run(build(torch.bfloat16, 0.0), x)
+    fused = fastft.accelerate(build(torch.bfloat16, dropout))
+    if dropout:  # every element kept: the masked products, and a truth that is known
+        from fastft.cpu import lora_linear as launcher
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launcher, "dropout_mask", lambda out, seed, p: out.fill_(255))
+            patch.setattr(launcher, "_keep", lambda mask, p: 1.0)
+            got = run(fused, x)
+    else:
+        got = run(fused, x)
+    for name, exact in truth.items():
+        own, its = ((r[name].double() - exact).norm() for r in (got, peft))
+        assert own <= 2 * its, f"{name}: {own / exact.norm():.2e}, PEFT {its / exact.norm():.2e}"
+
+
+def test_hot_swap(tmp_path: Path) -> None:
+    """PEFT's hotswap_adapter writes another adapter over the one in use: fused layers follow."""
+    from peft.utils.hotswap import hotswap_adapter
+
+    plain = tiny.peft_model("llama")
+    other = tiny.peft_model("llama")
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            if "lora_" in name:
+                p.mul_(-1.5)
+    other.save_pretrained(tmp_path)
+    fused = fastft.accelerate(copy.deepcopy(plain), norm=False, glu=False, attention=False)
+    before = logits(fused)
+    for model in (plain, fused):
+        hotswap_adapter(model, str(tmp_path), adapter_name="default")
+    after = logits(fused)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, logits(plain), rtol=1e-4, atol=1e-5)
+    assert fused_and_not(fused)[1] == {}
