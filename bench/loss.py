@@ -117,6 +117,14 @@ def build_torch(inputs: Inputs) -> Step:
     return _step(inputs, loss_of)
 
 
+def needs_chunked_trl(case: Case, options: Options) -> str | None:
+    """Its fused head came with TRL 1.16."""
+    from trl.trainer import utils
+
+    found = hasattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE")
+    return None if found else "does not apply: this TRL has no chunked head (1.16 has)"
+
+
 def build_trl(inputs: Inputs) -> Step:
     """TRL's fused head: its own function, called as its patched forward calls it."""
     from trl.trainer import utils
@@ -170,7 +178,7 @@ SUITE = Suite(
     cases=cases,
     impls=(
         Impl("torch", build_torch, package="transformers"),
-        Impl("trl", build_trl, package="trl"),
+        Impl("trl", build_trl, package="trl", not_here=needs_chunked_trl),
         Impl("liger", build_liger, package="liger_kernel", not_here=needs_cuda),
         Impl("fastft", build_fastft),
     ),

@@ -56,6 +56,7 @@ def versions() -> dict[str, str]:
         version = _version(name)
         if version:
             found[name] = version
+    found["torch"] = torch.__version__  # with its build: CPU or CUDA
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found

@@ -23,7 +23,7 @@ TESTED: dict[str, tuple[str, str]] = {
     "triton": ("3.6", "3.9"),
     "transformers": ("5.15", "5.23"),
     "peft": ("0.21", "0.21"),
-    "trl": ("1.16", "1.16"),
+    "trl": ("1.14", "1.16"),
     "accelerate": ("1.10", "1.15"),
     "datasets": ("3.0", "5.2"),
 }

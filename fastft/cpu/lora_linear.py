@@ -298,7 +298,7 @@ def _bwd_dropped(
         _bwd_dropped_in_slices(dx, da, ds, x, lora_a, mask, p)
         return
     c = native.module()
-    sizes = (x.shape[0], x.shape[1], ds.shape[1], 1.0 / (1.0 - p), native.DTYPE_CODES[x.dtype])
+    sizes = (x.shape[0], x.shape[1], ds.shape[1], _keep(mask, p), native.DTYPE_CODES[x.dtype])
     wide_ds = _narrow("ds32", ds, torch.float32)
     if dx is not None:
         wide_a = _narrow("a32", lora_a, torch.float32).contiguous()
@@ -320,7 +320,7 @@ def _bwd_dropped_in_slices(
 ) -> None:
     """The same through library products, a slice of rows at a time."""
     c = native.module()
-    columns, keep = x.shape[1], 1.0 / (1.0 - p)
+    columns, keep = x.shape[1], _keep(mask, p)
     code = native.DTYPE_CODES[x.dtype]
     narrow = _narrow("a_all", lora_a, x.dtype)
     total = part = None

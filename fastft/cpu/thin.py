@@ -6,11 +6,13 @@ the library's products, whose inner sums are then long enough, are as fast.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from fastft import native
-from fastft.cpu.products import native_bfloat16, scratch
+from fastft.cpu.products import scratch
 
 __all__ = ["back", "expand", "pair", "serves", "shrink"]
 
@@ -21,7 +23,12 @@ _MAX_RANK = 48
 
 def serves(dtype: torch.dtype, r: int) -> bool:
     """Whether these products take activations of ``dtype`` and ``r`` ranks, and pay."""
-    return dtype == torch.bfloat16 and r <= _MAX_RANK and native_bfloat16()
+    return dtype == torch.bfloat16 and r <= _MAX_RANK and _has_bfloat16_products()
+
+
+@functools.cache
+def _has_bfloat16_products() -> bool:
+    return bool(native.build_info()["native_bfloat16"])
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastft import ops
 from fastft.nn.calls import count
 from fastft.nn.mixed import adapter_names_of
-from fastft.nn.rules import ADAPTER_STATE, LAYER_STATE, Rule, first
+from fastft.nn.rules import ADAPTER_STATE, LAYER_STATE, Rule, first, hooked
 from fastft.ops._checks import autocast_dtype
 
 __all__ = ["FUSED_CONVS", "FusedLoraConv", "conv_refusal"]
@@ -75,6 +75,8 @@ class FusedLoraConv:
         weight = self.base_layer.weight
         if reason is None and autocast_dtype(x.device.type) is None and x.dtype != weight.dtype:
             reason = "mixed dtypes"
+        if reason is None and x.dim() != weight.dim():
+            reason = "input without a batch"
         if not torch.compiler.is_compiling():
             count(self, reason)
         if reason is not None:
@@ -82,7 +84,7 @@ class FusedLoraConv:
                 kwargs["adapter_names"] = names
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         adapters = _adapters(self)
-        if len(adapters) == 1 and _is_product(self.base_layer, x):
+        if len(adapters) == 1 and _is_product(self.base_layer, adapters[0], x):
             return _product(self.base_layer, adapters[0], x)
         y = self.base_layer(x)
         for adapter in adapters:
@@ -104,17 +106,28 @@ def _add_term(layer: Any, adapter: _Adapter, x: Tensor, y: Tensor) -> Tensor:
     return torch.baddbmm(y.flatten(2), b.expand(len(y), *b.shape), s.flatten(2)).view_as(y)
 
 
-def _is_product(conv: nn.Module, x: Tensor) -> bool:
-    """A 1 x 1 convolution of an input whose channels lie together."""
+def _is_product(conv: nn.Module, adapter: _Adapter, x: Tensor) -> bool:
+    """A 1 x 1 convolution of an input whose channels lie together, which lora_linear takes."""
+    a, b = adapter.a.weight, adapter.b.weight
     return (
         type(conv) is nn.Conv2d
         and conv.kernel_size == (1, 1)
         and conv.stride == (1, 1)
         and conv.padding == (0, 0)
-        and not (conv._forward_hooks or conv._forward_pre_hooks or "forward" in vars(conv))
+        and not hooked(conv)
+        and a.shape[0] <= min(conv.in_channels, conv.out_channels)
+        and a.dtype == b.dtype
+        and (a.dtype in (x.dtype, torch.float32) or autocast_dtype(x.device.type) is not None)
+        and (torch.compiler.is_compiling() or _plain(x, conv.weight, a, b))
         and x.dim() == 4
         and x.is_contiguous(memory_format=torch.channels_last)
     )
+
+
+def _plain(*tensors: Any) -> bool:
+    """Neither a transform of torch.func nor a tensor subclass, which autograd functions refuse."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return not transformed and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
 
 
 def _product(conv: Any, adapter: _Adapter, x: Tensor) -> Tensor:

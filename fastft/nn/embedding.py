@@ -74,12 +74,14 @@ class FusedLoraEmbedding(PeftEmbedding):
         y: Tensor = self.base_layer(x)
         shape, scale = y.shape, self._get_embed_scale()
         flat = y.reshape(-1, shape[-1])
-        for adapter in _adapters(self):
-            thin = self._embed(x, adapter.a.T).flatten(0, -2)
-            b = adapter.b.T * float(adapter.scaling)
-            if scale is not None:
-                b = b * scale.to(b.dtype)
-            flat = torch.addmm(flat, thin.to(y.dtype), b.to(y.dtype))
+        # An embedding is no autocast operation: its result stays in the weight's dtype.
+        with torch.autocast(y.device.type, enabled=False):
+            for adapter in _adapters(self):
+                thin = self._embed(x, adapter.a.T).flatten(0, -2)
+                b = adapter.b.T * float(adapter.scaling)
+                if scale is not None:
+                    b = b * scale.to(b.dtype)
+                flat = torch.addmm(flat, thin.to(y.dtype), b.to(y.dtype))
         return flat.view(shape)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,14 @@ from fastft.nn.mixed import adapter_names_of
 from fastft.nn.rules import ADAPTER_STATE, LAYER_STATE, Rule, first, hooked
 from fastft.ops._checks import autocast_dtype
 
-__all__ = ["ADAPTER_RULES", "CALL_RULES", "LAYER_RULES", "FusedLoraLinear", "module_refusal"]
+__all__ = [
+    "ADAPTER_RULES",
+    "CALL_RULES",
+    "LAYER_RULES",
+    "FusedLoraLinear",
+    "forget_norms",
+    "module_refusal",
+]
 
 
 # Where a merged layer keeps its weights from before the merge.
@@ -277,10 +284,20 @@ class FusedLoraLinear(PeftLinear):
         """What the layer, whatever the call, computes, or why that cannot be fused."""
         return _standing_plan(self)
 
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's: a new adapter, whose initialisation may alter the base weight in place."""
+        super().update_layer(*args, **kwargs)
+        forget_norms([self])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Another device or dtype: the weight leaves a packed buffer first, which is then freed."""
+        packing.unpack([self])
+        return super()._apply(fn, recurse)
+
     def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
         """PEFT's merge, which also keeps the weights as they were, in host memory."""
         packing.unpack([self])
-        _norms.pop(self.base_layer, None)
+        forget_norms([self])
         if not self.merged:
             self.__dict__[UNMERGED] = [t.detach().to("cpu", copy=True) for t in self._merged_into()]
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -290,7 +307,7 @@ class FusedLoraLinear(PeftLinear):
     def unmerge(self) -> None:
         """PEFT's unmerge, then the very bits from before the merge: a sum in 16 bits and its
         difference do not cancel, and each round trip of PEFT's would leave another rounding."""
-        _norms.pop(self.base_layer, None)
+        forget_norms([self])
         kept = self.__dict__.pop(UNMERGED, [])
         largest = [t.abs().max() for t in self._merged_into()]
         super().unmerge()
@@ -336,22 +353,29 @@ class FusedLoraLinear(PeftLinear):
 FusedLoraLinear.__name__ = "Linear"
 
 
-# By base layer: the weight its norms were taken of (address, version) and the norms.
-_norms: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Tensor]] = (
+# By base layer: what tells the weight its norms were taken of, and the norms.
+_norms: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Tensor]] = (
     weakref.WeakKeyDictionary()
 )
 
 
+def forget_norms(layers: Iterable[Any]) -> None:
+    """Norms of these layers' base weights are taken anew when they are next needed."""
+    for layer in layers:
+        _norms.pop(layer.base_layer, None)
+
+
 def _frozen_norms(plan: Plan) -> Tensor | None:
     """Squared row norms of the base weight, taken once for as long as it is the same tensor and
-    unchanged. A change through ``weight.data``, which torch does not count, is seen where PEFT
-    makes one: at merging."""
+    unchanged. A change in place through ``weight.data`` is one that torch does not count: PEFT
+    makes such at merging and where an adapter's initialisation alters the base, and both forget
+    the norms; whoever makes one besides calls ``restore`` and ``accelerate`` again."""
     weight = plan.base.weight
     if weight.requires_grad or torch.compiler.is_compiling() or weight.is_inference():
         return None
-    key = (weight.data_ptr(), weight._version)
+    key = (id(weight), weight.data_ptr(), weight._version, weight.dtype, weight.device)
     known = _norms.get(plan.base)
-    if known is None or known[0] != key or known[1].device != weight.device:
+    if known is None or known[0] != key:
         with torch.inference_mode(False):
             known = _norms[plan.base] = (key, ops.squared_row_norms(plan.weight()))
     return known[1]

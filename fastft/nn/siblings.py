@@ -152,7 +152,8 @@ def begin_forward(root: nn.Module, *_: Any) -> None:
     if torch.compiler.is_compiling():
         return
     _thread.watch = None
-    if root in _seen:
+    # Tensors of inference mode have no version: nothing is learnt from them.
+    if root in _seen or torch.is_inference_mode_enabled():
         return
     watch = _watches.get(root)
     if watch is not None and watch.mature():
@@ -165,19 +166,19 @@ def begin_forward(root: nn.Module, *_: Any) -> None:
                     _groups[layer] = group  # type: ignore[index]
         _seen.add(root)
         if root in packing.wanted:
-            _pack(watch.called())
+            _pack(watch.called(), packing.shared_storages(root))
         return
     if watch is None:
         _thread.watch = _watches[root] = _Watch()
 
 
-def _pack(layers: list[FusedLoraLinear]) -> None:
+def _pack(layers: list[FusedLoraLinear], shared: set[int]) -> None:
     """Packs each group once, and each layer without siblings by itself."""
     for layer in layers:
         group = _groups.get(layer)
         members = [layer] if group is None else group.layers()
         if members and members[0] is layer:
-            packing.pack(members, [member.standing_plan() for member in members])
+            packing.pack(members, [member.standing_plan() for member in members], shared)
 
 
 def end_forward(root: nn.Module, *_: Any) -> None:

@@ -6,6 +6,7 @@ import weakref
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
 from fastft import native
@@ -14,7 +15,7 @@ from fastft.nn import head as head_module
 from fastft.nn import packing, siblings
 from fastft.nn.calls import strict_modules
 from fastft.nn.head import CausalLMLoss, FusedHead
-from fastft.nn.lora import UNMERGED
+from fastft.nn.lora import UNMERGED, forget_norms
 from fastft.nn.swap import original_of
 from fastft.patch.proofs import difference, site_key, tolerance, verifiable
 from fastft.patch.rules import RULES, Rule, Site, causal_lm_of
@@ -66,9 +67,10 @@ def accelerate(
             (:func:`fastft.ops.scaled_dot_product_attention`).
         pack_weights: on GPUs, before the second step, copy the frozen weights of layers that share
             an input (q/k/v, gate/up) into one buffer with room for their adapters, so that a layer
-            and its adapter can be one library product. The parameters become views of it, rows
-            padded, and take at most 2% more memory; ``restore`` and merging undo it. Call
-            ``restore`` before saving the base model or sharding it.
+            and its adapter can be one library product. The parameters become views of it, its rows
+            padded to 128 bytes: 2.4% more memory for q/k/v of Llama-3-8B at rank 16. ``restore``,
+            merging and moving the model undo it; call ``restore`` before saving the base model,
+            sharding it or taking PEFT's layers out without merging. Compiled models are not packed.
         strict: raise where a module or a call cannot be fused, instead of running PEFT's own code.
         verify: run each distinct site once on a small random input, output and gradients, beside
             what it replaces; one that differs by more than rounding is not replaced.
@@ -204,6 +206,8 @@ def restore(model: nn.Module) -> nn.Module:
         original = original_of(module)
         if type(module) is not original:
             module.__class__ = original
+            if original is PeftLinear:
+                forget_norms([module])
             module.__dict__.pop(UNMERGED, None)
             strict_modules.discard(module)
         refusals.pop(module, None)

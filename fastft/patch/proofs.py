@@ -159,7 +159,11 @@ def run_conv(module: Any, kind: type[nn.Module]) -> list[Tensor]:
     weight = conv.weight
     x = torch.randn(2, conv.in_channels, *sizes, device=weight.device).to(weight.dtype)
     names = [f"lora_{part}.{name}.weight" for part in "AB"]
-    return _run_adapted(module, kind, names, [x.requires_grad_()])
+    results = _run_adapted(module, kind, names, [x.requires_grad_()])
+    if x.dim() == 4:  # another layout, another way
+        last = x.detach().contiguous(memory_format=torch.channels_last)
+        results += _run_adapted(module, kind, names, [last.requires_grad_()])
+    return results
 
 
 def run_embedding(module: Any, kind: type[nn.Module]) -> list[Tensor]:

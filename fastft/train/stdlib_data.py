@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
+import io
 import sysconfig
 import textwrap
 import tokenize
@@ -136,7 +137,8 @@ def _functions(path: Path, module: str) -> Iterator[StdlibItem]:
         tree = ast.parse(text)
     except (SyntaxError, UnicodeDecodeError, ValueError):
         return  # a few files of the library are broken on purpose
-    lines = text.splitlines(keepends=True)
+    # Only at line feeds, as the parser counts: str.splitlines takes a form feed for an end too.
+    lines = io.StringIO(text, newline="").readlines()
     for name, node in _walk(tree, ""):
         docstring = ast.get_docstring(node)
         # A function that is only its docstring has nothing to be read.

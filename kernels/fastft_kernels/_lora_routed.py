@@ -20,7 +20,7 @@ from fastft_kernels._lora_routed_kernels import (
 )
 from fastft_kernels.multi_tensor import to_device
 
-__all__ = ["Route", "fits"]
+__all__ = ["Route", "fits", "routes"]
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 Span = tuple[int, int]
@@ -35,21 +35,32 @@ def fits(owners: tuple[int, ...], spans: tuple[Span, ...]) -> bool:
     return len(distinct) > 1 and apart and len(set(zip(owners, spans))) == len(spans)
 
 
+def routes(owners: Sequence[int], spans: Sequence[Span], x: Tensor) -> bool:
+    """Whether this call takes one launch for all adapters. Not while a CUDA graph is captured: a
+    replay would copy the tables from host memory that has long been reused."""
+    if not fits(tuple(owners), tuple(spans)):
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+# What follows is cached on the host and copied at each call, on the stream that reads it.
+
+
 @functools.lru_cache(maxsize=256)
-def _row_programs(spans: tuple[Span, ...], block: int, device: torch.device) -> Tensor:
+def _row_programs(spans: tuple[Span, ...], block: int) -> tuple[tuple[int, ...], ...]:
     """(adapter, first row) of every block of rows of every adapter; siblings side by side."""
     programs = []
     for span in sorted(set(spans)):
         members = [j for j, other in enumerate(spans) if other == span]
         rows = range(0, span[1] - span[0], block)
         programs += [(j, row) for row in rows for j in members]
-    return _table(programs, 2, device)
+    return tuple(programs)
 
 
 @functools.lru_cache(maxsize=256)
 def _group_programs(
-    groups: tuple[tuple[int, ...], ...], spans: tuple[Span, ...], block: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+    groups: tuple[tuple[int, ...], ...], spans: tuple[Span, ...], block: int
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
     """(first row, first and past the last member) of every block of rows of every group, and the
     members: adapters that add to the same rows of the same tensor."""
     programs, members = [], []
@@ -58,19 +69,17 @@ def _group_programs(
         members += list(group)
         start, stop = spans[group[0]]
         programs += [(row, first, len(members)) for row in range(0, stop - start, block)]
-    return _table(programs, 3, device), to_device(members, torch.int32, device)
+    return tuple(programs), tuple(members)
 
 
 @functools.lru_cache(maxsize=256)
-def _column_programs(widths: tuple[int, ...], block: int, device: torch.device) -> Tensor:
+def _column_programs(widths: tuple[int, ...], block: int) -> tuple[tuple[int, ...], ...]:
     """(adapter, first column) of every block of columns of every adapter."""
-    programs = [(j, c) for j, width in enumerate(widths) for c in range(0, width, block)]
-    return _table(programs, 2, device)
+    return tuple((j, c) for j, width in enumerate(widths) for c in range(0, width, block))
 
 
-def _table(rows: Sequence[Sequence[int]], width: int, device: torch.device) -> Tensor:
-    flat = [value for row in rows for value in row]
-    return to_device(flat, torch.int32, device).view(-1, width)
+def _table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    return to_device([value for row in rows for value in row], torch.int32, device)
 
 
 class Route:
@@ -120,10 +129,10 @@ class Route:
     def shrink(self, *, transposed: bool) -> None:
         """thin_j = scale_j * drop_j(wide_j[span_j]) a_j^T; a_j is (r, K), or (K, r)."""
         block_r, tile = self._tile(self.arch.shrink)
-        programs = _row_programs(self.spans, tile.block_m, self.device)
-        if programs.numel():
-            _routed_shrink_kernel[(programs.shape[0], triton.cdiv(self.rank, block_r))](
-                self.fields, self.scales, programs, BLOCK_K=tile.block_n,
+        programs = _row_programs(self.spans, tile.block_m)
+        if programs:
+            _routed_shrink_kernel[(len(programs), triton.cdiv(self.rank, block_r))](
+                self.fields, self.scales, _table(programs, self.device), BLOCK_K=tile.block_n,
                 **self._constants(transposed, block_r, tile),
             )  # fmt: skip
 
@@ -132,11 +141,12 @@ class Route:
         wide tensor and span; w_j is (r, N), or (N, r)."""
         block_r, tile = self._tile(self.arch.expand)
         chosen = tuple(tuple(group) for group in groups)
-        programs, members = _group_programs(chosen, self.spans, tile.block_m, self.device)
+        programs, members = _group_programs(chosen, self.spans, tile.block_m)
         widest = max(w.shape[1] for w in self.wides)
-        if programs.numel() and widest:
-            _routed_expand_kernel[(programs.shape[0], triton.cdiv(widest, tile.block_n))](
-                self.fields, self.scales, programs, members, BLOCK_N=tile.block_n,
+        if programs and widest:
+            _routed_expand_kernel[(len(programs), triton.cdiv(widest, tile.block_n))](
+                self.fields, self.scales, _table(programs, self.device),
+                to_device(members, torch.int32, self.device), BLOCK_N=tile.block_n,
                 **self._constants(transposed, block_r, tile),
             )  # fmt: skip
 
@@ -146,11 +156,12 @@ class Route:
         dense = [out if out.is_contiguous() else out.new_empty(out.shape) for out in outs]
         block_r, tile = self._tile(self.arch.outer)
         widths = tuple(w.shape[1] for w in self.wides)
-        programs = _column_programs(widths, tile.block_n, self.device)
+        programs = _column_programs(widths, tile.block_n)
         addresses = to_device([out.data_ptr() for out in dense], torch.int64, self.device)
-        if programs.numel():
-            _routed_outer_kernel[(programs.shape[0], triton.cdiv(self.rank, block_r))](
-                self.fields, self.scales, addresses, programs, BLOCK_K=tile.block_n,
+        if programs:
+            table = _table(programs, self.device)
+            _routed_outer_kernel[(len(programs), triton.cdiv(self.rank, block_r))](
+                self.fields, self.scales, addresses, table, BLOCK_K=tile.block_n,
                 **self._constants(transposed, block_r, tile),
             )  # fmt: skip
         for out, made in zip(outs, dense, strict=True):

@@ -8,8 +8,10 @@ with a border to the right and below, which takes the adapters:
     [ A_1                     ]
     [ A_2                     ]     S = x A^T, dS = s dy B, R the sum of the ranks
 
-Rows are padded to 128 bytes. The layers' own weights become views of it, so nothing is held twice.
-``make`` registers a buffer; a launcher that is handed the very views finds it again with ``find``.
+One layer's product runs over the S of all, against zeros: an Inf or NaN in the adapter of one
+makes its siblings NaN too. Rows are padded to 128 bytes. The layers' own weights become views of
+it, so nothing is held twice. ``make`` registers a buffer; a launcher that is handed the very views
+finds it again with ``find``.
 """
 
 from __future__ import annotations

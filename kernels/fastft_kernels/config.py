@@ -244,9 +244,10 @@ _OUTER_LARGE: TileTable = {
     (2, 64, True): TileConfig(32, 64, Launch(8, 4)),
 }
 
-# The parts of dS that a strip leaves cost 8 r bytes a token: wide strips, where they fit.
-_PAIR_SMALL = {16: TileConfig(64, 128, Launch(4, 3))}
-_PAIR_LARGE = {16: TileConfig(64, 256, Launch(8, 3)), 32: TileConfig(64, 256, Launch(8, 3))}
+# The parts of dS that a strip leaves cost 8 r bytes a token: wide strips. Without Hopper's matrix
+# unit, whose operands stay in shared memory, Triton 3.6 and 3.7 spill a tile of 64 tokens.
+_PAIR_SMALL = dict.fromkeys((16, 32), TileConfig(32, 256, Launch(8, 3)))
+_PAIR_LARGE = dict.fromkeys((16, 32), TileConfig(64, 256, Launch(8, 3)))
 
 # The masked product holds its thin term apart from the accumulator until the mask has met it.
 _GEMM_SM90 = {
@@ -265,7 +266,7 @@ _KIB = 1024
 ARCHS: dict[int, Arch] = {
     arch.capability: arch
     for arch in (
-        Arch("sm_80", 80, 163 * _KIB, 216, _SHRINK_SM80, _EXPAND_LARGE, _OUTER_LARGE, _PAIR_LARGE),
+        Arch("sm_80", 80, 163 * _KIB, 216, _SHRINK_SM80, _EXPAND_LARGE, _OUTER_LARGE, _PAIR_SMALL),
         Arch("sm_86", 86, 99 * _KIB, 168, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL, _PAIR_SMALL),
         Arch("sm_89", 89, 99 * _KIB, 256, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL, _PAIR_SMALL),
         Arch(

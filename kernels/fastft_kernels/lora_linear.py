@@ -16,8 +16,9 @@ three ways (``fastft_kernels.ways`` chooses by the shape):
     gemm     in the accumulator of a persistent Triton product
 
 An adapter j belongs to a layer i and to a span of rows. The ways serve layers with one adapter each
-over all rows; a mixed batch adds the terms of all its adapters in one launch; what is neither takes
-``expand`` a span at a time. "One read" holds for up to three adapters.
+over all rows; "one read" holds for up to three adapters of the same rows. A mixed batch's thin
+products are one launch each, where each adapter reads its own rows; what is neither takes
+``expand`` a span at a time.
 
 Adapters may be float32 next to a 16-bit x: they are cast as they are loaded, accumulation is
 float32, and no float32 copy of x exists. Sums over tokens are split by a rule that depends on the
@@ -36,8 +37,7 @@ from torch import Tensor
 from fastft_kernels import _lora_gemm, border, config, ways
 from fastft_kernels._common import device_guard, supports_device
 from fastft_kernels._lora_linear_kernels import _dropout_mask_kernel
-from fastft_kernels._lora_routed import Route
-from fastft_kernels._lora_routed import fits as routes
+from fastft_kernels._lora_routed import Route, routes
 from fastft_kernels._lora_skinny import Copy, expand_add, outer, pair, pairs_well, shrink
 
 __all__ = ["bwd", "dropout_mask", "fwd", "lay_out", "supports"]
@@ -110,7 +110,8 @@ def fwd(
                 return _fwd_gemm(ys, weights, biases, lora_bs, scalings, *thin)
         for y, weight in zip(ys, weights, strict=True):
             torch.mm(x, weight.t(), out=y)
-        if routes(tuple(owners), tuple(spans)):
+        fused: set[int] = set()
+        if routes(owners, spans, x):
             every = range(len(owners))
             Route([x] * len(owners), lora_as, ss, spans, keep_scales, masks).shrink(
                 transposed=False
@@ -131,7 +132,7 @@ def fwd(
                     ys[owner][slice(*span)], bias, _at(ss, members), _at(lora_bs, members),
                     _at(scalings, members), [None] * len(members), transposed=True,
                 )  # fmt: skip
-        fused = {o for o, span in zip(owners, spans, strict=True) if span == whole}
+            fused = {o for o, span in zip(owners, spans, strict=True) if span == whole}
         for i, bias in enumerate(biases):
             if bias is not None and i not in fused:
                 ys[i].add_(bias)
@@ -206,7 +207,7 @@ def bwd(
     with device_guard(x):
         d_ss: list[Tensor] = [torch.empty_like(s) for s in ss]
         thin = (ss, lora_as, lora_bs, scalings, keep_scales, masks, owners, spans)
-        if routes(tuple(owners), tuple(spans)):
+        if routes(owners, spans, x):
             return _bwd_routed(dx, das, dbs, dys, d_ss, x, weights, *thin)
         way, held = "expand", None
         if dx is not None and dx.numel() and _plain(len(dys), owners, spans, (0, x.shape[0])):

@@ -34,7 +34,8 @@ class Variant:
         key: the key into that tile table: bytes of an element of x, rank block, stacked; for a norm
             its columns first.
         aligned: pointers and sizes are multiples of 16, as they usually are.
-        stack_limit: bytes of stack (spilled registers) that are accepted.
+        stack_limit: bytes of stack (spilled registers) that are accepted: four registers, by which
+            versions of Triton differ, cost nothing that can be measured.
     """
 
     module: str
@@ -45,7 +46,7 @@ class Variant:
     table: str = ""
     key: tuple[int, int, bool] = (4, 16, False)
     aligned: bool = True
-    stack_limit: int = 0
+    stack_limit: int = 16
 
 
 _LORA = "fastft_kernels._lora_linear_kernels"
@@ -56,9 +57,6 @@ _ADAMW = "fastft_kernels.adamw"
 # Sizes that are no multiples of 16, which no model's are, load element by element: three masked
 # siblings may then spill this much. Measured: at most 72 bytes (Triton 3.6, sm_90, rank 16).
 _UNALIGNED_STACK = 80
-# Measured: at most 16 bytes in a float32 shrink that copies, 8 in a persistent product (three
-# masked siblings; Triton 3.6 on sm_120).
-_SLIGHT_STACK = 16
 
 
 def _numbered(prefix: str, kind: str, suffix: str = "") -> dict[str, str]:
@@ -98,7 +96,7 @@ def _lora(kernel: str, x: str, adapter: str, r: int, siblings: int, masked: bool
         + ("" if aligned else " unaligned"),
         types, {"SIBLINGS": siblings, "MASKED": masked, "BLOCK_R": block_r, **flags},
         kernel, (_DTYPES[x], block_r, masked or siblings > 1), aligned,
-        _SLIGHT_STACK * (x == "fp32" and flags.get("COPY", False)) if aligned else _UNALIGNED_STACK,
+        Variant.stack_limit if aligned else _UNALIGNED_STACK,
     )  # fmt: skip
 
 
@@ -186,7 +184,7 @@ def _routed(
         "fastft_kernels._lora_routed_kernels", f"_routed_{kernel}_kernel",
         f"x={x} ab={adapter} r={r} masked={masked} transposed={transposed} aligned={aligned}",
         types, constants, kernel, (_DTYPES[x], block_r, True), True,
-        0 if aligned else _UNALIGNED_STACK,
+        Variant.stack_limit if aligned else _UNALIGNED_STACK,
     )  # fmt: skip
 
 
@@ -206,7 +204,7 @@ def _gemm(x: str, adapter: str, siblings: int, **flags: bool) -> Variant:
     return Variant(
         "fastft_kernels._lora_gemm_kernel", "_lora_gemm_kernel",
         f"x={x} ab={adapter} siblings={siblings}{text}", types, {"SIBLINGS": siblings, **flags},
-        "gemm", (_DTYPES[x], 0, flags["MASKED"]), stack_limit=_SLIGHT_STACK,
+        "gemm", (_DTYPES[x], 0, flags["MASKED"]),
     )  # fmt: skip
 
 

@@ -62,15 +62,17 @@ def counted(shape: Shape, way: str) -> float:
     A Triton product's own speed cannot be counted, so ``gemm`` is inf: only a measurement picks it.
     """
     k, n, layers = shape.features, sum(shape.widths), len(shape.widths)
+    # The adapters are written into the border anew at each call, however few the tokens.
+    fill = shape.r / max(shape.tokens, 1)
     if way == "gemm":
         return math.inf
     if shape.direction == "fwd":
         # expand reads x for S, then reads and writes y; border reads x and writes [x | S].
-        return float(k + 2 * n if way == "expand" else 2 * k)
+        return float(k + 2 * n if way == "expand" else 2 * k + n * fill)
     # Both read dy for dS and dB. expand: every product but the first adds to dx, and so does the
     # low-rank term; border writes [dy | dS], and under dropout the term is still added apart.
-    own = 2 * k * layers if way == "expand" else n + (2 * k if shape.dropout else 0)
-    return float(n + own)
+    own = n + (2 * k if shape.dropout else k * layers * fill)
+    return float(n + (2 * k * layers if way == "expand" else own))
 
 
 _forced: list[str] = []

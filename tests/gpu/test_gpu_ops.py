@@ -180,7 +180,12 @@ def test_lora_linear(kernel: str, name: str, device: torch.device, observed: Any
 @pytest.mark.parametrize("way", ["border", "gemm"])
 @pytest.mark.parametrize("name", [*LORA_CASES, *LARGE_LORA])
 def test_lora_linear_ways(
-    kernel: str, name: str, way: str, device: torch.device, observed: Any
+    kernel: str,
+    name: str,
+    way: str,
+    device: torch.device,
+    observed: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each way on every case it can take; where it cannot, the others serve."""
     case = {**LORA_CASES, **LARGE_LORA}[name]
@@ -190,9 +195,19 @@ def test_lora_linear_ways(
     held = lora_launcher(inputs, backend).lay_out(inputs.weights, case.ranks[: len(case.widths)])
     inputs.weights = held.weights
     before = [w.clone() for w in inputs.weights]
+    taken, pick = [], ways.pick
+    monkeypatch.setattr(
+        ways, "pick", lambda *a: taken.append((way in a[2], pick(*a))) or taken[-1][1]
+    )
     with ways.force(way):
         got = lora_through_op(inputs, backend)
     compare(observed, got, inputs.autograd(case.dtype), inputs.autograd(torch.float64))
+    assert all(chosen == way for possible, chosen in taken if possible)
+    whole = not case.owners
+    if way == "border" and whole:
+        assert [chosen for _, chosen in taken] == ["border", "border"]
+    if name in ("siblings-bf16-no-dropout", "aligned-siblings"):
+        assert [chosen for _, chosen in taken] == [way, way], "where every way can run"
     assert all(torch.equal(w, old) for w, old in zip(inputs.weights, before, strict=True))
 
 

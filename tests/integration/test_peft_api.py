@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from pathlib import Path
 
@@ -238,18 +239,22 @@ def test_dora_with_dropout_runs_as_peft_in_training_only() -> None:
 def test_norms_of_frozen_weights_are_taken_once_and_follow_what_changes_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from fastft import ops
-
+    dora = importlib.import_module("fastft.ops.dora_scale")
     taken: list[torch.Tensor] = []
-    plain_norms = ops.squared_row_norms
-    monkeypatch.setattr(ops, "squared_row_norms", lambda w: taken.append(w) or plain_norms(w))
+    plain_norms = dora.squared_row_norms
+
+    def counted(weight: torch.Tensor) -> torch.Tensor:
+        taken.append(weight)
+        return plain_norms(weight)
+
+    for module in (dora, fastft.ops):
+        monkeypatch.setattr(module, "squared_row_norms", counted)
     plain = tiny.peft_model("llama", use_dora=True)
-    fused = fastft.accelerate(copy.deepcopy(plain), norm=False, glu=False, attention=False)
-    del taken[:]
-    n = len(tiny.lora_layers(fused))
+    switches = {"norm": False, "glu": False, "attention": False, "verify": False}
+    fused = fastft.accelerate(copy.deepcopy(plain), **switches)
     for _ in range(3):
         tiny.step(fused, BATCH)
-    assert len(taken) <= n  # verification took some already
+    assert len(taken) == len(tiny.lora_layers(fused))
 
     def both(change: str) -> None:
         for model in (plain, fused):
@@ -259,11 +264,18 @@ def test_norms_of_frozen_weights_are_taken_once_and_follow_what_changes_them(
                     weight.mul_(1.5)
                 elif change == "data":
                     weight.data = weight.data * 1.5
+                elif change == "an adapter that alters the base":
+                    config = LoraConfig(
+                        r=4, use_dora=True, init_lora_weights="olora", target_modules=["q_proj"]
+                    )
+                    model.add_adapter("other", config)
+                    model.set_adapter("other")
+                    model.set_adapter("default")
                 else:
                     model.merge_adapter()
                     model.unmerge_adapter()
 
-    for change in ("in place", "data", "merged and back"):
+    for change in ("in place", "data", "merged and back", "an adapter that alters the base"):
         both(change)
         torch.testing.assert_close(logits(fused), logits(plain), rtol=1e-4, atol=1e-5)
 

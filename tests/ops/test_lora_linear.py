@@ -423,12 +423,13 @@ def test_one_pass_products_of_every_instruction_set(
         "da": 1.25 * s64.t() @ dropped,
     }
     c, facts = native.module(), (adapter == F32,)
-    words = max(c.thin_scratch(rows, columns, r, isa=i) for i in _sets())
     for isa in _sets():
+        words = c.thin_scratch(rows, columns, r, isa=isa)
         found = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            room = torch.full((words,), float("nan"))
+            room = torch.full((words + 8,), float("nan"))
+            room[-8:] = 7
             got = {
                 name: torch.full((value.numel() + 8,), 7.0, dtype=adapter if name[0] == "d"
                                  and name[1] in "ab" else BF16)
@@ -447,7 +448,7 @@ def test_one_pass_products_of_every_instruction_set(
             c.thin_back(
                 at["dx"], at["da"], ps, px, pa, bits, *size, 1.25, *facts, proom, isa=isa
             )  # fmt: skip
-            assert all(bool((t[-8:] == 7).all()) for t in got.values()), isa
+            assert all(bool((t[-8:] == 7).all()) for t in (room, *got.values())), isa
             found.append({n: t[:-8].view(truth[n].shape) for n, t in got.items()})
         for name, value in truth.items():
             assert torch.equal(found[0][name], found[1][name]), (isa, name)
@@ -497,9 +498,10 @@ def test_bfloat16_where_the_processor_has_none(
     adapter: torch.dtype, p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The library's products, as on a processor without bfloat16 instructions."""
-    from fastft.cpu import thin
+    from fastft.cpu import products, thin
 
     monkeypatch.setattr(thin, "serves", lambda dtype, r: False)
+    monkeypatch.setattr(products, "native_bfloat16", lambda: False)
     for shape in (SHAPES[2], SHAPES[6], SHAPES[8]):
         call, ps = Call(shape, BF16, adapter, True), [p] * len(shape.r)
         with poisoned():

@@ -97,6 +97,63 @@ def test_convolutions(name: str, channels_last: bool, dtype: torch.dtype) -> Non
     compare(adapted(layer, dtype), x)
 
 
+def test_a_1x1_convolution_of_channels_last_is_one_operation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And where lora_linear would refuse, the library's convolutions serve."""
+    from fastft import ops
+
+    calls: list[int] = []
+    plain = ops.lora_linear
+    monkeypatch.setattr(ops, "lora_linear", lambda *a, **k: calls.append(1) or plain(*a, **k))
+
+    def ran(model: PeftModel, layer: nn.Conv2d) -> int:
+        fastft.accelerate(model, strict=True)
+        del calls[:]
+        x = torch.randn(2, layer.in_channels, 5, 7).to(memory_format=torch.channels_last)
+        expected = model(x)
+        assert fastft.explain(model).to_dict()["calls"]["fallback"] == {}
+        fastft.restore(model)
+        torch.testing.assert_close(expected, model(x), rtol=1e-4, atol=1e-5)
+        return len(calls)
+
+    assert ran(adapted(nn.Conv2d(12, 20, 1)), CONVS["1x1"][0]) == 1
+    assert ran(adapted(nn.Conv2d(12, 20, 3)), CONVS["3x3"][0]) == 0
+    narrow = nn.Conv2d(4, 4, 1)
+    assert ran(adapted(narrow, r=8), narrow) == 0
+    hooked, seen = adapted(narrow), []
+    conv = hooked.base_model.model.layer.base_layer
+    conv.register_full_backward_hook(lambda *a: seen.append(1))
+    fastft.accelerate(hooked)
+    del seen[:]  # verification called it too
+    x = torch.randn(1, 4, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+    hooked(x).sum().backward()
+    assert seen == [1]
+
+
+def test_inputs_without_a_batch_run_through_peft() -> None:
+    for layer, shape in ((nn.Conv2d(6, 6, 1), (6, 6, 6)), (nn.Conv1d(6, 8, 3), (6, 9))):
+        model = adapted(layer)
+        x = torch.randn(*shape)
+        expected = model(x)
+        fastft.accelerate(model)
+        assert torch.equal(model(x), expected)
+        assert "input without a batch" in str(fastft.explain(model))
+
+
+def test_an_embedding_under_autocast_keeps_its_dtype() -> None:
+    model = adapted(nn.Embedding(30, 16))
+    ids = torch.tensor([[1, 3, 3, 29]])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = results(model, ids)
+        fastft.accelerate(model)
+        got = results(model, ids)
+    for name, value in expected.items():
+        assert got[name].dtype == value.dtype == F32, name
+        # PEFT multiplies in bfloat16 there.
+        assert (got[name] - value).norm() <= 4 * torch.finfo(BF16).eps * value.norm(), name
+
+
 @pytest.mark.parametrize("name", ["1x1", "3x3"])
 def test_a_convolution_drops_as_peft_says(name: str) -> None:
     """The mean over many masks is the layer without dropout; evaluation has none."""

@@ -84,7 +84,9 @@ def test_what_the_persistent_product_refuses() -> None:
     x = torch.zeros(16, 64, dtype=BF16)
     assert _lora_gemm.fits([x, x, x])
     assert not _lora_gemm.fits([x.float()])
-    assert not _lora_gemm.fits([x[:, :9]]) or x[:, :9].stride(0) % 8 == 0
+    assert _lora_gemm.fits([x[:, :9]]), "rows of 128 bytes, whatever is read of them"
+    assert not _lora_gemm.fits([torch.zeros(16, 65, dtype=BF16)[:, :64]])
+    assert not _lora_gemm.fits([x.flatten()[1:].view(1, -1)])
     assert not _lora_gemm.fits([torch.zeros(16, 65, dtype=BF16)])
     assert not _lora_gemm.fits([x[:0]])
     assert not _lora_gemm.fits([x] * 9)
@@ -151,6 +153,13 @@ def test_several_spans_go_in_one_launch_each(monkeypatch: pytest.MonkeyPatch) ->
     assert launches == ["shrink", "expand", "shrink", "expand", "outer", "outer"]
 
 
+@pytest.mark.parametrize("spans", [((0, 24), (24, 24)), ((0, 0), (0, 24)), ((0, 8), (8, 24))])
+def test_a_mixed_batch_has_its_bias(spans: tuple[tuple[int, int], ...]) -> None:
+    case = LoraCase(24, 16, (12,), (4, 4), F32, F32, owners=(0, 0), spans=spans).inputs()
+    assert _lora_routed.fits((0, 0), spans)
+    _check(case, _run(case))
+
+
 def test_overlapping_spans_do_not_share_a_launch() -> None:
     assert _lora_routed.fits((0, 0), ((0, 4), (4, 8)))
     assert not _lora_routed.fits((0, 0), ((0, 5), (4, 8)))
@@ -167,6 +176,8 @@ SHAPE = ways.Shape("fwd", 8192, 4096, (4096,), 16, False)
 
 def test_without_a_measurement_bytes_decide() -> None:
     both = ("expand", "border")
+    decode = ways.Shape("fwd", 1, 4096, (4096,), 64, False)
+    assert ways.pick("sm_90", decode, both) == "expand", "the border is filled at each call"
     assert ways.pick("sm_90", SHAPE, both) == "border"
     down = ways.Shape("fwd", 8192, 14336, (4096,), 16, False)
     assert ways.pick("sm_90", down, both) == "expand", "x is wider than y, read and written"
