@@ -103,10 +103,13 @@ def test_family(name: str) -> None:
         sum(m.fused for m in reports if m.kind == kind) for kind in ("norm", "glu", "attention")
     ]
     assert counts[:2] == [norms, mlps]
-    # Which families go through the attention interface changed with Transformers.
-    if Version(transformers.__version__) >= Version("5.23"):
-        assert counts[2] == attentions
-    assert all(m.fused_calls >= 2 for m in reports if m.fused and m.kind != "loss")
+    # Which families go through the attention interface changed with Transformers, and an older one
+    # may pass it what only torch's own takes: such calls are counted with their reason.
+    known = Version(transformers.__version__) >= Version("5.23")
+    assert not known or counts[2] == attentions
+    for m in reports:
+        if m.fused and m.kind != "loss":
+            assert m.fused_calls >= 2 or (not known and m.kind == "attention" and m.fallback_calls)
     assert all(m.reason for m in reports if not m.fused)
     ids = batches()[0]["input_ids"][:1, :5]
     facts = {"max_new_tokens": 4, "do_sample": False}
