@@ -42,6 +42,7 @@ static inline int64_t thread_index() {
 #include "glu.inc"
 #include "lora.inc"
 #include "rms_norm.inc"
+#include "thin_tiles.inc"
 #include "thin.inc"
 
 }  // namespace FASTFT_ISA

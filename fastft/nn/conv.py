@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastft import ops
 from fastft.nn.calls import count
 from fastft.nn.mixed import adapter_names_of
-from fastft.nn.rules import ADAPTER_STATE, LAYER_STATE, Rule, first, hooked
+from fastft.nn.rules import ADAPTER_STATE, LAYER_STATE, Rule, hooked, refusal
 from fastft.ops._checks import autocast_dtype
 
 __all__ = ["FUSED_CONVS", "FusedLoraConv", "conv_refusal"]
@@ -56,12 +56,7 @@ def _adapters(layer: Any) -> list[_Adapter]:
 
 def conv_refusal(layer: Any) -> str | None:
     """Why the layer, as it stands, runs through PEFT; None when it can run fused."""
-    reason = first(_LAYER_RULES, layer)
-    if reason is not None:
-        return reason
-    adapters = _adapters(layer)
-    reasons = (first(_ADAPTER_RULES, adapter) for adapter in adapters)
-    return next((r for r in reasons if r), None if adapters else "no active adapter")
+    return refusal(layer, _LAYER_RULES, _adapters, _ADAPTER_RULES)
 
 
 class FusedLoraConv:

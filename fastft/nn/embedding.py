@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastft.nn.calls import count
 from fastft.nn.mixed import adapter_names_of
-from fastft.nn.rules import LAYER_STATE, Rule, first, odd_scaling
+from fastft.nn.rules import LAYER_STATE, Rule, odd_scaling, refusal
 
 __all__ = ["FusedLoraEmbedding", "embedding_refusal"]
 
@@ -47,12 +47,7 @@ def _adapters(layer: Any) -> list[_Adapter]:
 
 def embedding_refusal(layer: Any) -> str | None:
     """Why the layer, as it stands, runs through PEFT; None when it can run fused."""
-    reason = first(_LAYER_RULES, layer)
-    if reason is not None:
-        return reason
-    adapters = _adapters(layer)
-    reasons = (first(_ADAPTER_RULES, adapter) for adapter in adapters)
-    return next((r for r in reasons if r), None if adapters else "no active adapter")
+    return refusal(layer, _LAYER_RULES, _adapters, _ADAPTER_RULES)
 
 
 class FusedLoraEmbedding(PeftEmbedding):

@@ -3,13 +3,13 @@ kind of layer shares."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["ADAPTER_STATE", "LAYER_STATE", "Rule", "first", "hooked"]
+__all__ = ["ADAPTER_STATE", "LAYER_STATE", "Rule", "first", "hooked", "odd_scaling", "refusal"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,22 @@ def first(rules: tuple[Rule, ...], *facts: Any) -> str | None:
         if rule.applies(*facts):
             return rule.reason
     return None
+
+
+def refusal(
+    layer: Any,
+    layer_rules: tuple[Rule, ...],
+    adapters: Callable[[Any], Sequence[Any]],
+    adapter_rules: tuple[Rule, ...],
+) -> str | None:
+    """Why the layer, as it stands, runs through PEFT: a rule of its own, no active adapter, or a
+    rule of one of them; None when it can run fused."""
+    reason = first(layer_rules, layer)
+    if reason is not None:
+        return reason
+    active = adapters(layer)
+    reasons = (first(adapter_rules, adapter) for adapter in active)
+    return next((r for r in reasons if r), None if active else "no active adapter")
 
 
 def hooked(module: nn.Module) -> bool:

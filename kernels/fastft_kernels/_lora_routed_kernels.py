@@ -31,6 +31,30 @@ def _wide_tensor(field, WIDE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _thin_tensor(field, WIDE: tl.constexpr):
+    """(pointer, rank, address of the mask, first row, number of rows) of an adapter."""
+    begin = tl.load(field + 6)
+    pointer = tl.load(field + 3).to(tl.pointer_type(WIDE))
+    return pointer, tl.load(field + 5), tl.load(field + 4), begin, tl.load(field + 7) - begin
+
+
+@triton.jit
+def _wide_tile(
+    x_ptr, mask_address, begin, rows, row, columns, column, count, K,
+    WIDE: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """drop(x) for some rows of an adapter's and some columns."""
+    x = tl.load(
+        x_ptr + (begin + rows)[:, None] * K + columns[None, :],
+        mask=(rows < count)[:, None] & (columns < K)[None, :],
+        other=0.0,
+    )
+    if MASKED:
+        x = tl.where(_keep(mask_address, row, column, count, K, BLOCK_M, BLOCK_K), x, 0.0)
+    return x.to(WIDE)
+
+
+@triton.jit
 def _keep(mask_address, row, column, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The keep bits of a tile; all of it where the adapter has no mask."""
     mask = mask_address.to(tl.pointer_type(tl.uint8))
@@ -59,23 +83,15 @@ def _routed_shrink_kernel(
     field = fields_ptr + adapter * FIELDS
     x_ptr, K = _wide_tensor(field, WIDE, ALIGNED)
     a_ptr = tl.load(field + 2).to(tl.pointer_type(ADAPTER))
-    s_ptr = tl.load(field + 3).to(tl.pointer_type(WIDE))
-    mask_address = tl.load(field + 4)
-    r, begin = tl.load(field + 5), tl.load(field + 6)
-    count = tl.load(field + 7) - begin
+    s_ptr, r, mask_address, begin, count = _thin_tensor(field, WIDE)
     rows = row + tl.arange(0, BLOCK_M)
     rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        x = tl.load(
-            x_ptr + (begin + rows)[:, None] * K + k[None, :],
-            mask=(rows < count)[:, None] & (k < K)[None, :],
-            other=0.0,
-        )
-        if MASKED:
-            x = tl.where(_keep(mask_address, row, k0, count, K, BLOCK_M, BLOCK_K), x, 0.0)
-            x = x.to(WIDE)
+        x = _wide_tile(
+            x_ptr, mask_address, begin, rows, row, k, k0, count, K, WIDE, MASKED, BLOCK_M, BLOCK_K
+        )  # fmt: skip
         if TRANSPOSED:
             offset = k[:, None] * r + rank[None, :]
         else:
@@ -169,23 +185,16 @@ def _routed_outer_kernel(
     column = tl.load(programs_ptr + 2 * tl.program_id(0) + 1)
     field = fields_ptr + adapter * FIELDS
     x_ptr, K = _wide_tensor(field, WIDE, ALIGNED)
-    s_ptr = tl.load(field + 3).to(tl.pointer_type(WIDE))
-    mask_address = tl.load(field + 4)
-    r, begin = tl.load(field + 5), tl.load(field + 6)
-    count = tl.load(field + 7) - begin
+    s_ptr, r, mask_address, begin, count = _thin_tensor(field, WIDE)
     columns = column + tl.arange(0, BLOCK_K)
     rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for row in range(0, count, BLOCK_M):
         rows = row + tl.arange(0, BLOCK_M)
-        x = tl.load(
-            x_ptr + (begin + rows)[:, None] * K + columns[None, :],
-            mask=(rows < count)[:, None] & (columns < K)[None, :],
-            other=0.0,
-        )
-        if MASKED:
-            x = tl.where(_keep(mask_address, row, column, count, K, BLOCK_M, BLOCK_K), x, 0.0)
-            x = x.to(WIDE)
+        x = _wide_tile(
+            x_ptr, mask_address, begin, rows, row, columns, column, count, K,
+            WIDE, MASKED, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
         s = tl.load(
             s_ptr + rows[None, :] * r + rank[:, None],
             mask=(rows < count)[None, :] & (rank < r)[:, None],
