@@ -80,7 +80,7 @@ STEPS: tuple[Step, ...] = (
         170,
         {"FASTFT_CUDA": "1"},
     ),
-    Step("tests", (*_PYTEST, *_TESTS), 180, {_REPORT: "{out}/tests.jsonl"}),
+    Step("tests", (*_PYTEST, *_TESTS), 210, {_REPORT: "{out}/tests.jsonl"}),
     _bench("ways", 80, "--rounds", "5"),
     # What the ways took decides which of them the suites after it measure.
     Step("table", (sys.executable, "-m", "bench.ways", "{out}/ways.jsonl"), 20),
