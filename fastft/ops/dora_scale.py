@@ -45,8 +45,8 @@ def dora_norm(
         weight: (out_features, in_features).
         lora_a: (r, in_features).
         lora_b: (out_features, r).
-        squared_rows: ||w_n||^2 in float32 (float64 for float64) if known; W is frozen, so it may
-            be kept from step to step.
+        squared_rows: ||w_n||^2 in float64 if known; W is frozen, so it may be kept from step to
+            step.
 
     Returns:
         (out_features,) in float32 (float64 for float64). No gradient.
@@ -58,8 +58,10 @@ def dora_norm(
     with torch.autocast(weight.device.type, enabled=False):
         cross = (weight @ lora_a.to(weight.dtype).t()).to(wide)
         own = b @ (a @ a.t())
-    squared = squared_rows + 2 * scaling * (cross * b).sum(1) + scaling**2 * (own * b).sum(1)
-    return squared.clamp_(min=0.0).sqrt_()
+    low_rank = 2 * scaling * (cross * b).sum(1) + scaling**2 * (own * b).sum(1)
+    # The square of a float32 is exact in float64, and so is its root: with B = 0 the norm is that
+    # of W to the last bit, and a fresh adapter changes nothing.
+    return (squared_rows + low_rank).clamp_(min=0.0).sqrt_().to(wide)
 
 
 # Elements of a weight that are widened at a time: 16 MiB in float32.
@@ -68,14 +70,14 @@ _WIDENED = 1 << 22
 
 @torch.no_grad()
 def squared_row_norms(weight: Tensor) -> Tensor:
-    """||w_n||^2 of every row, in float32 (float64 for float64).
+    """||w_n||^2 of every row, in float64, from norms in float32 (float64 for float64).
 
     Some rows at a time: torch widens all it is given.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     rows = max(1, _WIDENED // max(1, weight.shape[1]))
     norms = [torch.linalg.vector_norm(part, dim=1, dtype=wide) for part in weight.split(rows)]
-    return torch.cat(norms).square_()
+    return torch.cat(norms).double().square_()
 
 
 def dora_scale(

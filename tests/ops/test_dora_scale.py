@@ -144,3 +144,8 @@ def _rejected() -> list[Rejected]:
 @pytest.mark.parametrize("case", _rejected(), ids=lambda c: c.name)
 def test_rejected(case: Rejected) -> None:
     assert_rejected(case)
+
+
+def test_a_fresh_adapter_leaves_the_norm_as_it_is_to_the_last_bit() -> None:
+    weight, a, b = torch.randn(300, 200), torch.randn(8, 200), torch.zeros(300, 8)
+    assert torch.equal(ops.dora_norm(weight, a, b, 2.0), torch.linalg.norm(weight, dim=1))
