@@ -31,10 +31,19 @@ _PITCH = 128
 _UNIT = 8
 
 
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def _pitch(columns: int, like: Tensor) -> int:
+    """Elements from one row to the next of a matrix of this many columns."""
+    return _round_up(columns, _PITCH // like.element_size())
+
+
 @dataclass(eq=False)
 class Border:
     """A buffer (N + R, pitch) of the layers ``widths`` over ``features`` columns, and places for
-    one adapter of ``ranks[i]`` a layer. R and N + R are multiples of eight."""
+    one adapter of ``ranks[i]`` a layer. R is a multiple of eight."""
 
     buffer: Tensor
     features: int
@@ -54,7 +63,7 @@ class Border:
     @property
     def border(self) -> int:
         """R: the sum of the ranks, rounded up."""
-        return -(-sum(self.ranks) // _UNIT) * _UNIT
+        return _round_up(sum(self.ranks), _UNIT)
 
     def rank_slices(self) -> list[slice]:
         """The place of each adapter among the R."""
@@ -94,10 +103,8 @@ _known: weakref.WeakValueDictionary[int, Border] = weakref.WeakValueDictionary()
 def make(weights: Sequence[Tensor], ranks: Sequence[int]) -> Border:
     """Copies the weights (N_i, K) of one dtype and device into a new buffer and registers it."""
     features, widths = weights[0].shape[1], tuple(w.shape[0] for w in weights)
-    unit = _PITCH // weights[0].element_size()
-    border = -(-sum(ranks) // _UNIT) * _UNIT
-    pitch = -(-(features + border) // unit) * unit
-    buffer = weights[0].new_zeros(sum(widths) + border, pitch)
+    border = _round_up(sum(ranks), _UNIT)
+    buffer = weights[0].new_zeros(sum(widths) + border, _pitch(features + border, weights[0]))
     made = Border(buffer, features, widths, tuple(ranks))
     for view, weight in zip(made.weights, weights, strict=True):
         view.copy_(weight)
@@ -115,6 +122,4 @@ def find(weights: Sequence[Tensor], ranks: Sequence[int]) -> Border | None:
 
 def operand(like: Tensor, rows: int, columns: int, border: int) -> Tensor:
     """Room for [x | S] or [dy | dS]: (rows, columns + border), rows padded as the buffer's are."""
-    unit = _PITCH // like.element_size()
-    pitch = -(-(columns + border) // unit) * unit
-    return like.new_empty(rows, pitch)[:, : columns + border]
+    return like.new_empty(rows, _pitch(columns + border, like))[:, : columns + border]

@@ -112,13 +112,12 @@ def fwd(
             torch.mm(x, weight.t(), out=y)
         fused: set[int] = set()
         if routes(owners, spans, x):
-            every = range(len(owners))
             Route([x] * len(owners), lora_as, ss, spans, keep_scales, masks).shrink(
                 transposed=False
             )
             wides, none = [ys[i] for i in owners], [None] * len(owners)
             Route(wides, lora_bs, ss, spans, scalings, none).expand(
-                [[j] for j in every], transposed=True
+                [[j] for j in range(len(owners))], transposed=True
             )
         else:
             for span, members in _by(spans).items():
@@ -280,8 +279,8 @@ def _d_s_and_d_b(
     """dS_j and dB_j of one layer's adapters over the rows of dy."""
     first = members[0]
     db = dbs[first]
-    alone = len(members) == 1 and db is not None
-    if alone and db is not None and need_ds and pairs_well(dy, lora_bs[first].shape[1]):
+    both = len(members) == 1 and need_ds
+    if both and db is not None and pairs_well(dy, lora_bs[first].shape[1]):
         pair(d_ss[first], db, dy, ss[first], lora_bs[first], float(scalings[first]), copy)
         return
     wanted = [j for j in members if dbs[j] is not None]
