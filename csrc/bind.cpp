@@ -210,19 +210,72 @@ PYBIND11_MODULE(_C, m) {
       py::arg("dx"), py::arg("da"), py::arg("ds"), py::arg("x"), py::arg("a"), py::arg("mask"),
       py::arg("rows"), py::arg("cols"), py::arg("r"), py::arg("scale"), py::arg("wide"),
       py::arg("scratch"), py::arg("isa") = "", free_gil);
+  // addresses: bias, class_weight, label_weight, row_scale, labels, top, log_sum, z_label,
+  // weighted_sum, entropy, log_sum_sq, mean_logit, argmax; numbers: scale, softcap, smoothing,
+  // z_loss, weight_sum, classes.
   m.def(
       "cross_entropy",
-      [](int64_t logits, int64_t bias, int64_t labels, int64_t row_loss, int64_t row_correct,
-         int64_t rows, int64_t vocab, int dtype, bool gradient, const std::string& isa) {
-        std::vector<float> scratch;
-        if (dtype != 0) scratch.resize(static_cast<size_t>(max_threads() * vocab));
-        kernels(isa).cross_entropy(
-            at<void>(logits), at<const float>(bias), at<const int64_t>(labels), at<float>(row_loss),
-            at<uint8_t>(row_correct), rows, vocab, dtype, gradient, scratch.data());
+      [](int64_t logits, const std::vector<int64_t>& addresses, int64_t rows, int64_t vocab,
+         const std::vector<float>& numbers, bool statistics, bool gradient, int dtype,
+         const std::string& isa) {
+        const auto p = [&](size_t i) { return at<float>(addresses.at(i)); };
+        const fastft::CrossEntropyRows given{p(0),
+                                             p(1),
+                                             p(2),
+                                             p(3),
+                                             at<const int64_t>(addresses.at(4)),
+                                             p(5),
+                                             p(6),
+                                             p(7),
+                                             p(8),
+                                             p(9),
+                                             p(10),
+                                             p(11),
+                                             at<int64_t>(addresses.at(12)),
+                                             rows,
+                                             vocab,
+                                             numbers.at(0),
+                                             numbers.at(1),
+                                             numbers.at(2),
+                                             numbers.at(3),
+                                             numbers.at(4),
+                                             numbers.at(5),
+                                             statistics,
+                                             gradient};
+        std::vector<float> scratch(static_cast<size_t>(max_threads() * vocab));
+        kernels(isa).cross_entropy(given, at<void>(logits), dtype, scratch.data());
       },
-      py::arg("logits"), py::arg("bias"), py::arg("labels"), py::arg("row_loss"),
-      py::arg("row_correct"), py::arg("rows"), py::arg("vocab"), py::arg("dtype"),
-      py::arg("gradient"), py::arg("isa") = "", free_gil);
+      py::arg("logits"), py::arg("addresses"), py::arg("rows"), py::arg("vocab"),
+      py::arg("numbers"), py::arg("statistics"), py::arg("gradient"), py::arg("dtype"),
+      py::arg("isa") = "", free_gil);
+  // numbers: scale, softcap, teacher_scale, teacher_softcap, temperature, beta.
+  m.def(
+      "divergence",
+      [](int64_t student, int64_t teacher, int64_t bias, int64_t teacher_bias, int64_t row_scale,
+         int64_t losses, int64_t rows, int64_t vocab, int kind, const std::vector<float>& numbers,
+         bool gradient, int dtype, int teacher_dtype, const std::string& isa) {
+        const fastft::DivergenceRows given{at<const float>(bias),
+                                           at<const float>(teacher_bias),
+                                           at<const float>(row_scale),
+                                           at<float>(losses),
+                                           rows,
+                                           vocab,
+                                           kind,
+                                           numbers.at(0),
+                                           numbers.at(1),
+                                           numbers.at(2),
+                                           numbers.at(3),
+                                           numbers.at(4),
+                                           numbers.at(5),
+                                           gradient};
+        std::vector<float> scratch(static_cast<size_t>(max_threads() * 2 * vocab));
+        kernels(isa).divergence(given, at<void>(student), at<const void>(teacher), dtype,
+                                teacher_dtype, scratch.data());
+      },
+      py::arg("student"), py::arg("teacher"), py::arg("bias"), py::arg("teacher_bias"),
+      py::arg("row_scale"), py::arg("losses"), py::arg("rows"), py::arg("vocab"), py::arg("kind"),
+      py::arg("numbers"), py::arg("gradient"), py::arg("dtype"), py::arg("teacher_dtype"),
+      py::arg("isa") = "", free_gil);
   m.def(
       "attention_softmax",
       [](int64_t scores, const std::vector<int64_t>& sizes, bool causal, float scale, int64_t mask,

@@ -37,6 +37,7 @@ static inline int64_t thread_index() {
 #include "adamw.inc"
 #include "attention.inc"
 #include "cross_entropy.inc"
+#include "divergence.inc"
 #include "dora_scale.inc"
 #include "dropout.inc"
 #include "glu.inc"
@@ -49,11 +50,27 @@ static inline int64_t thread_index() {
 
 extern const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA);
 const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA) = {
-    dropout_mask,      dropout_apply,      dropout_add,         lora_dx,
-    lora_da,           cross_entropy,      attention_softmax,   attention_gradient,
-    attention_extent,  glu_forward,        glu_backward,        rms_norm_forward,
-    rms_norm_backward, dora_scale_forward, dora_scale_backward, adamw,
-    thin_scratch,      thin_shrink,        thin_expand,         thin_pair,
+    dropout_mask,
+    dropout_apply,
+    dropout_add,
+    lora_dx,
+    lora_da,
+    cross_entropy,
+    divergence,
+    attention_softmax,
+    attention_gradient,
+    attention_extent,
+    glu_forward,
+    glu_backward,
+    rms_norm_forward,
+    rms_norm_backward,
+    dora_scale_forward,
+    dora_scale_backward,
+    adamw,
+    thin_scratch,
+    thin_shrink,
+    thin_expand,
+    thin_pair,
     thin_back,
 };
 

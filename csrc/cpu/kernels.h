@@ -23,6 +23,32 @@ struct GluRows {
   int64_t count, cols, gate_stride, up_stride;
 };
 
+// Rows of logits (rows, vocab) and what is made of them; see cross_entropy.inc. Null where
+// optional: bias, class_weight, label_weight (that of each row's label), row_scale, weighted_sum,
+// and entropy with log_sum_sq and mean_logit. A label outside [0, vocab) is none of these columns.
+struct CrossEntropyRows {
+  const float *bias, *class_weight, *label_weight, *row_scale;
+  const int64_t* labels;
+  float *top, *log_sum, *z_label, *weighted_sum, *entropy, *log_sum_sq, *mean_logit;
+  int64_t* argmax;
+  int64_t rows, vocab;
+  float scale, softcap, smoothing, z_loss, weight_sum, classes;
+  bool statistics, gradient;  // without statistics top and log_sum are read
+};
+
+// The codes of fastft/ops/linear_divergence.py.
+enum class Divergence : int { kForward = 0, kReverse = 1, kJensenShannon = 2 };
+
+// Rows of two slabs of logits; see divergence.inc. Null where optional: the biases, row_scale.
+struct DivergenceRows {
+  const float *bias, *teacher_bias, *row_scale;
+  float* losses;
+  int64_t rows, vocab;
+  int kind;
+  float scale, softcap, teacher_scale, teacher_softcap, temperature, beta;
+  bool gradient;
+};
+
 struct Kernels {
   // mask: (rows, ceil(cols / 8)) bytes; bit k % 8 of byte k / 8 is 1 where column k is kept.
   void (*dropout_mask)(uint8_t* mask, int64_t bytes, uint64_t seed, uint32_t threshold);
@@ -38,11 +64,11 @@ struct Kernels {
   // da[j, k] = scale * sum_m ds[m, j] * kept(m, k) * x[m, k]; da (r, cols).
   void (*lora_da)(float* da, const float* ds, const void* x, const uint8_t* mask, int64_t rows,
                   int64_t cols, int64_t r, float scale, int dtype);
-  // Row-wise cross-entropy of logits (rows, vocab); with `gradient` the logits become
-  // softmax - onehot. scratch: float32 (max_threads, vocab), used for 16-bit logits.
-  void (*cross_entropy)(void* logits, const float* bias, const int64_t* labels, float* row_loss,
-                        uint8_t* row_correct, int64_t rows, int64_t vocab, int dtype, bool gradient,
-                        float* scratch);
+  // With `gradient` the logits become that of the loss, else they stay. scratch: float32
+  // (max_threads, vocab); the divergence's (max_threads, 2, vocab).
+  void (*cross_entropy)(const CrossEntropyRows& rows, void* logits, int dtype, float* scratch);
+  void (*divergence)(const DivergenceRows& rows, void* student, const void* teacher, int dtype,
+                     int teacher_dtype, float* scratch);
   // Scores become probabilities, their logsumexp goes to lse.
   void (*attention_softmax)(const AttentionSlab& slab, void* scores, int dtype);
   // Scores become probabilities, dp (gradients of those) becomes gradients of q k^T.

@@ -59,8 +59,9 @@ def _blocks(variant: Variant, arch: config.Arch) -> tuple[dict[str, int], config
         gemm = arch.gemm[variant.key[2]]  # type: ignore[index]
         blocks = {f"BLOCK_{axis}": getattr(gemm, f"block_{axis.lower()}") for axis in "MNKR"}
         return {**blocks, "GROUP_M": gemm.group_m}, gemm.launch
-    if variant.table == "cross_entropy":
-        return {"BLOCK_V": arch.cross_entropy.block_v}, arch.cross_entropy.launch
+    if variant.table in ("cross_entropy", "divergence"):
+        rows: config.CrossEntropyConfig = getattr(arch, variant.table)
+        return {"BLOCK_V": rows.block_v}, rows.launch
     if variant.table == "adamw":
         return {"CHUNK": arch.adamw.chunk, "BLOCK": arch.adamw.block}, arch.adamw.launch
     if variant.table in ("norm", "norm_weight"):

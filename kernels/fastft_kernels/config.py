@@ -109,14 +109,10 @@ class GemmTile:
 
 @dataclass(frozen=True)
 class CrossEntropyConfig:
-    """Row kernel of the loss: one program for each row, ``block_v`` logits at a time."""
+    """Row kernels of the loss: one program for each row, ``block_v`` logits at a time."""
 
     block_v: int = 4096
     launch: Launch = Launch(num_warps=8)
-    # Tokens whose label is ignored are dropped before the products when the products cost at
-    # least this many floating-point operations: finding them takes one device synchronisation,
-    # which must stay small against what it saves.
-    compact_flops: float = 1e12
     # Rows of the vocabulary whose float32 weight gradient is made at a time: bounds the scratch.
     d_weight_rows: int = 8192
 
@@ -179,6 +175,7 @@ class Arch:
     mask: BlockConfig = BlockConfig(512)
     reduce: BlockConfig = BlockConfig(512)
     cross_entropy: CrossEntropyConfig = CrossEntropyConfig()
+    divergence: CrossEntropyConfig = CrossEntropyConfig(block_v=2048)
     adamw: AdamWConfig = AdamWConfig()
     # Gated linear units: elements of one row.
     elementwise: BlockConfig = BlockConfig(1024)

@@ -23,6 +23,7 @@ from tests.kernels.bounds import assert_as_accurate, relative_errors
 from tests.kernels.cases import (
     ADAMW_TENSORS,
     BF16,
+    DIVERGENCE_CASES,
     DORA_CASES,
     F16,
     F32,
@@ -32,6 +33,7 @@ from tests.kernels.cases import (
     LOSS_CASES,
     NORM_CASES,
     AdamWState,
+    DivergenceCase,
     DoraCase,
     GluCase,
     LoraCase,
@@ -56,10 +58,17 @@ LARGE_LORA = {
     "odd-f16": LoraCase(777, 1001, (2047,), (33,), F16, F32),
     "r256-f32": LoraCase(513, 1030, (640,), (256,)),
 }
+LARGE_DIVERGENCE = {
+    "reverse-32000-bf16": DivergenceCase("reverse_kl", BF16, 300, 512, 32000, 100, 2.0),
+    "jensen-shannon-50257-f16": DivergenceCase("jensen_shannon", F16, 101, 128, 50257, 101),
+}
 LARGE_LOSS = {
     "vocabulary-32000-bf16": LossCase(1024, 512, 32000, BF16, False, 300),
     "vocabulary-50257-f32": LossCase(200, 257, 50257, F32, True, 64),
     "vocabulary-32001-f16": LossCase(301, 128, 32001, F16, True, 301),
+    "vocabulary-32000-options": LossCase(
+        512, 512, 32000, BF16, True, 200, 0.7, 30.0, 0.1, 1e-3, weighted=True
+    ),
 }
 LARGE_GLU = {
     "llama-8b-bf16": GluCase(2048, 14336, BF16),
@@ -268,8 +277,8 @@ def loss_through_op(
     hidden = inputs.hidden.detach().requires_grad_()
     weight = inputs.weight.detach().requires_grad_()
     loss, accuracy = ops.linear_cross_entropy(
-        hidden, weight, inputs.labels, bias=inputs.bias, ignore_index=IGNORED, reduction="sum",
-        return_accuracy=True, backend=backend, chunk=chunk,
+        hidden, weight, inputs.labels, ignore_index=IGNORED, reduction="sum",
+        return_accuracy=True, backend=backend, chunk=chunk, **inputs.options(),
     )  # fmt: skip
     d_hidden, d_weight = torch.autograd.grad(loss, (hidden, weight))
     return {"loss": loss.detach()[None], "d_hidden": d_hidden, "d_weight": d_weight}, accuracy
@@ -279,8 +288,7 @@ def loss_through_op(
 @pytest.mark.parametrize("name", [*LOSS_CASES, *LARGE_LOSS])
 def test_linear_cross_entropy(kernel: str, name: str, device: torch.device, observed: Any) -> None:
     case = {**LOSS_CASES, **LARGE_LOSS}[name]
-    facts = {"dtype": case.dtype, "weight_requires_grad": True}
-    backend = backend_of(kernel, device_type="cuda", **facts)
+    backend = backend_of(kernel, device_type="cuda", dtype=case.dtype)
     inputs = case.inputs(device)
     got, accuracy = loss_through_op(inputs, backend, case.chunk)
     truth = inputs.autograd(torch.float64)
@@ -291,9 +299,19 @@ def test_linear_cross_entropy(kernel: str, name: str, device: torch.device, obse
 
 
 @of("linear_cross_entropy")
+@pytest.mark.parametrize("name", [*DIVERGENCE_CASES, *LARGE_DIVERGENCE])
+def test_linear_divergence(kernel: str, name: str, device: torch.device, observed: Any) -> None:
+    case = {**DIVERGENCE_CASES, **LARGE_DIVERGENCE}[name]
+    backend = backend_of(kernel, device_type="cuda", dtype=case.dtype)
+    inputs = case.inputs(device)
+    truth = inputs.autograd(torch.float64)
+    compare(observed, inputs.through_op(backend), inputs.autograd(case.dtype), truth, case.dtype)
+
+
+@of("linear_cross_entropy")
 def test_compaction_of_ignored_tokens(kernel: str, device: torch.device, observed: Any) -> None:
     """Above the size where ignored tokens are dropped first: same results, zeros where ignored."""
-    backend = backend_of(kernel, device_type="cuda", dtype=BF16, weight_requires_grad=True)
+    backend = backend_of(kernel, device_type="cuda", dtype=BF16)
     inputs = LossCase(4096, 2048, 32000, BF16, False, 2048).inputs(device)
     got, _ = loss_through_op(inputs, backend, 2048)
     assert not got["d_hidden"][inputs.labels == IGNORED].any()
@@ -302,7 +320,7 @@ def test_compaction_of_ignored_tokens(kernel: str, device: torch.device, observe
 
 @of("linear_cross_entropy")
 def test_linear_cross_entropy_time(kernel: str, device: torch.device, observed: Any) -> None:
-    backend = backend_of(kernel, device_type="cuda", dtype=BF16, weight_requires_grad=False)
+    backend = backend_of(kernel, device_type="cuda", dtype=BF16)
     inputs = LossCase(8192, 2048, 32000, BF16, False, 2048).inputs(device)
 
     def run() -> None:

@@ -8,7 +8,7 @@ from harness import Rejected, assert_as_good_as_torch, assert_rejected, poisoned
 from torch import Tensor
 
 from fastft import errors, native, ops
-from fastft.ops.linear_cross_entropy import default_chunk
+from fastft.ops._head_loop import default_chunk
 from fastft.reference import linear_cross_entropy as reference
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -60,7 +60,7 @@ def test_as_good_as_torch(backend: str, case: Case, dtype: torch.dtype, head: bo
         h, w = (t.detach().to(dtype).requires_grad_() for t in (hidden, weight))
         b = None if bias is None else bias.to(dtype)
         count = (labels != -100).sum()
-        return gradients(reference.linear_cross_entropy(h, w, b, labels) / count, h, w)
+        return gradients(reference.linear_cross_entropy(h, w, b, labels).sum() / count, h, w)
 
     with poisoned():
         loss, accuracy = ops.linear_cross_entropy(
@@ -99,12 +99,15 @@ def test_every_instruction_set(isa: str) -> None:
     z[3, 5] = float("nan")
     z[4, ::2] = float("-inf")
     labels = torch.randint(1, 1003, (9,)) | 1
-    logits, losses = z.clone(), torch.empty(9)
-    correct = torch.empty(9, dtype=torch.uint8)
+    logits, top, log_sum, z_label = z.clone(), *torch.empty(3, 9)
+    argmax = torch.empty(9, dtype=torch.int64)
     native.module().cross_entropy(
-        logits.data_ptr(), 0, labels.data_ptr(), losses.data_ptr(), correct.data_ptr(),
-        9, 1003, 0, True, isa=isa,
+        logits.data_ptr(),
+        [0] * 4 + [t.data_ptr() for t in (labels, top, log_sum, z_label)] + [0] * 4
+        + [argmax.data_ptr()],
+        9, 1003, [1.0, 0.0, 0.0, 0.0, 1003.0, 1003.0], True, True, 0, isa=isa,
     )  # fmt: skip
+    losses = log_sum + (top - z_label)
     truth = torch.nn.functional.cross_entropy(z.double(), labels, reduction="none")
     gradient = torch.softmax(z.double(), -1) - torch.nn.functional.one_hot(labels, 1003)
     finite = [0, 1, 4, 5, 6, 7, 8]
@@ -183,9 +186,9 @@ def test_ignored_tokens_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastft.cpu import linear_cross_entropy as launcher
 
     rows: list[int] = []
-    original = launcher._logits
+    original = launcher.project
     monkeypatch.setattr(
-        launcher, "_logits", lambda s, h, w: rows.append(h.shape[0]) or original(s, h, w)
+        launcher, "project", lambda s, h, w: rows.append(h.shape[0]) or original(s, h, w)
     )
     labels = torch.randint(9, (64,))
     labels[::2] = -100
@@ -211,7 +214,10 @@ def test_backward_twice_and_scaled() -> None:
 
 def test_registered_operation_passes_opcheck_and_compiles() -> None:
     hidden, weight, _, labels = inputs(CASES[1], F32, True)
-    arguments = (hidden, weight, None, labels, -100, 16, "cpu", True, True)
+    arguments = (
+        hidden, weight, None, None, None, None, labels, -100, 16, [1.0, 0.0, 0.1, 0.01], "cpu",
+        True, [True, True, False, False, False], False,
+    )  # fmt: skip
     torch.library.opcheck(torch.ops.fastft.linear_cross_entropy_fwd.default, arguments)
 
     def run(h: Tensor, w: Tensor) -> Tensor:
@@ -232,28 +238,27 @@ def test_strided_bias_and_bad_labels_of_a_compiled_graph() -> None:
     torch.testing.assert_close(got, expected)
     with pytest.raises(errors.ArgumentError, match="labels"):
         torch.ops.fastft.linear_cross_entropy_fwd(
-            hidden, weight, None, labels + 29, -100, 16, "cpu", True, False
-        )
+            hidden, weight, None, None, None, None, labels + 29, -100, 16, [1.0, 0.0, 0.0, 0.0],
+            "cpu", False, [True, False, False, False, False], False,
+        )  # fmt: skip
 
 
 def test_evaluating_a_trained_head_makes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastft.cpu import linear_cross_entropy as launcher
 
     wanted: list[bool] = []
-    original = launcher.fwd
+    original = launcher.rows
 
-    def spy(
-        loss: Tensor, correct: Tensor, dh: Tensor, dw: Tensor, *rest: Tensor, **kw: int
-    ) -> None:
-        wanted.append(dh is not None or dw is not None)
-        original(loss, correct, dh, dw, *rest, **kw)
+    def spy(slab: Tensor, **given: object) -> None:
+        wanted.append(given["gradient"])
+        original(slab, **given)
 
-    monkeypatch.setattr(launcher, "fwd", spy)
+    monkeypatch.setattr(launcher, "rows", spy)
     hidden, weight, _, labels = inputs(CASES[1], F32, True)
     with torch.no_grad():
         ops.linear_cross_entropy(hidden, weight, labels)
     ops.linear_cross_entropy(hidden, weight, labels)
-    assert wanted == [False, True]
+    assert list(dict.fromkeys(wanted)) == [False, True]
 
 
 def test_autocast() -> None:
@@ -281,15 +286,21 @@ def _rejected() -> list[Rejected]:
         ("labels", {"labels": labels[:3]}, errors.ShapeError, ["labels", "(4,)", "(3,)"]),
         ("device", {"labels": labels.to("meta")}, errors.DeviceError, ["labels", "meta"]),
         ("bias", {"bias": torch.zeros(8)}, errors.ShapeError, ["bias", "(9,)"]),
-        ("trained bias", {"bias": torch.zeros(9, requires_grad=True)}, errors.ArgumentError,
-         ["bias", "frozen"]),
         ("label 9", {"labels": torch.tensor([1, 2, 3, 9])}, errors.ArgumentError,
          ["labels", "0 to 8", "9"]),
         ("label -1", {"labels": torch.tensor([1, 2, 3, -1])}, errors.ArgumentError,
          ["labels", "-1"]),
         ("reduction", {"reduction": "all"}, errors.ArgumentError, ["reduction", "'none'", "all"]),
-        ("trained head", {"reduction": "none", "weight": w.clone().requires_grad_()},
-         errors.ArgumentError, ["trained head", "each group"]),
+        ("half an adapter", {"lora_a": torch.zeros(2, 6)}, errors.ArgumentError,
+         ["lora_b", "together"]),
+        ("rank", {"lora_a": torch.zeros(2, 6), "lora_b": torch.zeros(9, 3)}, errors.ShapeError,
+         ["lora_b", "(9, 2)", "(9, 3)"]),
+        ("smoothing", {"label_smoothing": 1.5}, errors.ArgumentError, ["label_smoothing", "1.5"]),
+        ("softcap", {"softcap": 0.0}, errors.ArgumentError, ["softcap", "above 0"]),
+        ("class weights", {"class_weight": torch.ones(8)}, errors.ShapeError, ["class_weight"]),
+        ("probabilities", {"labels": torch.rand(4, 8)}, errors.ShapeError, ["labels", "(4, 9)"]),
+        ("shifted probabilities", {"labels": torch.rand(4, 9), "shift": True},
+         errors.ArgumentError, ["labels", "probabilities"]),
         ("chunk", {"chunk": 0}, errors.ArgumentError, ["chunk", "at least 1"]),
     ]  # fmt: skip
     return [Rejected(n, call(**c), e, words) for n, c, e, words in cases]

@@ -1,4 +1,4 @@
-"""``fastft_kernels.linear_cross_entropy`` against float64."""
+"""``fastft_kernels.linear_cross_entropy`` against float64, in the loop over slabs of fastft.ops."""
 
 from __future__ import annotations
 
@@ -10,149 +10,169 @@ from fastft_kernels import config
 from fastft_kernels import linear_cross_entropy as launcher
 from torch import Tensor
 
-from tests.kernels.bounds import assert_as_accurate, poison
-from tests.kernels.cases import IGNORED, LOSS_CASES, LossCase, LossInputs
+from fastft import ops
+from tests.kernels.bounds import assert_as_accurate
+from tests.kernels.cases import (
+    DIVERGENCE_CASES,
+    IGNORED,
+    LOSS_CASES,
+    LossCase,
+    LossInputs,
+)
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+KEYS = ("loss", "d_hidden", "d_weight")
 
 
-def _inputs(
-    tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, bias: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    case = LossCase(tokens, hidden, vocabulary, dtype, bias, 1).inputs()
-    return case.hidden, case.weight, case.bias, case.labels
+def _inputs(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, bias: bool):
+    return LossCase(tokens, hidden, vocabulary, dtype, bias, 7).inputs()
 
 
 def _run(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
+    inputs: LossInputs,
     *,
     chunk: int = 7,
     need_h: bool = True,
     need_w: bool = True,
     ignore_index: int = IGNORED,
+    scale: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    d_hidden = poison(tuple(h.shape), h.dtype) if need_h else None
-    d_weight = poison(tuple(weight.shape)) if need_w else None
-    losses, correct = poison((h.shape[0],)), poison((1,), torch.int64)
-    launcher.fwd(
-        losses, correct, d_hidden, d_weight, h, weight, bias, labels,
-        ignore_index=ignore_index, chunk=chunk,
-    )  # fmt: skip
-    results = {"losses": losses, "loss": losses.sum(0, keepdim=True), "correct": correct}
-    if d_hidden is not None:
-        results["d_hidden"] = d_hidden
-    if d_weight is not None:
-        results["d_weight"] = d_weight
+    hidden = inputs.hidden.detach().requires_grad_(need_h)
+    weight = inputs.weight.detach().requires_grad_(need_w)
+    given = {"ignore_index": ignore_index, "backend": "triton", "chunk": chunk}
+    given |= inputs.options()
+    if scale is None:
+        loss, accuracy = ops.linear_cross_entropy(
+            hidden, weight, inputs.labels, reduction="sum", return_accuracy=True, **given
+        )
+        results = {"loss": loss.detach()[None], "accuracy": accuracy}
+    else:
+        losses = ops.linear_cross_entropy(hidden, weight, inputs.labels, reduction="none", **given)
+        loss = (losses * scale).sum()
+        results = {"loss": loss.detach()[None], "losses": losses.detach()}
+    if need_h or need_w:
+        leaves = [t for t, need in ((hidden, need_h), (weight, need_w)) if need]
+        found = iter(torch.autograd.grad(loss, leaves))
+        if need_h:
+            results["d_hidden"] = next(found)
+        if need_w:
+            results["d_weight"] = next(found)
     return results
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["sum", "each-token"])
 @pytest.mark.parametrize("name", LOSS_CASES)
-def test_against_float64(name: str) -> None:
+def test_against_float64(name: str, weighted: bool) -> None:
     case = LOSS_CASES[name]
     inputs = case.inputs()
-    tensors = (inputs.hidden, inputs.weight, inputs.bias, inputs.labels)
+    tensors = (inputs.hidden, inputs.weight, inputs.bias, inputs.labels, inputs.class_weight)
     before = [None if t is None else t.clone() for t in tensors]
-    actual = _run(*tensors, chunk=case.chunk)
-    plain, truth = inputs.autograd(case.dtype), inputs.autograd(torch.float64)
-    for key in ("loss", "d_hidden", "d_weight"):
+    scale = torch.linspace(0.5, 1.5, case.tokens) if weighted else None
+    actual = _run(inputs, chunk=case.chunk, scale=scale)
+    plain, truth = inputs.autograd(case.dtype, scale), inputs.autograd(torch.float64, scale)
+    for key in KEYS:
         rounded_to = case.dtype if key == "loss" else None
         assert_as_accurate(key, actual[key], plain[key], truth[key], rounded_to)
     for tensor, old in zip(tensors, before, strict=True):
         assert tensor is None or torch.equal(tensor, old), "an input was written to"
-    assert int(actual["correct"]) == inputs.n_correct()
+    if not weighted:
+        counted = int((inputs.labels != IGNORED).sum())
+        assert round(float(actual["accuracy"]) * counted) == inputs.n_correct()
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_compaction_changes_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = _inputs(20, 30, 500, dtype, True)
-    everything = _run(*inputs)
-    arch = config.for_device(torch.device("cpu"))
-    loss = dataclasses.replace(arch.cross_entropy, compact_flops=0.0, d_weight_rows=64)
-    monkeypatch.setitem(
-        config.ARCHS, arch.capability, dataclasses.replace(arch, cross_entropy=loss)
-    )
-    compacted = _run(*inputs)
-    assert torch.equal(everything["d_hidden"], compacted["d_hidden"])
-    assert torch.equal(everything["losses"], compacted["losses"])
-    for key in ("d_hidden", "losses"):
-        assert not compacted[key][inputs[3] == IGNORED].any()
-    assert int(everything["correct"]) == int(compacted["correct"])
-    for key in ("loss", "d_weight"):  # the chunks' borders, so the order of sums, move
-        torch.testing.assert_close(everything[key], compacted[key], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("from_logits", [False, True], ids=["from-hidden", "from-logits"])
+@pytest.mark.parametrize("name", DIVERGENCE_CASES)
+def test_divergences_against_float64(name: str, from_logits: bool) -> None:
+    case = DIVERGENCE_CASES[name]
+    inputs = case.inputs()
+    actual = inputs.through_op("triton", from_logits)
+    plain, truth = inputs.autograd(case.dtype), inputs.autograd(torch.float64)
+    for key in KEYS:
+        rounded_to = case.dtype if key == "loss" else None
+        assert_as_accurate(key, actual[key], plain[key], truth[key], rounded_to)
 
 
-@pytest.mark.parametrize("compact", [False, True])
-@pytest.mark.parametrize("tokens", [0, 6])
-def test_nothing_counts(tokens: int, compact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if compact:
-        arch = config.for_device(torch.device("cpu"))
-        loss = dataclasses.replace(arch.cross_entropy, compact_flops=0.0)
-        monkeypatch.setitem(
-            config.ARCHS, arch.capability, dataclasses.replace(arch, cross_entropy=loss)
+def test_probabilities_and_statistics_are_the_references() -> None:
+    inputs = _inputs(9, 12, 4500, F32, True)
+    hidden, weight = inputs.hidden, inputs.weight
+    target = torch.softmax(torch.randn(9, 4500), -1)
+    for options in ({}, {"label_smoothing": 0.2, "class_weight": torch.rand(4500)}):
+        got, expected = (
+            ops.linear_cross_entropy(hidden, weight, target, backend=backend, chunk=4, **options)
+            for backend in ("triton", "reference")
         )
-    h, weight, bias, labels = _inputs(tokens, 8, 50, F32, True)
-    for value in _run(h, weight, bias, torch.full_like(labels, IGNORED)).values():
-        assert not value.any()
+        torch.testing.assert_close(got, expected)
+    (_, got), (_, expected) = (
+        ops.linear_cross_entropy(
+            hidden, weight, inputs.labels, softcap=3.0, backend=backend, return_statistics=True
+        )
+        for backend in ("triton", "reference")
+    )
+    for own, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("tokens", [0, 6])
+def test_nothing_counts(tokens: int) -> None:
+    inputs = _inputs(tokens, 8, 50, F32, True)
+    ignored = dataclasses.replace(inputs, labels=torch.full_like(inputs.labels, IGNORED))
+    found = _run(ignored)
+    assert not any(found[key].any() for key in KEYS)
 
 
 @pytest.mark.parametrize(("need_h", "need_w"), [(False, False), (True, False), (False, True)])
 def test_only_what_is_wanted(need_h: bool, need_w: bool) -> None:
     inputs = _inputs(10, 8, 50, F32, False)
-    full, part = _run(*inputs), _run(*inputs, need_h=need_h, need_w=need_w)
+    full, part = _run(inputs), _run(inputs, need_h=need_h, need_w=need_w)
     assert ("d_hidden" in part, "d_weight" in part) == (need_h, need_w)
     for key, value in part.items():
         assert torch.equal(value, full[key]), key
 
 
 def test_another_ignore_index() -> None:
-    h, weight, bias, labels = _inputs(10, 8, 50, F32, False)
-    moved = torch.where(labels == IGNORED, 3, torch.where(labels == 3, 4, labels))
-    labels = torch.where((labels != IGNORED) & (labels == 3), 4, labels)
-    expected = _run(h, weight, bias, labels)
-    for key, value in _run(h, weight, bias, moved, ignore_index=3).items():
-        assert torch.equal(value, expected[key]), key
+    inputs = _inputs(10, 8, 50, F32, False)
+    labels = torch.where(inputs.labels == 3, 4, inputs.labels)
+    expected = _run(dataclasses.replace(inputs, labels=labels))
+    moved = torch.where(labels == IGNORED, 3, labels)
+    found = _run(dataclasses.replace(inputs, labels=moved), ignore_index=3)
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
 def test_the_lowest_of_equal_logits_is_the_prediction() -> None:
-    h, weight = torch.ones(3, 4), torch.zeros(6000, 4)
+    inputs = _inputs(3, 4, 6000, F32, False)
     block = config.for_device(torch.device("cpu")).cross_entropy.block_v
+    weight = torch.zeros(6000, 4)
     # Equal ones in one lane (a block apart), in others, before and after.
     weight[[7, block - 1, block, block + 7]] = 1.0
-    correct = [
-        int(_run(h, weight, None, torch.full((3,), i))["correct"]) for i in (7, block + 7, 0)
+    accuracies = [
+        float(
+            _run(
+                dataclasses.replace(
+                    inputs, hidden=torch.ones(3, 4), weight=weight, labels=torch.full((3,), label)
+                )
+            )["accuracy"]
+        )
+        for label in (7, block + 7, 0)
     ]
-    assert correct == [3, 0, 0]
-
-
-def test_a_label_outside_the_vocabulary_is_nan_not_a_stray_read() -> None:
-    h, weight, bias, labels = _inputs(4, 8, 50, F32, True)
-    for label in (50, 10**12, -1):
-        labels[0] = label
-        assert bool(torch.isnan(_run(h, weight, bias, labels)["loss"]).all())
+    assert accuracies == [1.0, 0.0, 0.0]
 
 
 def test_infinite_logits() -> None:
-    h, weight, _, labels = _inputs(4, 8, 50, F32, False)
-    bias = torch.zeros(50)
-    bias[10:] = float("-inf")
-    labels = torch.arange(4)
-    actual = _run(h, weight, bias, labels, need_w=False)
-    truth = LossInputs(h, weight, bias, labels).autograd(torch.float64)
-    torch.testing.assert_close(actual["loss"].double(), truth["loss"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(actual["d_hidden"].double(), truth["d_hidden"], rtol=1e-4, atol=1e-5)
-    each = torch.nn.functional.cross_entropy(h @ weight.t() + bias, labels, reduction="none")
-    torch.testing.assert_close(actual["losses"], each, rtol=1e-5, atol=1e-5)
+    inputs = _inputs(4, 8, 50, F32, False)
+    inputs.bias = torch.zeros(50)
+    inputs.bias[10:] = float("-inf")
+    inputs.labels = torch.arange(4)
+    actual, truth = _run(inputs, need_w=False), inputs.autograd(torch.float64)
+    for key in ("loss", "d_hidden"):
+        torch.testing.assert_close(actual[key].double(), truth[key], rtol=1e-4, atol=1e-5)
 
 
 def test_same_inputs_same_bits() -> None:
     inputs = _inputs(20, 30, 500, BF16, True)
-    first, second = _run(*inputs), _run(*inputs)
+    first, second = _run(inputs), _run(inputs)
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 def test_supports() -> None:
-    assert launcher.supports("cpu", BF16, True) is None
-    assert "float64" in (launcher.supports("cpu", torch.float64, False) or "")
+    assert launcher.supports("cpu", BF16) is None
+    assert "float64" in (launcher.supports("cpu", torch.float64) or "")

@@ -1,0 +1,355 @@
+"""``linear_divergence``: distillation over a vocabulary without the student's logits.
+
+    p = softmax(z / T), z = softcap(scale (W h + bias));   q the same of the teacher
+    forward_kl:  sum_v q log(q / p)        reverse_kl:  sum_v p log(p / q)
+    jensen_shannon:  beta sum_v q log(q / m) + (1 - beta) sum_v p log(p / m)
+                     m = beta q + (1 - beta) p
+
+times T^2 (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"; Agarwal et al. 2024,
+"On-Policy Distillation of Language Models", for the generalised Jensen-Shannon divergence). Both
+models' logits exist for one slab of tokens at a time, where the student's become their gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastft import backends
+from fastft.errors import ArgumentError, ShapeError
+from fastft.ops._checks import (
+    FLOATS,
+    autocast_dtype,
+    check_device,
+    check_dtype,
+    check_shape,
+    check_tensor,
+)
+from fastft.ops._head_loop import (
+    Gradients,
+    Head,
+    Needs,
+    Tokens,
+    default_chunk,
+    empty_gradients,
+    free_bytes,
+    slabs,
+)
+
+__all__ = ["KINDS", "Teacher", "check", "linear_divergence", "soft_cross_entropy"]
+
+_WHERE = "fastft.ops.linear_divergence"
+KINDS = {"forward_kl": 0, "reverse_kl": 1, "jensen_shannon": 2}
+
+
+class Teacher(NamedTuple):
+    """A teacher as hidden states and head, whose logits then exist a slab at a time, too.
+
+    hidden_states (..., its hidden), weight (vocabulary, its hidden), bias (vocabulary,).
+    """
+
+    hidden_states: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+def linear_divergence(
+    hidden_states: Tensor,
+    weight: Tensor,
+    teacher: Tensor | Teacher,
+    *,
+    kind: str = "forward_kl",
+    temperature: float = 1.0,
+    beta: float = 0.5,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """Divergence of the student's distribution from the teacher's.
+
+    Args:
+        hidden_states: (..., hidden) of the student; weight: (vocabulary, hidden), its head; both
+            may require gradients. Dtypes as in :func:`fastft.ops.linear_cross_entropy`.
+        teacher: its logits (..., vocabulary), or a :class:`Teacher`. It gets no gradient.
+        kind: "forward_kl", "reverse_kl" or "jensen_shannon".
+        temperature: T, above 0.
+        beta: of the Jensen-Shannon divergence, between 0 and 1 (near 0 forward, near 1 reverse).
+        bias, logit_scale, softcap: of the student's logits.
+        mask: (...) bool, True for tokens that count; None: all do.
+        reduction: "mean" over the tokens that count, "sum", or "none": one number a token, 0 where
+            it does not count; the head must then be frozen.
+        chunk: tokens of a slab, of which there are two.
+
+    Returns:
+        float32: a scalar, or of the shape (...).
+
+    Raises:
+        DtypeError, ShapeError, DeviceError, ArgumentError: see ``check``.
+    """
+    check(hidden_states, weight, teacher, kind, temperature, beta, bias, mask, reduction, chunk)
+    leading = hidden_states.shape[:-1]
+    given = _Call(KINDS[kind], temperature, beta, logit_scale, softcap or 0.0)
+    source = _teacher_source(teacher, hidden_states.device.type)
+    losses = _losses(hidden_states, weight, bias, source, given, mask, None, backend, chunk)
+    losses = losses * temperature**2
+    if reduction == "none":
+        return losses.view(leading)
+    total = losses.sum(dtype=torch.float64).to(losses.dtype)
+    count = losses.numel() if mask is None else mask.sum()
+    return total / count if reduction == "mean" else total
+
+
+def soft_cross_entropy(
+    hidden_states: Tensor,
+    weight: Tensor,
+    probabilities: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    chunk: int | None,
+    backend: str | None,
+    *,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """-sum_v w_v q'_v log p_v of each token, q' = (1 - eps) q + eps / V: with s = sum w q', s times
+    the divergence from w q' / s, and its entropy."""
+    vocabulary = weight.shape[0]
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    flat = probabilities.detach().reshape(-1, vocabulary)
+
+    def targets(places: Any) -> Tensor:
+        q = flat[places].to(wide) * (1 - label_smoothing) + label_smoothing / vocabulary
+        return q if class_weight is None else q * class_weight.to(wide)
+
+    rows = flat.shape[0]
+    mass, plogp = flat.new_empty(rows, dtype=wide), flat.new_empty(rows, dtype=wide)
+    for places in torch.arange(rows, device=flat.device).split(1024):
+        q = targets(places)
+        mass[places] = q.sum(-1)
+        plogp[places] = torch.special.xlogy(q, q).sum(-1)
+    given = _Call(0, 1.0, 0.5, logit_scale, softcap or 0.0)
+
+    def source(places: Any) -> tuple[Tensor, dict[str, Any]]:
+        return targets(places).log(), dict(_PLAIN)
+
+    losses = _losses(
+        hidden_states, weight, bias, source, given, None, mass, backend, chunk
+    )  # fmt: skip
+    # s KL(q / s || p) = sum q log q - s log s - sum q log p
+    losses = losses - (plogp - torch.special.xlogy(mass, mass))
+    return losses.view(hidden_states.shape[:-1])
+
+
+class _Call(NamedTuple):
+    kind: int
+    temperature: float
+    beta: float
+    scale: float
+    softcap: float
+
+
+_PLAIN = {"teacher_bias": None, "teacher_scale": 1.0, "teacher_softcap": 0.0}
+# The teacher's logits of some tokens, and how they are transformed.
+Source = Callable[[Any], tuple[Tensor, dict[str, Any]]]
+
+
+def _teacher_source(teacher: Tensor | Teacher, device_type: str) -> Source:
+    if isinstance(teacher, Tensor):
+        logits = teacher.detach().reshape(-1, teacher.shape[-1])
+        return lambda places: (logits[places], dict(_PLAIN))
+    dtype = autocast_dtype(device_type) or teacher.hidden_states.dtype
+    hidden = teacher.hidden_states.detach().reshape(-1, teacher.hidden_states.shape[-1]).to(dtype)
+    weight = teacher.weight.detach().to(dtype)
+    options = {
+        "teacher_bias": teacher.bias,
+        "teacher_scale": teacher.logit_scale,
+        "teacher_softcap": teacher.softcap or 0.0,
+    }
+    return lambda places: (hidden[places] @ weight.t(), dict(options))
+
+
+def _losses(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    source: Source,
+    given: _Call,
+    mask: Tensor | None,
+    row_scale: Tensor | None,
+    backend: str | None,
+    chunk: int | None,
+) -> Tensor:
+    device_type = hidden_states.device.type
+    dtype = autocast_dtype(device_type) or hidden_states.dtype
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype).contiguous()
+    tensors = [flat, weight, bias]
+    if not torch.is_grad_enabled():
+        tensors = [None if t is None else t.detach() for t in tensors]
+    name, launcher = backends.select(
+        "linear_cross_entropy", backend, device_type=device_type, dtype=dtype
+    )
+    del name
+    rows = chunk or default_chunk(
+        flat.shape[0],
+        2 * weight.shape[0],  # two slabs
+        flat.element_size(),
+        device_type,
+        trained=bool(weight.requires_grad),
+        free_bytes=free_bytes(flat.device),
+    )
+    kept = None if mask is None else mask.reshape(-1)
+    return LinearDivergence.apply(*tensors, source, given, kept, row_scale, launcher, rows)
+
+
+def _run(
+    needs: Needs,
+    head: Head,
+    bias: Tensor | None,
+    source: Source,
+    given: _Call,
+    kept: Tensor | None,
+    row_scale: Tensor | None,
+    launcher: Any,
+    chunk: int,
+) -> tuple[Tensor, Gradients]:
+    n = head.hidden.shape[0]
+    losses = head.hidden.new_zeros(n, dtype=head.wide)
+    out = empty_gradients(head, needs, head.weight.shape[0])
+    wide_bias = None if bias is None else bias.detach().to(head.wide).contiguous()
+    tokens = Tokens() if kept is None else Tokens(kept.nonzero().flatten())
+
+    def rows(slab: Tensor, places: Tensor | slice, _: slice) -> None:
+        logits, options = source(places)
+        if logits.dtype not in (slab.dtype, head.wide):
+            logits = logits.to(head.wide)
+        if options["teacher_bias"] is not None:
+            options["teacher_bias"] = options["teacher_bias"].detach().to(head.wide).contiguous()
+        found = head.hidden.new_empty(slab.shape[0], dtype=head.wide)
+        scale = None if row_scale is None else row_scale[places]
+        launcher.divergence_rows(
+            slab, logits.contiguous(), found, gradient=any(needs), bias=wide_bias, row_scale=scale,
+            **given._asdict(), **options,
+        )  # fmt: skip
+        losses[places] = found if scale is None else found * scale
+
+    slabs(launcher, head, tokens, chunk, needs, out, rows)
+    return losses, out
+
+
+class LinearDivergence(torch.autograd.Function):
+    """The gradients of the summed loss are made in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+    ) -> Tensor:
+        needs = Needs(*ctx.needs_input_grad[:3])
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = Head(hidden, weight.to(hidden.dtype))
+            losses, made = _run(needs, head, bias, *rest)
+        ctx.save_for_backward(*made[:3])
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        ctx.needs = needs
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_losses: Tensor) -> Any:
+        hidden, weight, bias = ctx.saved_tensors
+        one = d_losses[:1] if d_losses.numel() else d_losses.new_zeros(1)
+        scaled: list[Tensor | None] = []
+        for gradient, scale, dtype, need in zip(
+            (hidden, weight, bias), (d_losses[:, None], one, one), ctx.dtypes, ctx.needs[:3],
+            strict=True,
+        ):  # fmt: skip
+            if not need:
+                scaled.append(None)
+                continue
+            target = torch.empty_like(gradient, dtype=dtype)
+            scaled.append(torch.mul(gradient, scale, out=target))
+        return *scaled, *[None] * 6
+
+
+def check(
+    hidden_states: Tensor,
+    weight: Tensor,
+    teacher: Tensor | Teacher,
+    kind: str,
+    temperature: float,
+    beta: float,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    reduction: str,
+    chunk: int | None,
+) -> None:
+    """Refuses what the operation is not defined for.
+
+    Raises:
+        DtypeError: no tensor, no floating dtype, or weight in another dtype than hidden_states
+            outside autocast.
+        ShapeError: shapes that do not fit.
+        DeviceError: tensors on different devices.
+        ArgumentError: an unknown kind or reduction, a temperature not above 0, a beta not between 0
+            and 1, a head that is trained with reduction="none", or torch.compile.
+    """
+    check_tensor(_WHERE, "hidden_states", hidden_states)
+    check_dtype(_WHERE, "hidden_states", hidden_states, FLOATS)
+    device = hidden_states.device
+    autocast = autocast_dtype(device.type) is not None
+    check_tensor(_WHERE, "weight", weight)
+    check_device(_WHERE, "weight", weight, device)
+    check_dtype(_WHERE, "weight", weight, FLOATS if autocast else (hidden_states.dtype,))
+    if weight.dim() != 2 or weight.shape[1] != hidden_states.shape[-1]:
+        expected = f"(vocabulary, {hidden_states.shape[-1]})"
+        raise ShapeError(_WHERE, "weight", expected=expected, got=str(tuple(weight.shape)))
+    leading, vocabulary = tuple(hidden_states.shape[:-1]), weight.shape[0]
+    if isinstance(teacher, Teacher):
+        for name, tensor in (("teacher.hidden_states", teacher.hidden_states),
+                             ("teacher.weight", teacher.weight)):  # fmt: skip
+            check_tensor(_WHERE, name, tensor)
+            check_device(_WHERE, name, tensor, device)
+        width = teacher.weight.shape[-1]
+        what = "hidden_states[:-1], the teacher's width"
+        check_shape(_WHERE, "teacher.hidden_states", teacher.hidden_states, (*leading, width), what)
+        what = "vocabulary, the teacher's width"
+        check_shape(_WHERE, "teacher.weight", teacher.weight, (vocabulary, width), what)
+    else:
+        check_tensor(_WHERE, "teacher", teacher)
+        check_device(_WHERE, "teacher", teacher, device)
+        check_dtype(_WHERE, "teacher", teacher, FLOATS)
+        what = "hidden_states[:-1], vocabulary"
+        check_shape(_WHERE, "teacher", teacher, (*leading, vocabulary), what)
+    if bias is not None:
+        check_shape(_WHERE, "bias", bias, (vocabulary,), "(vocabulary,)")
+    if mask is not None:
+        check_tensor(_WHERE, "mask", mask)
+        check_dtype(_WHERE, "mask", mask, (torch.bool,))
+        check_shape(_WHERE, "mask", mask, leading, "hidden_states[:-1]")
+    trained = torch.is_grad_enabled() and (
+        weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    refusals = (
+        ("kind", kind in KINDS, " or ".join(map(repr, KINDS)), repr(kind)),
+        ("temperature", temperature > 0, "a number above 0", temperature),
+        ("beta", 0 < beta < 1, "a number between 0 and 1", beta),
+        ("reduction", reduction in ("mean", "sum", "none"), "'mean', 'sum' or 'none'",
+         repr(reduction)),
+        ("reduction", reduction != "none" or not trained, "'mean' or 'sum' over a trained head",
+         "'none'"),
+        ("chunk", chunk is None or chunk >= 1, "at least 1 token", chunk),
+        ("hidden_states", not torch.compiler.is_compiling(), "a call outside torch.compile",
+         "one under it"),
+    )  # fmt: skip
+    for name, fine, expected, got in refusals:
+        if not fine:
+            raise ArgumentError(_WHERE, name, expected=expected, got=str(got))
