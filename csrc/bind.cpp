@@ -210,38 +210,21 @@ PYBIND11_MODULE(_C, m) {
       py::arg("dx"), py::arg("da"), py::arg("ds"), py::arg("x"), py::arg("a"), py::arg("mask"),
       py::arg("rows"), py::arg("cols"), py::arg("r"), py::arg("scale"), py::arg("wide"),
       py::arg("scratch"), py::arg("isa") = "", free_gil);
-  // addresses: bias, class_weight, label_weight, row_scale, labels, top, log_sum, z_label,
-  // weighted_sum, entropy, log_sum_sq, mean_logit, argmax; numbers: scale, softcap, smoothing,
-  // z_loss, weight_sum, classes.
+  // addresses: bias, class_weight, label_weight, row_scale, entropy_scale, labels, top, log_sum,
+  // z_label, weighted_sum, entropy, log_sum_sq, mean_logit, argmax; numbers: scale, softcap,
+  // smoothing, z_loss, weight_sum, classes.
   m.def(
       "cross_entropy",
       [](int64_t logits, const std::vector<int64_t>& addresses, int64_t rows, int64_t vocab,
          const std::vector<float>& numbers, bool statistics, bool gradient, int dtype,
          const std::string& isa) {
         const auto p = [&](size_t i) { return at<float>(addresses.at(i)); };
-        const fastft::CrossEntropyRows given{p(0),
-                                             p(1),
-                                             p(2),
-                                             p(3),
-                                             at<const int64_t>(addresses.at(4)),
-                                             p(5),
-                                             p(6),
-                                             p(7),
-                                             p(8),
-                                             p(9),
-                                             p(10),
-                                             p(11),
-                                             at<int64_t>(addresses.at(12)),
-                                             rows,
-                                             vocab,
-                                             numbers.at(0),
-                                             numbers.at(1),
-                                             numbers.at(2),
-                                             numbers.at(3),
-                                             numbers.at(4),
-                                             numbers.at(5),
-                                             statistics,
-                                             gradient};
+        const auto n = [&](size_t i) { return numbers.at(i); };
+        const auto* labels = at<const int64_t>(addresses.at(5));
+        auto* argmax = at<int64_t>(addresses.at(13));
+        const fastft::CrossEntropyRows given{
+            p(0),  p(1),   p(2), p(3),  p(4), labels, p(6), p(7), p(8), p(9), p(10),      p(11),
+            p(12), argmax, rows, vocab, n(0), n(1),   n(2), n(3), n(4), n(5), statistics, gradient};
         std::vector<float> scratch(static_cast<size_t>(max_threads() * vocab));
         kernels(isa).cross_entropy(given, at<void>(logits), dtype, scratch.data());
       },

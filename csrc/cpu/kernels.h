@@ -27,7 +27,7 @@ struct GluRows {
 // optional: bias, class_weight, label_weight (that of each row's label), row_scale, weighted_sum,
 // and entropy with log_sum_sq and mean_logit. A label outside [0, vocab) is none of these columns.
 struct CrossEntropyRows {
-  const float *bias, *class_weight, *label_weight, *row_scale;
+  const float *bias, *class_weight, *label_weight, *row_scale, *entropy_scale;
   const int64_t* labels;
   float *top, *log_sum, *z_label, *weighted_sum, *entropy, *log_sum_sq, *mean_logit;
   int64_t* argmax;

@@ -87,8 +87,8 @@ def _address(tensor: Tensor | None) -> int:
 
 
 _ROW_TENSORS = (
-    "bias", "class_weight", "label_weight", "row_scale", "labels", "top", "log_sum", "z_label",
-    "weighted_sum", "entropy", "log_sum_sq", "mean_logit", "argmax",
+    "bias", "class_weight", "label_weight", "row_scale", "entropy_scale", "labels", "top",
+    "log_sum", "z_label", "weighted_sum", "entropy", "log_sum_sq", "mean_logit", "argmax",
 )  # fmt: skip
 _ROW_NUMBERS = ("scale", "softcap", "smoothing", "z_loss", "weight_sum", "classes")
 

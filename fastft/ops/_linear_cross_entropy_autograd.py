@@ -109,13 +109,20 @@ def _check_labels(labels: Tensor, vocabulary: int, ignored: Tensor, ignore_index
         )
 
 
-def run(
-    given: Given, needs: Needs, saved: tuple[Tensor, Tensor] | None, row_scale: Tensor | None
-) -> tuple[Tensor, Statistics, Gradients]:
-    """The loss of each token, its statistics and the gradients of the sum of row_scale times loss.
+class Again(NamedTuple):
+    """What a run for gradients alone has of the run before: of each token (T,) the upstream
+    gradient of its loss and, or None, of its entropy; top, log_sum and that entropy."""
 
-    saved: top and log_sum of each token, from an earlier run; the losses are not made then.
-    """
+    d_losses: Tensor
+    d_entropy: Tensor | None
+    top: Tensor
+    log_sum: Tensor
+    entropy: Tensor | None
+
+
+def run(given: Given, needs: Needs, again: Again | None) -> tuple[Tensor, Statistics, Gradients]:
+    """The loss of each token, its statistics and the gradients of the sum of the losses; or these
+    alone, of a weighted sum of losses and entropies."""
     head = given.head()
     hidden, wide, vocabulary = head.hidden, head.wide, given.weight.shape[0]
     shard = given.shard or Shard(0, vocabulary, None)
@@ -159,22 +166,18 @@ def run(
 
     def rows(slab: Tensor, places: Tensor | slice, order: slice) -> None:
         part = {name: found[name][order] if name in found else None for name in _PER_TOKEN}
-        if saved is not None:
-            part |= {"top": saved[0][places], "log_sum": saved[1][places]}
-        per_row = {"labels": target[places], "label_weight": None, "row_scale": None}
-        if label_weight is not None:
-            per_row["label_weight"] = label_weight[places]
-        if row_scale is not None:
-            per_row["row_scale"] = row_scale[places]
-        passes = [(saved is None, any(needs))]
-        if shard.group is not None and saved is None:
+        per_row = {"labels": target, "label_weight": label_weight, "row_scale": None}
+        per_row["entropy_scale"] = None
+        if again is not None:
+            per_row |= {"row_scale": again.d_losses, "entropy_scale": again.d_entropy}
+            per_row |= {"top": again.top, "log_sum": again.log_sum, "entropy": again.entropy}
+        part |= {name: None if t is None else t[places] for name, t in per_row.items()}
+        passes = [(again is None, any(needs))]
+        if shard.group is not None and again is None:
             passes = [(True, False), (False, any(needs))]
         for statistics, gradient in passes:
-            wanted = part if statistics else part | dict.fromkeys(_MOMENTS)
             if statistics or gradient:
-                launcher.rows(
-                    slab, **wanted, **per_row, **constants, statistics=statistics, gradient=gradient
-                )
+                launcher.rows(slab, **part, **constants, statistics=statistics, gradient=gradient)
             if statistics and shard.group is not None:
                 _combine(part, shard)
 
@@ -183,7 +186,7 @@ def run(
         for gradient, wanted in ((out.hidden, needs.hidden), (out.lora_s, needs.lora_s)):
             if wanted:
                 torch.distributed.all_reduce(gradient, group=shard.group)
-    if saved is not None:
+    if again is not None:
         return hidden.new_empty(0), Statistics(*[hidden.new_empty(0)] * 6), out
     if tokens.order is not None:
         found = {k: _scatter(v[:done], tokens.order[:done], n) for k, v in found.items()}
@@ -254,7 +257,7 @@ def _fwd_kernel(*arguments: Any, shard: Shard | None = None) -> tuple[Tensor, ..
     *call, needs, recompute = arguments
     wanted = NO_GRADIENTS if recompute else Needs(*needs)
     with torch.autocast(call[0].device.type, enabled=False):
-        losses, statistics, gradients = run(_given(call, shard), wanted, None, None)
+        losses, statistics, gradients = run(_given(call, shard), wanted, None)
     return losses, *statistics, *gradients
 
 
@@ -272,15 +275,26 @@ def _fwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _bwd_kernel(
-    d_losses: Tensor, top: Tensor, log_sum: Tensor, *arguments: Any, shard: Shard | None = None
+    d_losses: Tensor,
+    d_entropy: Tensor | None,
+    top: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor | None,
+    *arguments: Any,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, ...]:
     *call, needs = arguments
+    d_losses = d_losses.to(top.dtype).contiguous()
+    if d_entropy is not None:
+        d_entropy = d_entropy.to(top.dtype).contiguous()
+    again = Again(d_losses, d_entropy, top, log_sum, entropy)
     with torch.autocast(call[0].device.type, enabled=False):
-        scale = d_losses.to(top.dtype).contiguous()
-        return run(_given(call, shard), Needs(*needs), (top, log_sum), scale)[2]
+        return run(_given(call, shard), Needs(*needs), again)[2]
 
 
-def _bwd_fake(d_losses: Tensor, top: Tensor, log_sum: Tensor, *arguments: Any) -> Any:
+def _bwd_fake(
+    d_losses: Tensor, d_entropy: Any, top: Tensor, log_sum: Tensor, entropy: Any, *arguments: Any
+) -> Any:
     *call, needs = arguments
     given = _given(call)
     return tuple(empty_gradients(given.head(), Needs(*needs), given.weight.shape[0]))
@@ -329,32 +343,52 @@ class LinearCrossEntropy(torch.autograd.Function):
         found = _fwd_kernel(*arguments, shard=shard)
         ctx.shard = shard
         _setup_context(ctx, arguments, found)
-        ctx.mark_non_differentiable(*found[1:7])
+        ctx.mark_non_differentiable(*found[1:4], *found[5:7])
+        ctx.set_materialize_grads(False)
         return found[:7]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_losses: Tensor, *_: Any) -> Any:
-        if not ctx.recompute:
-            return None, *_to_inputs(ctx.saved_tensors, ctx.likes, d_losses), *[None] * 8
-        made = _bwd_kernel(d_losses, *ctx.saved_tensors, *ctx.rest, shard=ctx.shard)
-        return None, *_to_inputs(made, ctx.likes, None), *[None] * 8
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        def again(*arguments: Any) -> Any:
+            return _bwd_kernel(*arguments, shard=ctx.shard)
+
+        return None, *_backward(ctx, upstream[0], upstream[4], again), *[None] * 8
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *call, ctx.recompute = inputs
     ctx.likes, ctx.rest = _likes(call), call[7:]
-    if ctx.recompute:
-        ctx.save_for_backward(*output[2:4], *call[:7])
-    else:
-        ctx.save_for_backward(*output[7:])
+    ctx.moments = call[11]
+    kept = () if ctx.recompute else output[7:]
+    # The entropy's gradient, too, takes the logits again.
+    inputs_again = (*output[2:5], *call[:7]) if ctx.recompute or ctx.moments else ()
+    ctx.save_for_backward(*kept, *inputs_again)
+    ctx.n_kept = len(kept)
 
 
-def _registered_backward(ctx: Any, d_losses: Tensor, *_: Any) -> Any:
-    if not ctx.recompute:
-        return *_to_inputs(ctx.saved_tensors, ctx.likes, d_losses), *[None] * 8
-    made = torch.ops.fastft.linear_cross_entropy_bwd(d_losses, *ctx.saved_tensors, *ctx.rest)
-    return *_to_inputs(made, ctx.likes, None), *[None] * 8
+def _backward(ctx: Any, d_losses: Any, d_entropy: Any, again: Any) -> list[Tensor | None]:
+    kept, rest = ctx.saved_tensors[: ctx.n_kept], ctx.saved_tensors[ctx.n_kept :]
+    none: list[Tensor | None] = [None] * 6
+    if not ctx.moments:
+        d_entropy = None
+    made = none
+    if not ctx.recompute and d_losses is not None:
+        made = _to_inputs(kept, ctx.likes, d_losses)
+    if d_entropy is None and (d_losses is None or not ctx.recompute):
+        return made
+    top, log_sum, entropy, *inputs = rest
+    if not ctx.recompute or d_losses is None:
+        d_losses = torch.zeros_like(top)  # theirs is made
+    entropy = entropy if ctx.moments else None
+    more = again(d_losses, d_entropy, top, log_sum, entropy, *inputs, *ctx.rest)
+    found = zip(made, _to_inputs(more, ctx.likes, None), strict=True)
+    return [b if a is None else a if b is None else a + b for a, b in found]
+
+
+def _registered_backward(ctx: Any, *upstream: Any) -> Any:
+    again = torch.ops.fastft.linear_cross_entropy_bwd
+    return *_backward(ctx, upstream[0], upstream[4], again), *[None] * 8
 
 
 _CALL = (
@@ -370,7 +404,8 @@ register(
     _fwd_fake,
 )
 register(
-    f"linear_cross_entropy_bwd(Tensor d_losses, Tensor top, Tensor log_sum, {_CALL}) -> "
+    "linear_cross_entropy_bwd(Tensor d_losses, Tensor? d_entropy, Tensor top, Tensor log_sum, "
+    f"Tensor? entropy, {_CALL}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_kernel,
     _bwd_fake,

@@ -40,7 +40,9 @@ __all__ = ["Shard", "TokenStatistics", "check", "linear_cross_entropy"]
 
 
 class TokenStatistics(NamedTuple):
-    """Of each token, of the shape of labels, without gradient; 0 where the token does not count.
+    """Of each token, of the shape of labels; 0 where the token does not count.
+
+    Only the entropy has a gradient; its backward makes the logits once more.
 
     Attributes:
         prediction: int64, the class of the largest logit (the lowest of equals), -1 where ignored.

@@ -110,6 +110,7 @@ def rows(
     class_weight: Tensor | None,
     label_weight: Tensor | None,
     row_scale: Tensor | None,
+    entropy_scale: Tensor | None,
     top: Tensor,
     log_sum: Tensor,
     z_label: Tensor,
@@ -129,7 +130,8 @@ def rows(
 ) -> None:
     """The statistics of the slab's rows, and with ``gradient`` that of the loss in their place.
 
-    labels: -1 where the label is in no column, -2 where the token is ignored.
+    labels: -1 where the label is in no column, -2 where the token is ignored. entropy_scale: what
+    the gradient has of the entropy, which is then read.
     """
     z = transform(slab, bias, scale, softcap)
     here = labels >= 0
@@ -143,7 +145,7 @@ def rows(
         if weighted_sum is not None:
             weighted_sum.copy_((z * w).sum(-1))
     lse = (top + log_sum)[:, None]
-    if entropy is not None and log_sum_sq is not None and mean_logit is not None:
+    if statistics and entropy is not None and log_sum_sq is not None and mean_logit is not None:
         p = torch.exp(z - lse)
         entropy.copy_(-(p * torch.where(p > 0, z - lse, 0.0)).sum(-1))
         log_sum_sq.copy_(p.square().sum(-1).log())
@@ -155,6 +157,10 @@ def rows(
     smooth = g * smoothing / classes
     total = hard + smooth * weight_sum + 2 * z_loss * g * lse[:, 0]
     dz = torch.exp(z - lse) * total[:, None] - smooth[:, None] * w
+    if entropy_scale is not None and entropy is not None:
+        log_p = z - lse
+        bonus = log_p.exp() * (log_p.clamp(min=torch.finfo(z.dtype).min) + entropy[:, None])
+        dz -= entropy_scale[:, None] * bonus
     dz.scatter_add_(1, column, torch.where(here, -hard, 0.0)[:, None])
     # 0 inf is no gradient of an ignored row.
     slab.copy_(torch.where((labels != -2)[:, None], dz * _slope(z, scale, softcap), 0.0))

@@ -30,6 +30,7 @@ def _cross_entropy_kernel(
     class_weight_ptr,  # float32 (V,)
     label_weight_ptr,  # float32 (rows,): class_weight of the label
     row_scale_ptr,  # float32 (rows,)
+    entropy_scale_ptr,  # float32 (rows,); with it entropy is read
     top_ptr,  # float32 (rows,), as all to z_label: written by STATISTICS, else read
     log_sum_ptr,
     z_label_ptr,
@@ -54,10 +55,12 @@ def _cross_entropy_kernel(
     HAS_CLASS_WEIGHT: tl.constexpr,
     HAS_LABEL_WEIGHT: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
+    HAS_ENTROPY_SCALE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """log sum exp of a row with its parts, then g ((1 - smoothing) w_y (p - onehot)
-    + smoothing / classes (p sum w - w) + 2 z_loss lse p) through the slope of the transform."""
+    + smoothing / classes (p sum w - w) + 2 z_loss lse p) - e p (log p + entropy), g and e the two
+    scales, through the slope of the transform."""
     row = tl.program_id(0)
     slab = slab_ptr + row.to(tl.int64) * V
     label = tl.load(labels_ptr + row)
@@ -147,6 +150,9 @@ def _cross_entropy_kernel(
                 of_p *= row_scale
                 hard *= row_scale
                 smooth *= row_scale
+            if HAS_ENTROPY_SCALE:
+                bonus = tl.load(entropy_scale_ptr + row)
+                entropy = tl.load(entropy_ptr + row)
             for start in range(0, V, BLOCK_V):
                 columns = start + lanes
                 z = _transformed(slab, bias_ptr, columns, V, scale, softcap, HAS_BIAS, SOFTCAP)

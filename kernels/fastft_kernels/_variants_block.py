@@ -15,7 +15,8 @@ _ADAMW = "fastft_kernels.adamw"
 
 def _loss(slab: str, *, statistics: bool = True, gradient: bool = True, **flags: bool) -> Variant:
     vectors = (
-        "bias_ptr", "class_weight_ptr", "label_weight_ptr", "row_scale_ptr", "top_ptr",
+        "bias_ptr", "class_weight_ptr", "label_weight_ptr", "row_scale_ptr", "entropy_scale_ptr",
+        "top_ptr",
         "log_sum_ptr", "z_label_ptr", "weighted_sum_ptr", "entropy_ptr", "log_sum_sq_ptr",
         "mean_logit_ptr",
     )  # fmt: skip
@@ -34,7 +35,7 @@ def _loss(slab: str, *, statistics: bool = True, gradient: bool = True, **flags:
 
 _LOSS_FLAGS = (
     "MOMENTS", "SMOOTH", "SOFTCAP", "HAS_BIAS", "HAS_CLASS_WEIGHT", "HAS_LABEL_WEIGHT",
-    "HAS_ROW_SCALE",
+    "HAS_ROW_SCALE", "HAS_ENTROPY_SCALE",
 )  # fmt: skip
 _ALL_LOSS_FLAGS = dict.fromkeys(_LOSS_FLAGS, True)
 

@@ -83,6 +83,7 @@ def rows(
     class_weight: Tensor | None,
     label_weight: Tensor | None,
     row_scale: Tensor | None,
+    entropy_scale: Tensor | None,
     top: Tensor,
     log_sum: Tensor,
     z_label: Tensor,
@@ -103,7 +104,8 @@ def rows(
     """The statistics of the slab's rows, and with ``gradient`` that of the loss in their place.
 
     labels: int64 (rows,), -1 where the label is in no column, -2 where the token is ignored. All
-    vectors over rows or columns are float32 and contiguous, argmax is int64.
+    vectors over rows or columns are float32 and contiguous, argmax is int64. entropy_scale: what
+    the gradient has of the entropy, which is then read.
     """
     launch = config.for_device(slab.device).cross_entropy
 
@@ -113,12 +115,13 @@ def rows(
     with device_guard(slab):
         _cross_entropy_kernel[(slab.shape[0],)](
             slab, labels, given(bias), given(class_weight), given(label_weight), given(row_scale),
-            top, log_sum, z_label, argmax, given(weighted_sum), given(entropy), given(log_sum_sq),
+            given(entropy_scale), top, log_sum, z_label, argmax, given(weighted_sum), given(entropy), given(log_sum_sq),
             given(mean_logit), slab.shape[1], scale, softcap, smoothing, z_loss, weight_sum,
-            classes, STATISTICS=statistics, GRADIENT=gradient, MOMENTS=entropy is not None,
+            classes, STATISTICS=statistics, GRADIENT=gradient, MOMENTS=statistics and entropy is not None,
             SMOOTH=smoothing > 0, SOFTCAP=softcap > 0, HAS_BIAS=bias is not None,
             HAS_CLASS_WEIGHT=class_weight is not None, HAS_LABEL_WEIGHT=label_weight is not None,
-            HAS_ROW_SCALE=row_scale is not None, BLOCK_V=launch.block_v, **launch.launch.options(),
+            HAS_ROW_SCALE=row_scale is not None, HAS_ENTROPY_SCALE=entropy_scale is not None,
+            BLOCK_V=launch.block_v, **launch.launch.options(),
         )  # fmt: skip
 
 

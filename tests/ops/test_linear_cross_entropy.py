@@ -103,7 +103,7 @@ def test_every_instruction_set(isa: str) -> None:
     argmax = torch.empty(9, dtype=torch.int64)
     native.module().cross_entropy(
         logits.data_ptr(),
-        [0] * 4 + [t.data_ptr() for t in (labels, top, log_sum, z_label)] + [0] * 4
+        [0] * 5 + [t.data_ptr() for t in (labels, top, log_sum, z_label)] + [0] * 4
         + [argmax.data_ptr()],
         9, 1003, [1.0, 0.0, 0.0, 0.0, 1003.0, 1003.0], True, True, 0, isa=isa,
     )  # fmt: skip

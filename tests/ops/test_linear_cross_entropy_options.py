@@ -157,11 +157,53 @@ def test_statistics_of_each_token(backend: str) -> None:
     }
     for name, value in expected.items():
         got = getattr(found, name)
-        assert not got.requires_grad
+        assert got.requires_grad == (name == "entropy")
         torch.testing.assert_close(got[kept].double(), value[kept].detach(), rtol=1e-5, atol=2e-6)
         assert not got[~kept].any()
     assert torch.equal(found.prediction, torch.where(kept, z.argmax(-1), -1))
     assert losses.requires_grad
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_gradient_of_the_entropy(
+    backend: str, dtype: torch.dtype, trained: bool, compiled: bool
+) -> None:
+    """A bonus for entropy beside weighted log-probabilities, as in reinforcement learning."""
+    tensors, labels = draw(dtype), labels_of()
+    weights, bonus = torch.randn(T), torch.randn(T)
+    names = ["hidden", "weight", "bias"] if trained else ["hidden"]
+
+    def objective(losses: Tensor, entropy: Tensor) -> Tensor:
+        return (losses * weights.to(losses.dtype)).sum() + (entropy * bonus).sum()
+
+    def eager(dtype: torch.dtype) -> list[Tensor]:
+        t = {name: tensors[name].detach().to(dtype).requires_grad_() for name in tensors}
+        z = reference.transform(t["hidden"] @ t["weight"].t(), t["bias"], 1.0, 4.0)
+        log_p, kept = torch.log_softmax(z, -1), labels != -100
+        losses = reference.linear_cross_entropy(
+            t["hidden"], t["weight"], t["bias"], labels, softcap=4.0
+        )
+        entropy = torch.where(kept, -(log_p.exp() * log_p).sum(-1), 0.0)
+        return list(torch.autograd.grad(objective(losses, entropy), [t[n] for n in names]))
+
+    given = {n: t if n in names else t.detach() for n, t in tensors.items()}
+
+    def run(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        losses, found = ops.linear_cross_entropy(
+            hidden, weight, labels, bias=bias, softcap=4.0, reduction="none",
+            return_statistics=True, backend=backend, chunk=9,
+        )  # fmt: skip
+        return objective(losses, found.entropy)
+
+    if compiled:
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    with poisoned():
+        total = run(given["hidden"], given["weight"], given["bias"])
+        got = torch.autograd.grad(total, [given[n] for n in names])
+    assert_as_good_as_torch(names, list(got), eager(dtype), eager(F64), dtype)
 
 
 def test_registered_recomputing_operation_passes_opcheck_and_compiles() -> None:
