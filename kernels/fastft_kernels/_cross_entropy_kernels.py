@@ -156,9 +156,11 @@ def _cross_entropy_kernel(
             for start in range(0, V, BLOCK_V):
                 columns = start + lanes
                 z = _transformed(slab, bias_ptr, columns, V, scale, softcap, HAS_BIAS, SOFTCAP)
-                gradient = of_p * tl.exp((z - top) - log_sum) - tl.where(
-                    columns == label, hard, 0.0
-                )
+                log_p = (z - top) - log_sum
+                p = tl.exp(log_p)
+                gradient = of_p * p - tl.where(columns == label, hard, 0.0)
+                if HAS_ENTROPY_SCALE:
+                    gradient -= bonus * tl.where(p > 0.0, p * (log_p + entropy), 0.0)
                 if SMOOTH:
                     if HAS_CLASS_WEIGHT:
                         w = tl.load(class_weight_ptr + columns, mask=columns < V, other=0.0)

@@ -115,13 +115,14 @@ def rows(
     with device_guard(slab):
         _cross_entropy_kernel[(slab.shape[0],)](
             slab, labels, given(bias), given(class_weight), given(label_weight), given(row_scale),
-            given(entropy_scale), top, log_sum, z_label, argmax, given(weighted_sum), given(entropy), given(log_sum_sq),
-            given(mean_logit), slab.shape[1], scale, softcap, smoothing, z_loss, weight_sum,
-            classes, STATISTICS=statistics, GRADIENT=gradient, MOMENTS=statistics and entropy is not None,
-            SMOOTH=smoothing > 0, SOFTCAP=softcap > 0, HAS_BIAS=bias is not None,
-            HAS_CLASS_WEIGHT=class_weight is not None, HAS_LABEL_WEIGHT=label_weight is not None,
-            HAS_ROW_SCALE=row_scale is not None, HAS_ENTROPY_SCALE=entropy_scale is not None,
-            BLOCK_V=launch.block_v, **launch.launch.options(),
+            given(entropy_scale), top, log_sum, z_label, argmax, given(weighted_sum),
+            given(entropy), given(log_sum_sq), given(mean_logit), slab.shape[1], scale, softcap,
+            smoothing, z_loss, weight_sum, classes, STATISTICS=statistics, GRADIENT=gradient,
+            MOMENTS=statistics and entropy is not None, SMOOTH=smoothing > 0, SOFTCAP=softcap > 0,
+            HAS_BIAS=bias is not None, HAS_CLASS_WEIGHT=class_weight is not None,
+            HAS_LABEL_WEIGHT=label_weight is not None, HAS_ROW_SCALE=row_scale is not None,
+            HAS_ENTROPY_SCALE=entropy_scale is not None, BLOCK_V=launch.block_v,
+            **launch.launch.options(),
         )  # fmt: skip
 
 

@@ -112,6 +112,25 @@ def test_probabilities_and_statistics_are_the_references() -> None:
         torch.testing.assert_close(own, theirs, rtol=1e-5, atol=2e-6)
 
 
+def test_the_gradient_of_the_entropy_is_the_references() -> None:
+    inputs = _inputs(9, 12, 4500, F32, True)
+    found = []
+    for backend in ("triton", "reference"):
+        hidden = inputs.hidden.detach().requires_grad_()
+        losses, statistics = ops.linear_cross_entropy(
+            hidden,
+            inputs.weight,
+            inputs.labels,
+            softcap=3.0,
+            reduction="none",
+            return_statistics=True,
+            backend=backend,
+        )
+        objective = (statistics.entropy * torch.linspace(-1, 1, 9)).sum() + losses.sum()
+        found.append(torch.autograd.grad(objective, hidden)[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("tokens", [0, 6])
 def test_nothing_counts(tokens: int) -> None:
     inputs = _inputs(tokens, 8, 50, F32, True)
