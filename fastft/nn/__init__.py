@@ -6,7 +6,7 @@ from fastft.nn.calls import CallCounts, call_counts, reset_call_counts
 from fastft.nn.conv import FusedLoraConv1d, FusedLoraConv2d, FusedLoraConv3d
 from fastft.nn.deferred import DeferredLogits
 from fastft.nn.embedding import FusedLoraEmbedding
-from fastft.nn.head import FusedHead, causal_lm_loss
+from fastft.nn.head import FusedHead, FusedLoraHead
 from fastft.nn.lora import FusedLoraLinear
 
 __all__ = [
@@ -17,8 +17,8 @@ __all__ = [
     "FusedLoraConv2d",
     "FusedLoraConv3d",
     "FusedLoraEmbedding",
+    "FusedLoraHead",
     "FusedLoraLinear",
     "call_counts",
-    "causal_lm_loss",
     "reset_call_counts",
 ]

@@ -1,21 +1,25 @@
 """Logits that are computed only if somebody looks at them.
 
 An accelerated language model's head returns :class:`DeferredLogits` when labels are given: a
-tensor with the logits' shape, dtype and device, and no storage. The fused loss takes the hidden
-states out of it; anything else that touches it gets the real logits, computed on the spot. So no
-model's forward is rewritten, and ``outputs.logits`` stays true.
+tensor with the logits' shape, dtype and device, and no storage. What models do between head and
+loss it remembers instead of doing it: scaling, Gemma's cap, a constant bias, other shapes, a choice
+of positions. torch's ``cross_entropy`` of it is the fused loss; anything else that touches it gets
+the real logits, computed on the spot. So no model's forward and no loss function is rewritten, and
+``outputs.logits`` stays true.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["DeferredLogits"]
+__all__ = ["CALLS", "DeferredLogits", "HeadAdapter", "Logits"]
 
 # Reading these needs no logits.
 _METADATA = {
@@ -47,50 +51,90 @@ _METADATA = {
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
-class DeferredLogits(Tensor):
-    """The product ``head(hidden_states)``, not computed yet.
+# Functions that take deferred logits as they are: function -> replacement, which may return
+# NotImplemented to have the logits computed after all.
+CALLS: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+class HeadAdapter(NamedTuple):
+    """A and B of a head's adapter, and what its layer would do with them now."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    dropout: float
+
+
+@dataclass(frozen=True)
+class Logits:
+    """softcap(scale (head(x) + bias)), not computed yet; softcap(z) = c tanh(z / c).
 
     Attributes:
         hidden_states: (..., hidden), connected to the graph.
         head: the language-model head.
+        compute: head(hidden_states), for whoever looks.
+        weight, bias: (vocabulary, hidden) and (vocabulary,) or None.
+        adapter: the head's.
+        steps: what the model did to the logits, one function after the other: ``scale``,
+            ``softcap`` (0: none) and ``bias`` say the same to the fused loss.
     """
 
     hidden_states: Tensor
-    head: nn.Linear
-    _compute: Callable[[Tensor], Tensor]
+    head: nn.Module
+    compute: Callable[[Tensor], Tensor]
+    weight: Tensor
+    bias: Tensor | None = None
+    adapter: HeadAdapter | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
+
+    def value(self, dtype: torch.dtype) -> Tensor:
+        """The logits."""
+        logits = self.compute(self.hidden_states)
+        for step in self.steps:
+            logits = step(logits)
+        return logits.to(dtype)
+
+    def trained(self) -> bool:
+        """Whether the loss of each token apart would take the logits twice: the head, its bias or
+        its adapter is trained."""
+        trained = [t.requires_grad for t in (self.weight, self.bias) if t is not None]
+        return self.adapter is not None or any(trained)
+
+    def times(self, factor: float) -> Logits:
+        """factor times these: the cap grows with them."""
+        steps = (*self.steps, lambda z: z * factor)
+        return replace(self, scale=self.scale * factor, softcap=self.softcap * factor, steps=steps)
+
+
+class DeferredLogits(Tensor):
+    """A tensor of logits without storage.
+
+    Attributes:
+        source: what it is made of, where and if it is.
+    """
+
+    source: Logits
     _value: Tensor | None
 
     @staticmethod
-    def __new__(
-        cls,
-        hidden_states: Tensor,
-        head: nn.Linear,
-        compute: Callable[[Tensor], Tensor],
-        dtype: torch.dtype,
-    ) -> DeferredLogits:
-        shape = (*hidden_states.shape[:-1], head.weight.shape[0])
+    def __new__(cls, source: Logits, dtype: torch.dtype) -> DeferredLogits:
+        hidden = source.hidden_states
+        shape = (*hidden.shape[:-1], source.weight.shape[0])
         self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=dtype, device=hidden_states.device, requires_grad=False
+            cls, shape, dtype=dtype, device=hidden.device, requires_grad=False
         )
-        self.hidden_states, self.head, self._compute = hidden_states, head, compute
-        self._value = None
+        self.source, self._value = source, None
         return self
 
     def value(self) -> Tensor:
         """The logits, computed at the first call, and once more when a graph is wanted and the
         first call had none."""
-        wants_graph = torch.is_grad_enabled() and self.hidden_states.requires_grad
+        wants_graph = torch.is_grad_enabled() and self.source.hidden_states.requires_grad
         if self._value is None or (wants_graph and not self._value.requires_grad):
-            self._value = self._compute(self.hidden_states).to(self.dtype)
+            self._value = self.source.value(self.dtype)
         return self._value
-
-    def cast(self, dtype: torch.dtype) -> DeferredLogits:
-        """The same logits in another dtype, still not computed."""
-        return DeferredLogits(self.hidden_states, self.head, self._compute, dtype)
-
-    def rows(self, rows: slice) -> DeferredLogits:
-        """The logits of some samples of the batch, still not computed."""
-        return DeferredLogits(self.hidden_states[rows], self.head, self._compute, self.dtype)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -103,16 +147,16 @@ class DeferredLogits(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        first = args[0] if args else None
+        first = args[0] if args else kwargs.get("input")
         if func == _REQUIRES_GRAD:  # a new wrapper object at each access
             # In no graph until somebody looks: FSDP would hang a hook on them, and so compute them.
             value = first._value  # type: ignore[union-attr]
             return value is not None and value.requires_grad
         if isinstance(first, DeferredLogits) and first._value is None:
-            # Casts and copies that loops around the model make of every output.
-            target = _cast_target(func, args, kwargs)
-            if target is not None:
-                return first if target == first.dtype else first.cast(target)
+            rule = _DEFERRED.get(func) or CALLS.get(func)
+            found = NotImplemented if rule is None else rule(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
         return func(*_computed(args), **_computed(kwargs))
 
     @classmethod
@@ -122,16 +166,117 @@ class DeferredLogits(Tensor):
         return func(*_computed(args), **_computed(kwargs or {}))
 
 
-def _cast_target(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
-    """The dtype that ``func`` would cast to when it does nothing else."""
-    if func is Tensor.float and len(args) == 1:
-        return torch.float32
-    if func is Tensor.contiguous and len(args) == 1 and not kwargs:
-        return args[0].dtype
-    if func is Tensor.to and len(args) == 2 and isinstance(args[1], torch.dtype) and not kwargs:
-        return args[1]
-    return None
-
-
 def _computed(tree: Any) -> Any:
     return pytree.tree_map_only(DeferredLogits, lambda t: t.value(), tree)
+
+
+def _with(logits: DeferredLogits, **change: Any) -> DeferredLogits:
+    return DeferredLogits(replace(logits.source, **change), logits.dtype)
+
+
+def _cast(logits: DeferredLogits, dtype: torch.dtype) -> DeferredLogits:
+    return logits if dtype == logits.dtype else DeferredLogits(logits.source, dtype)
+
+
+def _to(logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
+    (target,) = args if len(args) == 1 else (None,)
+    if kwargs:
+        return NotImplemented
+    if isinstance(target, torch.dtype):
+        return _cast(logits, target)
+    # Models move logits to where their labels are.
+    here = isinstance(target, (str, torch.device)) and torch.device(target) == logits.device
+    return logits if here else NotImplemented
+
+
+def _contiguous(logits: DeferredLogits, **kwargs: Any) -> Any:
+    return NotImplemented if kwargs else logits
+
+
+def _multiplied(logits: Any, factor: Any, **kwargs: Any) -> Any:
+    # A product that torch would give another dtype, or whose factor needs a gradient, is torch's.
+    if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not factor > 0:
+        return NotImplemented
+    return NotImplemented if kwargs else DeferredLogits(logits.source.times(factor), logits.dtype)
+
+
+def _divided(logits: Any, divisor: Any, **kwargs: Any) -> Any:
+    if not isinstance(divisor, (int, float)) or isinstance(divisor, bool) or not divisor > 0:
+        return NotImplemented
+    return _multiplied(logits, 1.0 / divisor, **kwargs)
+
+
+def _tanh(logits: DeferredLogits) -> Any:
+    source = logits.source
+    if source.softcap:
+        return NotImplemented
+    return _with(logits, softcap=1.0, steps=(*source.steps, torch.tanh))
+
+
+def _added(logits: Any, other: Any, **kwargs: Any) -> Any:
+    source = logits.source if isinstance(logits, DeferredLogits) else None
+    plain = isinstance(other, Tensor) and type(other) in (Tensor, nn.Parameter)
+    if source is None or kwargs or not plain or other.requires_grad:
+        return NotImplemented
+    if source.scale != 1.0 or source.softcap or other.numel() != logits.shape[-1]:
+        return NotImplemented
+    if other.shape[-1] != logits.shape[-1] or other.dtype != logits.dtype:
+        return NotImplemented
+    bias = other.reshape(-1)
+    total = bias if source.bias is None else source.bias + bias
+    return _with(logits, bias=total, steps=(*source.steps, lambda z: z + bias))
+
+
+def _reshaped(logits: DeferredLogits, *shape: Any) -> Any:
+    if len(shape) == 1 and not isinstance(shape[0], int):
+        shape = tuple(shape[0])
+    if not shape or not all(isinstance(n, int) for n in shape):
+        return NotImplemented
+    if -1 in shape and logits.numel():
+        rest = -math.prod(shape)
+        shape = tuple(logits.numel() // rest if n == -1 else n for n in shape)
+    if shape[-1] != logits.shape[-1]:
+        return NotImplemented
+    hidden = logits.source.hidden_states
+    return _with(logits, hidden_states=hidden.reshape(*shape[:-1], hidden.shape[-1]))
+
+
+def _chosen(logits: DeferredLogits, index: Any) -> Any:
+    """Positions, whole: ``logits[:, :-1]``, ``logits[..., :-1, :]``, ``logits[mask]``."""
+    items = index if isinstance(index, tuple) else (index,)
+    dims = logits.dim()
+    if any(i is Ellipsis for i in items):
+        at = next(n for n, i in enumerate(items) if i is Ellipsis)
+        items = (*items[:at], *[slice(None)] * (dims - len(items) + 1), *items[at + 1 :])
+    if len(items) == 1 and isinstance(items[0], Tensor):
+        whole = items[0].dtype == torch.bool and items[0].dim() < dims
+    else:
+        whole = all(isinstance(i, slice) for i in items) and len(items) <= dims
+        whole = whole and (len(items) < dims or items[-1] == slice(None))
+    if not whole:
+        return NotImplemented
+    return _with(logits, hidden_states=logits.source.hidden_states[items])
+
+
+# What models do between head and loss, done to the description instead of the logits.
+_DEFERRED: dict[Any, Callable[..., Any]] = {
+    Tensor.float: lambda logits: _cast(logits, torch.float32),
+    Tensor.to: _to,
+    Tensor.contiguous: _contiguous,
+    Tensor.mul: _multiplied,
+    Tensor.__mul__: _multiplied,
+    Tensor.__rmul__: _multiplied,
+    torch.mul: _multiplied,
+    Tensor.div: _divided,
+    Tensor.__truediv__: _divided,
+    torch.div: _divided,
+    Tensor.tanh: _tanh,
+    torch.tanh: _tanh,
+    Tensor.add: _added,
+    Tensor.__add__: _added,
+    Tensor.__radd__: _added,
+    torch.add: _added,
+    Tensor.view: _reshaped,
+    Tensor.reshape: _reshaped,
+    Tensor.__getitem__: _chosen,
+}

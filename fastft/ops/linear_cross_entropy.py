@@ -28,13 +28,8 @@ from fastft.ops._checks import (
     check_tensor,
 )
 from fastft.ops._head_loop import default_chunk, free_bytes
-from fastft.ops._linear_cross_entropy_autograd import (
-    AUTO,
-    WHERE,
-    LinearCrossEntropy,
-    Shard,
-    choose,
-)
+from fastft.ops._linear_cross_entropy_autograd import LinearCrossEntropy
+from fastft.ops._linear_cross_entropy_run import AUTO, WHERE, Shard, choose
 
 __all__ = ["Shard", "TokenStatistics", "check", "linear_cross_entropy"]
 
@@ -74,6 +69,7 @@ def linear_cross_entropy(
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
     scaling: float = 1.0,
+    lora_dropout: float = 0.0,
     shift: bool = False,
     reduction: str = "mean",
     num_items_in_batch: Tensor | int | None = None,
@@ -103,8 +99,9 @@ def linear_cross_entropy(
         softcap: c, Gemma 2's ``final_logit_softcapping``; None for none.
         z_loss: zeta.
         lora_a, lora_b: (r, hidden) and (vocabulary, r): an adapter of the head, in any floating
-            dtype, without dropout.
+            dtype.
         scaling: s, its lora_alpha / r.
+        lora_dropout: the probability with which elements of h are dropped before A.
         shift: position t predicts label t + 1 along the last dimension of ``labels``.
         reduction: "mean" over the tokens that count, "sum", or "none": a loss for each token, 0
             where it does not count (the log-probability of the label is its negative). With "none"
@@ -158,7 +155,8 @@ def linear_cross_entropy(
     target = labels.reshape(-1).contiguous()
     lora_s = None
     if lora_a is not None:
-        lora_s = torch.nn.functional.linear(flat, lora_a.to(dtype)) * scaling
+        dropped = torch.nn.functional.dropout(flat, lora_dropout) if lora_dropout else flat
+        lora_s = torch.nn.functional.linear(dropped, lora_a.to(dtype)) * scaling
     tensors = [flat, weight, bias, class_weight, lora_s, lora_b]
     if not torch.is_grad_enabled():  # an evaluation of a trained head makes no gradients
         tensors = [None if t is None else t.detach() for t in tensors]

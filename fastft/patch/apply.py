@@ -14,11 +14,11 @@ from fastft.errors import ArgumentError, DtypeError, VerificationError, nearest
 from fastft.nn import head as head_module
 from fastft.nn import packing, siblings
 from fastft.nn.calls import strict_modules
-from fastft.nn.head import CausalLMLoss, FusedHead
+from fastft.nn.head import FusedHead, FusedLoraHead
 from fastft.nn.lora import UNMERGED, forget_norms
 from fastft.nn.swap import original_of
 from fastft.patch.proofs import difference, site_key, tolerance, verifiable
-from fastft.patch.rules import RULES, Rule, Site, causal_lm_of
+from fastft.patch.rules import RULES, Rule, Site, language_model_of
 
 __all__ = ["accelerate", "lora", "restore"]
 
@@ -58,8 +58,9 @@ def accelerate(
         lora: fuse LoRA layers over ``nn.Linear`` (:func:`fastft.ops.lora_linear`), over the expert
             weights of a mixture (:func:`fastft.ops.lora_grouped_linear`), over convolutions and
             over embeddings.
-        loss: fuse a Transformers causal language model's head and loss
-            (:func:`fastft.ops.linear_cross_entropy`); logits are computed only if read.
+        loss: fuse a Transformers language model's head and the loss over it
+            (:func:`fastft.ops.linear_cross_entropy`), that of TRL's trainers too; logits are
+            computed only if read.
         norm: fuse RMS norms, whose convention is found by running them
             (:func:`fastft.ops.rms_norm`).
         glu: fuse gated MLPs between their projections (:func:`fastft.ops.glu`).
@@ -141,8 +142,8 @@ def accelerate(
         site.module.__class__ = site.fused
         if strict:
             strict_modules.add(site.module)
-        if site.fused is FusedHead:
-            _attach_loss(causal_lm_of(model))
+        if issubclass(site.fused, (FusedHead, FusedLoraHead)):
+            _attach_head(language_model_of(model))
     if pack_weights:
         packing.wanted.add(model)
     model.register_forward_pre_hook(siblings.begin_forward, prepend=True)
@@ -165,26 +166,14 @@ def _disproof(site: Site, rule: Rule) -> str | None:
     return f"verification: relative difference {found:.2e} above {bound:.2e}"
 
 
-def _attach_loss(owner: Any) -> None:
-    """The fused loss and the hooks that make the head defer, on a causal language model."""
-    owner.loss_function = CausalLMLoss(
-        owner.loss_function, replaced_own="_loss_function" in owner.__dict__
-    )
+def _attach_head(owner: Any) -> None:
+    """The hooks that make a language model's head defer."""
     owner.register_forward_pre_hook(head_module.begin_forward, with_kwargs=True)
     owner.register_forward_hook(head_module.end_forward, always_call=True)
 
 
-def _detach_loss(owner: Any) -> None:
-    loss = owner.loss_function
-    if isinstance(loss, CausalLMLoss):
-        if loss.replaced_own:
-            owner.loss_function = loss.original
-        else:
-            del owner._loss_function
-
-
 def restore(model: nn.Module) -> nn.Module:
-    """Undoes :func:`accelerate`: classes, loss and hooks are what they were, bit for bit.
+    """Undoes :func:`accelerate`: classes and hooks are what they were, bit for bit.
 
     It reads the model, not a record of it, so a deep copy of an accelerated model restores too.
 
@@ -199,9 +188,6 @@ def restore(model: nn.Module) -> nn.Module:
             got="one that is not accelerated",
         )
     siblings.forget(model)
-    owner = causal_lm_of(model)
-    if owner is not None:
-        _detach_loss(owner)
     for module in model.modules():
         original = original_of(module)
         if type(module) is not original:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fastft.nn.attention import FusedAttention, attention_forward
 from fastft.nn.calls import uncounted
+from fastft.nn.deferred import DeferredLogits
 from fastft.nn.experts import experts_of
-from fastft.nn.head import FusedHead, causal_lm_loss
+from fastft.nn.head import FusedHead, FusedLoraHead, deferring
 from fastft.nn.mlp import layout_of
 from fastft.nn.swap import original_of
 
@@ -199,8 +200,10 @@ def run_experts(module: Any, kind: type[nn.Module]) -> list[Tensor]:
 
 
 def run_head(head: Any, kind: type[nn.Module]) -> list[Tensor]:
-    """Loss and gradient of the hidden states, fused or through the logits."""
-    weight = head.weight
+    """Loss over a head, scaled and capped as some models do, and its gradients, fused or through
+    the logits."""
+    base = getattr(head, "base_layer", head)
+    weight = base.weight
     hidden = torch.randn(1, _TOKENS, weight.shape[1], device=weight.device).to(weight.dtype)
     # exp turns an absolute error of a logit into a relative one: with logits of unit spread the
     # rounding of the product is all there is, whatever the head's scale.
@@ -208,12 +211,23 @@ def run_head(head: Any, kind: type[nn.Module]) -> list[Tensor]:
     hidden = (hidden / spread.clamp(min=1e-6)).to(weight.dtype).requires_grad_()
     labels = torch.randint(weight.shape[0], (1, _TOKENS), device=weight.device)
     labels[0, 2] = -100
-    if kind is FusedHead:
-        loss = causal_lm_loss(hidden, head, labels)
-    else:
-        logits = nn.functional.linear(hidden, weight, head.bias).float()
-        loss = nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:])
-    return [loss.detach(), *torch.autograd.grad(loss, [hidden])]
+    parameters, leaves = {}, [hidden]
+    if base is not head:
+        name = next(n for n in head.active_adapters if n in head.lora_A)
+        for part in ("lora_A", "lora_B"):
+            p = getattr(head, part)[name].weight
+            random = torch.randn(p.shape, device=p.device) / (4 * p.shape[1] ** 0.5)
+            parameters[f"{part}.{name}.weight"] = random.to(p.dtype).requires_grad_()
+        leaves += parameters.values()
+    fused = issubclass(kind, (FusedHead, FusedLoraHead))
+    with _as_class(head, kind), deferring(head) if fused else nullcontext():
+        logits = functional_call(head, parameters, (hidden,)) * 1.5
+        logits = (torch.tanh(logits / 8.0) * 8.0).float()[:, :-1]
+        loss = nn.functional.cross_entropy(logits.reshape(-1, weight.shape[0]), labels[0, 1:])
+        if fused and not isinstance(logits, DeferredLogits):
+            raise RuntimeError("the head did not defer its logits")
+        gradients = torch.autograd.grad(loss, leaves)
+    return [loss.detach(), *gradients]
 
 
 def run_norm(module: Any, kind: type[nn.Module]) -> list[Tensor]:

@@ -118,7 +118,7 @@ def explain(model: nn.Module) -> Explanation:
 
 def _report(rule: Rule, site: Site, refused: str | None) -> ModuleReport:
     reason = site.refusal or refused
-    if reason is None and type(site.module) is not site.fused:
+    if reason is None and not issubclass(type(site.module), site.fused or ()):
         reason = "not accelerated: call fastft.accelerate(model)"
     backend = None
     if reason is None:

@@ -16,21 +16,20 @@ from peft.tuners.lora.layer import Embedding as PeftEmbedding
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastft import backends
 from fastft.nn.attention import FusedAttention
 from fastft.nn.conv import FUSED_CONVS, conv_refusal
 from fastft.nn.embedding import FusedLoraEmbedding, embedding_refusal
 from fastft.nn.experts import FusedLoraExperts, experts_of, experts_refusal
-from fastft.nn.head import CausalLMLoss, FusedHead
+from fastft.nn.head import FusedHead, FusedLoraHead
 from fastft.nn.lora import FusedLoraLinear, module_refusal
 from fastft.nn.mlp import FusedGatedMLP, activation_of, layout_of
 from fastft.nn.norm import FusedRMSNorm, epsilon, norm_facts
 from fastft.nn.swap import Swapped, original_of, site_refusal, swapped_class
 from fastft.patch import proofs
 
-__all__ = ["RULES", "Rule", "Site", "causal_lm_of"]
+__all__ = ["RULES", "Rule", "Site", "language_model_of"]
 
 
 @dataclass(frozen=True)
@@ -140,51 +139,38 @@ def _experts_backend(module: Any) -> str:
     )[0]
 
 
-def causal_lm_of(model: Any) -> Any:
-    """The Transformers model with a head and a loss inside ``model``, or None."""
+def language_model_of(model: Any) -> Any:
+    """The Transformers model with a head inside ``model``, or None."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    has_parts = hasattr(inner, "loss_function") and hasattr(inner, "get_output_embeddings")
-    return inner if has_parts and inner.get_output_embeddings() is not None else None
+    if not hasattr(inner, "get_output_embeddings"):
+        return None
+    return inner if isinstance(inner.get_output_embeddings(), nn.Module) else None
 
 
-def _head_refusal(owner: Any, head: nn.Module) -> str | None:
-    loss = owner.loss_function
-    if isinstance(head, LoraLayer):
-        return "an adapter on the head needs the logits for its gradient"
+def _head_refusal(head: nn.Module) -> str | None:
+    if original_of(head) is PeftLinear:
+        return module_refusal(head)  # type: ignore[arg-type]
     if type(head) not in (nn.Linear, FusedHead):
         return f"the head is a {type(head).__name__}, not nn.Linear"
     if head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
         return "hooks on the head"
-    if head.bias is not None and head.bias.requires_grad:
-        return "the head's bias is trained"
-    if getattr(owner.config, "is_encoder_decoder", False):
-        return "encoder-decoder models compute their own loss"
-    if loss is not ForCausalLMLoss and not isinstance(loss, CausalLMLoss):
-        return f"the loss is {getattr(loss, '__name__', type(loss).__name__)}"
-    scaled = [
-        key
-        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling")
-        if getattr(owner.config, key, None) not in (None, 1, 1.0)
-    ]
-    return f"the logits are transformed ({', '.join(scaled)})" if scaled else None
+    return None
 
 
 def _loss_sites(model: nn.Module) -> Iterator[Site]:
-    owner = causal_lm_of(model)
+    owner = language_model_of(model)
     if owner is None:
         return
     head = owner.get_output_embeddings()
     name = next((n for n, m in model.named_modules() if m is head), "lm_head")
-    yield Site(name, head, _head_refusal(owner, head), FusedHead)
+    fused = FusedLoraHead if original_of(head) is PeftLinear else FusedHead
+    yield Site(name, head, _head_refusal(head), fused)
 
 
 def _loss_backend(head: Any) -> str:
     weight = head.weight
     return backends.select(
-        "linear_cross_entropy",
-        device_type=weight.device.type,
-        dtype=weight.dtype,
-        weight_requires_grad=weight.requires_grad,
+        "linear_cross_entropy", device_type=weight.device.type, dtype=weight.dtype
     )[0]
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from fastft.errors import FastftError
 from fastft.nn.deferred import DeferredLogits
-from fastft.nn.head import CausalLMLoss
-from fastft.patch.rules import causal_lm_of
+from fastft.nn.head import head_losses
+from fastft.patch.rules import language_model_of
 from fastft.train.data import IGNORE_INDEX
 
 __all__ = ["LossesApart", "losses_apart"]
@@ -44,9 +44,12 @@ class LossesApart:
     def __call__(self, logits: Any, labels: Any, vocab_size: int, **kwargs: Any) -> Any:
         total: Any = 0.0
         kwargs.pop("num_items_in_batch", None)
+        # One product with the head for all adapters, where each token's loss can be had without
+        # making the logits again.
         tokens = None
-        if isinstance(self.original, CausalLMLoss):  # one product with the head for all adapters
-            tokens = self.original.of_tokens(logits, labels)
+        if isinstance(logits, DeferredLogits) and not logits.source.trained():
+            found = head_losses(logits, labels, shift=True, reduction="none")
+            tokens = None if found is NotImplemented else found
         start = 0
         for name, samples, count, micro_batches in self._expected:
             rows = slice(start, start + samples)
@@ -55,9 +58,8 @@ class LossesApart:
                 counted = (labels[rows, 1:] != IGNORE_INDEX).sum() if count is None else count
                 loss = tokens[rows].sum() / counted
             else:
-                part = logits.rows(rows) if isinstance(logits, DeferredLogits) else logits[rows]
                 loss = self.original(
-                    part, labels[rows], vocab_size, num_items_in_batch=count, **kwargs
+                    logits[rows], labels[rows], vocab_size, num_items_in_batch=count, **kwargs
                 )
             if count is None:
                 loss = loss / micro_batches
@@ -69,8 +71,8 @@ class LossesApart:
 @contextmanager
 def losses_apart(model: Any) -> Iterator[LossesApart]:
     """Inside, the model's loss is computed apart; what it had before comes back."""
-    owner = causal_lm_of(model)
-    if owner is None:
+    owner = language_model_of(model)
+    if owner is None or not hasattr(owner, "loss_function"):
         raise FastftError(
             _WHERE, "model", expected="a causal language model", got=type(model).__name__
         )

@@ -34,12 +34,8 @@ def test_every_layer_has_its_reason_or_is_fused_and_really_ran() -> None:
             assert (report["fused_calls"] > 0) is expected, (name, report)
         losses = [m for m in found["modules"] if m["kind"] == "loss"]
         assert len(losses) == 1, name
-        if facts.loss is None:
-            assert losses[0]["fused"], (name, losses)
-            assert losses[0]["fused_calls"] == 1, (name, losses)
-        else:
-            assert not losses[0]["fused"], (name, losses)
-            assert facts.loss in losses[0]["reason"], (name, losses)
+        assert losses[0]["fused"], (name, losses)
+        assert losses[0]["fused_calls"] >= 1, (name, losses)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,7 +99,7 @@ def test_eval_outputs_and_generation(name: str) -> None:
 
 
 def test_head_with_an_adapter_trains_it() -> None:
-    """An adapter on lm_head gets its gradient although the loss would like to skip the logits."""
+    """An adapter on lm_head gets its gradient although there are no logits."""
     plain = tiny.peft_model("llama", target_modules=["q_proj", "lm_head"])
     exact = tiny.in_float64(plain)
     fused = fastft.accelerate(copy.deepcopy(plain))
@@ -113,8 +109,8 @@ def test_head_with_an_adapter_trains_it() -> None:
     assert len(head) == 2
     assert all(float(gradient.norm()) > 0 for gradient in head)
     tiny.assert_as_exact(got, tiny.step(plain, batch), tiny.step(exact, batch))
-    reasons = [m["reason"] for m in fastft.explain(fused).to_dict()["modules"]]
-    assert any(reason and "adapter on the head" in reason for reason in reasons)
+    (loss,) = [m for m in fastft.explain(fused).modules if m.kind == "loss"]
+    assert (loss.fused_calls, loss.fallback_calls) == (1, {})
 
 
 def test_trained_head_and_embeddings() -> None:

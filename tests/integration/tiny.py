@@ -39,12 +39,10 @@ class Tiny:
     """An architecture.
 
     plain: a regular expression for the names of LoRA layers that are expected to stay PEFT's.
-    loss:  None when its head and loss run fused, else a part of the reason why not.
     """
 
     build: Callable[[], nn.Module]
     plain: str = "$never"
-    loss: str | None = None
     task: str = "CAUSAL_LM"
 
 
@@ -69,7 +67,6 @@ ARCHITECTURES: dict[str, Tiny] = {
             sliding_window=4,
             final_logit_softcapping=5.0,
         ),
-        loss="final_logit_softcapping",
     ),
     "mistral": Tiny(_of("MistralForCausalLM", "MistralConfig", **_DECODER, sliding_window=4)),
     "phi3": Tiny(_of("Phi3ForCausalLM", "Phi3Config", **_DECODER)),
@@ -113,7 +110,6 @@ ARCHITECTURES: dict[str, Tiny] = {
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         ),
-        loss="",
         task="TOKEN_CLS",
     ),
     "t5": Tiny(
@@ -129,7 +125,6 @@ ARCHITECTURES: dict[str, Tiny] = {
             dropout_rate=0.0,
             decoder_start_token_id=0,
         ),
-        loss="encoder-decoder",
         task="SEQ_2_SEQ_LM",
     ),
     "mixtral": Tiny(
