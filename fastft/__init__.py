@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastft._version import __version__
 
 if TYPE_CHECKING:
-    from fastft import backends, errors, native, nn, ops, optim
+    from fastft import backends, errors, losses, native, nn, ops, optim
     from fastft.patch import (
         accelerate,
         explain,
@@ -33,6 +33,7 @@ __all__ = [
     "errors",
     "explain",
     "lora",
+    "losses",
     "mixed_batch",
     "native",
     "nn",
@@ -43,7 +44,7 @@ __all__ = [
     "unpatch_peft",
 ]
 
-_SUBMODULES = ("backends", "errors", "native", "nn", "ops", "optim")
+_SUBMODULES = ("backends", "errors", "losses", "native", "nn", "ops", "optim")
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from fastft.ops.attention import scaled_dot_product_attention
 from fastft.ops.dora_scale import dora_norm, dora_scale, squared_row_norms
 from fastft.ops.glu import glu
 from fastft.ops.linear_cross_entropy import Shard, TokenStatistics, linear_cross_entropy
-from fastft.ops.linear_divergence import Teacher, linear_divergence
+from fastft.ops.linear_divergence import Teacher, divergence, linear_divergence
 from fastft.ops.lora_grouped_linear import lora_grouped_linear
 from fastft.ops.lora_linear import lay_out_weights, lora_linear, lora_linear_siblings
 from fastft.ops.rms_norm import rms_norm
@@ -17,6 +17,7 @@ __all__ = [
     "Teacher",
     "TokenStatistics",
     "adamw",
+    "divergence",
     "dora_norm",
     "dora_scale",
     "glu",

@@ -38,8 +38,9 @@ from fastft.ops._head_loop import (
     free_bytes,
     slabs,
 )
+from fastft.reference import linear_cross_entropy as reference
 
-__all__ = ["KINDS", "Teacher", "check", "linear_divergence", "soft_cross_entropy"]
+__all__ = ["KINDS", "Teacher", "check", "divergence", "linear_divergence", "soft_cross_entropy"]
 
 _WHERE = "fastft.ops.linear_divergence"
 KINDS = {"forward_kl": 0, "reverse_kl": 1, "jensen_shannon": 2}
@@ -100,9 +101,37 @@ def linear_divergence(
     given = _Call(KINDS[kind], temperature, beta, logit_scale, softcap or 0.0)
     source = _teacher_source(teacher, hidden_states.device.type)
     losses = _losses(hidden_states, weight, bias, source, given, mask, None, backend, chunk)
-    losses = losses * temperature**2
+    return _reduced(losses.view(leading) * temperature**2, mask, reduction)
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    kind: str = "forward_kl",
+    temperature: float = 1.0,
+    beta: float = 0.5,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """What :func:`linear_divergence` computes, of logits (..., vocabulary) that exist: plain torch.
+
+    Raises:
+        DtypeError, ShapeError, DeviceError, ArgumentError: as for :func:`linear_divergence`.
+    """
+    classes = student.shape[-1]
+    head = student.new_zeros(1, 1).expand(classes, classes)  # stands in for a head: no memory
+    check(student, head, teacher, kind, temperature, beta, None, mask, reduction, None)
+    wide = torch.promote_types(student.dtype, torch.float32)
+    z, t = student.to(wide) / temperature, teacher.detach().to(wide) / temperature
+    losses = reference.divergence(KINDS[kind], z, t, beta) * temperature**2
+    losses = losses if mask is None else torch.where(mask, losses, 0.0)
+    return _reduced(losses, mask, reduction)
+
+
+def _reduced(losses: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
     if reduction == "none":
-        return losses.view(leading)
+        return losses
     total = losses.sum(dtype=torch.float64).to(losses.dtype)
     count = losses.numel() if mask is None else mask.sum()
     return total / count if reduction == "mean" else total
