@@ -315,26 +315,79 @@ PYBIND11_MODULE(_C, m) {
       py::arg("activation"), py::arg("dtype"), py::arg("isa") = "", free_gil);
   m.def(
       "rms_norm_forward",
-      [](int64_t y, int64_t rstd, int64_t x, int64_t weight, int64_t rows, int64_t cols, float eps,
-         float offset, bool round_first, int dtype, const std::string& isa) {
-        kernels(isa).rms_norm_forward(at<void>(y), at<float>(rstd), at<const void>(x),
-                                      at<const void>(weight), rows, cols, eps, offset, round_first,
-                                      dtype);
+      [](int64_t y, int64_t rstd, int64_t x, int64_t weight, int64_t residual, int64_t sum,
+         int64_t rows, int64_t cols, float eps, float offset, bool round_first, int dtype,
+         const std::string& isa) {
+        kernels(isa).rms_norm_forward({rows, cols, eps, offset, round_first}, at<void>(y),
+                                      at<float>(rstd), at<const void>(x), at<const void>(weight),
+                                      at<const void>(residual), at<void>(sum), dtype);
       },
-      py::arg("y"), py::arg("rstd"), py::arg("x"), py::arg("weight"), py::arg("rows"),
-      py::arg("cols"), py::arg("eps"), py::arg("offset"), py::arg("round_first"), py::arg("dtype"),
-      py::arg("isa") = "", free_gil);
+      py::arg("y"), py::arg("rstd"), py::arg("x"), py::arg("weight"), py::arg("residual"),
+      py::arg("sum"), py::arg("rows"), py::arg("cols"), py::arg("eps"), py::arg("offset"),
+      py::arg("round_first"), py::arg("dtype"), py::arg("isa") = "", free_gil);
   m.def(
       "rms_norm_backward",
-      [](int64_t dx, int64_t dw, int64_t dy, int64_t x, int64_t weight, int64_t rstd, int64_t rows,
-         int64_t cols, float offset, int dtype, const std::string& isa) {
-        kernels(isa).rms_norm_backward(at<void>(dx), at<float>(dw), at<const void>(dy),
-                                       at<const void>(x), at<const void>(weight),
-                                       at<const float>(rstd), rows, cols, offset, dtype);
+      [](int64_t dx, int64_t dw, int64_t dy, int64_t x, int64_t weight, int64_t rstd, int64_t more,
+         int64_t rows, int64_t cols, float offset, int dtype, const std::string& isa) {
+        kernels(isa).rms_norm_backward({rows, cols, 0.0f, offset, false}, at<void>(dx),
+                                       at<float>(dw), at<const void>(dy), at<const void>(x),
+                                       at<const void>(weight), at<const float>(rstd),
+                                       at<const void>(more), dtype);
       },
       py::arg("dx"), py::arg("dw"), py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("rstd"),
-      py::arg("rows"), py::arg("cols"), py::arg("offset"), py::arg("dtype"), py::arg("isa") = "",
-      free_gil);
+      py::arg("more"), py::arg("rows"), py::arg("cols"), py::arg("offset"), py::arg("dtype"),
+      py::arg("isa") = "", free_gil);
+  m.def(
+      "layer_norm_forward",
+      [](int64_t y, int64_t mean, int64_t rstd, int64_t x, int64_t weight, int64_t bias,
+         int64_t rows, int64_t cols, float eps, float offset, bool round_first, int dtype,
+         const std::string& isa) {
+        kernels(isa).layer_norm_forward({rows, cols, eps, offset, round_first}, at<void>(y),
+                                        at<float>(mean), at<float>(rstd), at<const void>(x),
+                                        at<const void>(weight), at<const void>(bias), dtype);
+      },
+      py::arg("y"), py::arg("mean"), py::arg("rstd"), py::arg("x"), py::arg("weight"),
+      py::arg("bias"), py::arg("rows"), py::arg("cols"), py::arg("eps"), py::arg("offset"),
+      py::arg("round_first"), py::arg("dtype"), py::arg("isa") = "", free_gil);
+  m.def(
+      "layer_norm_backward",
+      [](int64_t dx, int64_t dw, int64_t db, int64_t dy, int64_t x, int64_t weight, int64_t mean,
+         int64_t rstd, int64_t rows, int64_t cols, float offset, int dtype,
+         const std::string& isa) {
+        kernels(isa).layer_norm_backward({rows, cols, 0.0f, offset, false}, at<void>(dx),
+                                         at<float>(dw), at<float>(db), at<const void>(dy),
+                                         at<const void>(x), at<const void>(weight),
+                                         at<const float>(mean), at<const float>(rstd), dtype);
+      },
+      py::arg("dx"), py::arg("dw"), py::arg("db"), py::arg("dy"), py::arg("x"), py::arg("weight"),
+      py::arg("mean"), py::arg("rstd"), py::arg("rows"), py::arg("cols"), py::arg("offset"),
+      py::arg("dtype"), py::arg("isa") = "", free_gil);
+  // sizes: batch, heads, tokens, width, rotary, strides of x and of out (batch, head, token), of
+  // the tables (batch, token).
+  m.def(
+      "rope",
+      [](int64_t out, int64_t x, int64_t cos, int64_t sin, const std::vector<int64_t>& sizes,
+         bool interleaved, bool half_tables, bool backward, int x_dtype, int table_dtype,
+         int out_dtype, const std::string& isa) {
+        const auto n = [&](size_t i) { return sizes.at(i); };
+        const fastft::RopeTensor given{n(0),
+                                       n(1),
+                                       n(2),
+                                       n(3),
+                                       n(4),
+                                       {n(5), n(6), n(7)},
+                                       {n(8), n(9), n(10)},
+                                       n(11),
+                                       n(12),
+                                       interleaved,
+                                       half_tables,
+                                       backward};
+        kernels(isa).rope(given, at<void>(out), at<const void>(x), at<const void>(cos),
+                          at<const void>(sin), x_dtype, table_dtype, out_dtype);
+      },
+      py::arg("out"), py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("sizes"),
+      py::arg("interleaved"), py::arg("half_tables"), py::arg("backward"), py::arg("x_dtype"),
+      py::arg("table_dtype"), py::arg("out_dtype"), py::arg("isa") = "", free_gil);
   m.def(
       "dora_scale_forward",
       [](int64_t y, int64_t z, int64_t scale, int64_t bias, int64_t rows, int64_t cols, int dtype,

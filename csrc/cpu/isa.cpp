@@ -41,8 +41,10 @@ static inline int64_t thread_index() {
 #include "dora_scale.inc"
 #include "dropout.inc"
 #include "glu.inc"
+#include "layer_norm.inc"
 #include "lora.inc"
 #include "rms_norm.inc"
+#include "rope.inc"
 #include "thin_tiles.inc"
 #include "thin.inc"
 
@@ -64,6 +66,9 @@ const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA) = {
     glu_backward,
     rms_norm_forward,
     rms_norm_backward,
+    rope,
+    layer_norm_forward,
+    layer_norm_backward,
     dora_scale_forward,
     dora_scale_backward,
     adamw,

@@ -49,6 +49,22 @@ struct DivergenceRows {
   bool gradient;
 };
 
+// Heads (batch, heads, tokens, width) of which the first `rotary` features turn; strides in
+// elements, features next to each other. half_tables: cos and sin hold one entry a pair.
+struct RopeTensor {
+  int64_t batch, heads, tokens, width, rotary;
+  int64_t in[3], out[3];  // batch, head, token
+  int64_t table_batch, table_token;
+  bool interleaved, half_tables, backward;
+};
+
+// Rows of a layer norm, contiguous.
+struct NormRows {
+  int64_t rows, cols;
+  float eps, offset;
+  bool round_first;
+};
+
 struct Kernels {
   // mask: (rows, ceil(cols / 8)) bytes; bit k % 8 of byte k / 8 is 1 where column k is kept.
   void (*dropout_mask)(uint8_t* mask, int64_t bytes, uint64_t seed, uint32_t threshold);
@@ -81,10 +97,21 @@ struct Kernels {
   void (*glu_backward)(const GluRows& rows, void* d_gate, void* d_up, const void* dy,
                        const void* gate, const void* up, int act, int dtype);
   // y = x rstd (weight + offset); round_first: x rstd is rounded to the dtype before the weight.
-  void (*rms_norm_forward)(void* y, float* rstd, const void* x, const void* weight, int64_t rows,
-                           int64_t cols, float eps, float offset, bool round_first, int dtype);
-  void (*rms_norm_backward)(void* dx, float* dw, const void* dy, const void* x, const void* weight,
-                            const float* rstd, int64_t rows, int64_t cols, float offset, int dtype);
+  // residual: null, or added to x first, the sum going to `sum`.
+  void (*rms_norm_forward)(const NormRows& rows, void* y, float* rstd, const void* x,
+                           const void* weight, const void* residual, void* sum, int dtype);
+  // more: null, or added to dx: the gradient of the sum from elsewhere.
+  void (*rms_norm_backward)(const NormRows& rows, void* dx, float* dw, const void* dy,
+                            const void* x, const void* weight, const float* rstd, const void* more,
+                            int dtype);
+  void (*rope)(const RopeTensor& tensor, void* out, const void* x, const void* cos, const void* sin,
+               int x_dtype, int table_dtype, int out_dtype);
+  // y = (x - mean) rstd (weight + offset) + bias; weight and bias may be null.
+  void (*layer_norm_forward)(const NormRows& rows, void* y, float* mean, float* rstd, const void* x,
+                             const void* weight, const void* bias, int dtype);
+  void (*layer_norm_backward)(const NormRows& rows, void* dx, float* dw, float* db, const void* dy,
+                              const void* x, const void* weight, const float* mean,
+                              const float* rstd, int dtype);
   // y = z scale + bias (null: none), scale float32 (cols,).
   void (*dora_scale_forward)(void* y, const void* z, const float* scale, const void* bias,
                              int64_t rows, int64_t cols, int dtype);

@@ -23,17 +23,22 @@ def fwd(
     rstd: Tensor,
     x: Tensor,
     weight: Tensor,
+    residual: Tensor | None = None,
+    summed: Tensor | None = None,
     *,
     eps: float,
     offset: float,
     round_first: bool,
 ) -> None:
-    """Writes y (rows, columns) and rstd (rows)."""
+    """Writes y (rows, columns) and rstd (rows); with a residual, of summed = x + residual, which
+    it writes too."""
     native.module().rms_norm_forward(
         y.data_ptr(),
         rstd.data_ptr(),
         x.data_ptr(),
         weight.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        0 if summed is None else summed.data_ptr(),
         *x.shape,
         eps,
         offset,
@@ -49,10 +54,11 @@ def bwd(
     x: Tensor,
     weight: Tensor,
     rstd: Tensor,
+    more: Tensor | None = None,
     *,
     offset: float,
 ) -> None:
-    """Writes dx, and d_weight summed in float32 where it is wanted."""
+    """Writes dx, plus ``more`` where given, and d_weight summed in float32 where it is wanted."""
     rows, columns = x.shape
     blocks = -(-rows // native.module().SUM_ROWS)
     partial = None
@@ -65,6 +71,7 @@ def bwd(
         x.data_ptr(),
         weight.data_ptr(),
         rstd.data_ptr(),
+        0 if more is None else more.data_ptr(),
         rows,
         columns,
         offset,

@@ -6,11 +6,13 @@ from fastft.ops.adamw import adamw
 from fastft.ops.attention import scaled_dot_product_attention
 from fastft.ops.dora_scale import dora_norm, dora_scale, squared_row_norms
 from fastft.ops.glu import glu
+from fastft.ops.layer_norm import layer_norm
 from fastft.ops.linear_cross_entropy import Shard, TokenStatistics, linear_cross_entropy
 from fastft.ops.linear_divergence import Teacher, divergence, linear_divergence
 from fastft.ops.lora_grouped_linear import lora_grouped_linear
 from fastft.ops.lora_linear import lay_out_weights, lora_linear, lora_linear_siblings
 from fastft.ops.rms_norm import rms_norm
+from fastft.ops.rope import rope
 
 __all__ = [
     "Shard",
@@ -22,12 +24,14 @@ __all__ = [
     "dora_scale",
     "glu",
     "lay_out_weights",
+    "layer_norm",
     "linear_cross_entropy",
     "linear_divergence",
     "lora_grouped_linear",
     "lora_linear",
     "lora_linear_siblings",
     "rms_norm",
+    "rope",
     "scaled_dot_product_attention",
     "squared_row_norms",
 ]

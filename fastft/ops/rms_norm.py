@@ -3,6 +3,7 @@
     rstd = 1 / sqrt(mean(x^2) + eps);   xhat = x rstd;   y = xhat (weight + offset)
     dx = rstd (g - xhat mean(g xhat)), g = dy (weight + offset);   dweight = sum_rows dy xhat
 
+and with a residual the same of the sum x + residual, which is kept for the next one.
 (Zhang and Sennrich 2019, "Root Mean Square Layer Normalization").
 """
 
@@ -32,8 +33,9 @@ def rms_norm(
     *,
     offset: float = 0.0,
     round_first: bool = True,
+    residual: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     """RMS norm over the last dimension.
 
     Args:
@@ -43,31 +45,38 @@ def rms_norm(
         offset: added to the weight: 0 as in Llama, 1 as in Gemma.
         round_first: round xhat to the dtype of x before the weight, as Llama does; False: round
             only the result, as Gemma does. Without effect in float32.
+        residual: the shape and dtype of x, or None: the stream that x is added to before it is
+            normalised.
 
     Returns:
-        the shape and dtype of x. Sums are float32 (float64 for float64). Saved: x, weight, and one
-        number a row.
+        the shape and dtype of x; with a residual (y, x + residual), the sum rounded to the dtype.
+        Sums are float32 (float64 for float64). Saved: x (or the sum), weight, one number a row.
 
     Raises:
         DtypeError, ShapeError, DeviceError: see ``check``.
         ArgumentError, BackendError: eps below 0, an unknown backend, or one that cannot run this.
     """
-    check(x, weight, eps)
+    check(x, weight, eps, residual)
     if not torch.is_grad_enabled():
         weight = weight.detach()
     arguments = (float(eps), float(offset), bool(round_first))
     name = backend or _AUTO
+    if residual is not None:
+        if torch.compiler.is_compiling():
+            found = torch.ops.fastft.add_rms_norm_fwd(x, residual, weight, *arguments, name)
+            return found[0], found[1]
+        return AddRMSNorm.apply(x, residual, weight, *arguments, _choose(name, x)[0])
     if torch.compiler.is_compiling():
         return torch.ops.fastft.rms_norm_fwd(x, weight, *arguments, name)[0]
     return RMSNorm.apply(x, weight, *arguments, _choose(name, x)[0])
 
 
-def check(x: Tensor, weight: Tensor, eps: float) -> None:
+def check(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> None:
     """Refuses what the operation is not defined for.
 
     Raises:
         DtypeError: no tensor, no floating dtype, or dtypes that differ.
-        ShapeError: a scalar x, or a weight that is not (features,).
+        ShapeError: a scalar x, a weight that is not (features,), or a residual of another shape.
         DeviceError: tensors on different devices.
         ArgumentError: eps below 0, or not a number.
     """
@@ -79,6 +88,11 @@ def check(x: Tensor, weight: Tensor, eps: float) -> None:
     check_dtype(_WHERE, "weight", weight, (x.dtype,))
     check_device(_WHERE, "weight", weight, x.device)
     check_shape(_WHERE, "weight", weight, (x.shape[-1],), "(features,)")
+    if residual is not None:
+        check_tensor(_WHERE, "residual", residual)
+        check_dtype(_WHERE, "residual", residual, (x.dtype,))
+        check_device(_WHERE, "residual", residual, x.device)
+        check_shape(_WHERE, "residual", residual, tuple(x.shape), "the shape of x")
     if not eps >= 0:
         raise ArgumentError(_WHERE, "eps", expected="a number of at least 0", got=repr(eps))
 
@@ -129,6 +143,7 @@ def _bwd_kernel(
     offset: float,
     need_d_weight: bool,
     backend: str,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dx, d_weight = _bwd_fake(dy, x, weight, rstd, offset, need_d_weight, backend)
     if not x.numel():
@@ -140,6 +155,7 @@ def _bwd_kernel(
         _rows(x),
         weight.contiguous(),
         rstd,
+        None if more is None else _rows(more),
         offset=offset,
     )
     return dx, d_weight
@@ -153,6 +169,7 @@ def _bwd_fake(
     offset: float,
     need_d_weight: bool,
     backend: str,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape if need_d_weight else (0,))
 
@@ -190,6 +207,76 @@ class RMSNorm(torch.autograd.Function):
         return (*gradients, *[None] * 4)
 
 
+def _add_fwd_kernel(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    round_first: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    facts = (eps, offset, round_first)
+    y, summed, rstd = _add_fwd_fake(x, residual, weight, *facts, backend)
+    if y.numel():
+        columns = y.shape[-1]
+        _choose(backend, x)[1].fwd(
+            y.view(-1, columns),
+            rstd,
+            _rows(x),
+            weight.contiguous(),
+            _rows(residual),
+            summed.view(-1, columns),
+            eps=eps,
+            offset=offset,
+            round_first=round_first,
+        )
+    return y, summed, rstd
+
+
+def _add_fwd_fake(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    round_first: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, rstd = _fwd_fake(x, weight, eps, offset, round_first, backend)
+    return y, x.new_empty(x.shape), rstd
+
+
+class AddRMSNorm(torch.autograd.Function):
+    """Eager autograd of (y, x + residual): the gradient of the sum is the same for both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, *facts: Any) -> Any:
+        found = _add_fwd_kernel(x, residual, weight, *facts)
+        _add_setup_context(ctx, (x, residual, weight, *facts), found)
+        return found[0], found[1]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, d_sum: Tensor) -> Any:
+        summed, weight, rstd = ctx.saved_tensors
+        need = ctx.needs_input_grad[2]
+        dx, dw = _bwd_kernel(dy, summed, weight, rstd, ctx.offset, need, ctx.backend, d_sum)
+        return dx, dx, dw if need else None, *[None] * 4
+
+
+def _add_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, weight, _, ctx.offset, _, ctx.backend = inputs
+    ctx.save_for_backward(output[1], weight, output[2])
+
+
+def _add_registered_backward(ctx: Any, dy: Tensor, d_sum: Tensor, _: Any) -> Any:
+    need = ctx.needs_input_grad[2]
+    facts = (ctx.offset, need, ctx.backend, d_sum)
+    dx, dw = torch.ops.fastft.rms_norm_bwd(dy, *ctx.saved_tensors, *facts)
+    return dx, dx.clone(), dw if need else None, *[None] * 4
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, ctx.offset, _, ctx.backend = inputs
     ctx.save_for_backward(x, weight, output[1])
@@ -209,9 +296,18 @@ register(
 )
 register(
     "rms_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float offset, "
-    "bool need_d_weight, str backend) -> (Tensor, Tensor)",
+    "bool need_d_weight, str backend, Tensor? more=None) -> (Tensor, Tensor)",
     _bwd_kernel,
     _bwd_fake,
+)
+register(
+    "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor weight, float eps, float offset, "
+    "bool round_first, str backend) -> (Tensor, Tensor, Tensor)",
+    _add_fwd_kernel,
+    _add_fwd_fake,
+)
+torch.library.register_autograd(
+    "fastft::add_rms_norm_fwd", _add_registered_backward, setup_context=_add_setup_context
 )
 torch.library.register_autograd(
     "fastft::rms_norm_fwd", _registered_backward, setup_context=_setup_context

@@ -28,12 +28,16 @@ def fwd(
     rstd: Tensor,
     x: Tensor,
     weight: Tensor,
+    residual: Tensor | None = None,
+    summed: Tensor | None = None,
     *,
     eps: float,
     offset: float,
     round_first: bool,
 ) -> None:
-    """Writes y and rstd."""
+    """Writes y and rstd; with a residual, of summed = x + residual, which it writes too."""
+    if residual is not None and summed is not None:
+        x = torch.add(x, residual, out=summed)
     found, found_rstd = rms_norm(x, weight, eps, offset, round_first)
     y.copy_(found)
     rstd.copy_(found_rstd)
@@ -46,13 +50,15 @@ def bwd(
     x: Tensor,
     weight: Tensor,
     rstd: Tensor,
+    more: Tensor | None = None,
     *,
     offset: float,
 ) -> None:
-    """Writes dx, and d_weight (in its own dtype) where it is wanted."""
+    """Writes dx, plus ``more`` where given, and d_weight (in its own dtype) where it is wanted."""
     wide = rstd.dtype
     normed = x.to(wide) * rstd.unsqueeze(-1)
     g = dy.to(wide) * (weight.to(wide) + offset)
-    dx.copy_(rstd.unsqueeze(-1) * (g - normed * (g * normed).mean(-1, keepdim=True)))
+    found = rstd.unsqueeze(-1) * (g - normed * (g * normed).mean(-1, keepdim=True))
+    dx.copy_(found if more is None else found + more)
     if d_weight is not None:
         d_weight.copy_((dy.to(wide) * normed).sum(0))

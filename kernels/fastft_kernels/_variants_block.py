@@ -101,16 +101,22 @@ def _glu(dtype: str, activation: int, backward: bool, aligned: bool = True) -> V
 _NORM = "fastft_kernels.rms_norm"
 
 
-def _norm(dtype: str, backward: bool, columns: int, round_first: bool = True) -> Variant:
-    names = ["dx_ptr", "dy_ptr"] if backward else ["y_ptr"]
+def _norm(dtype: str, backward: bool, columns: int, residual: bool = False, **flags: bool):
+    names = ["y_ptr", "residual_ptr", "summed_ptr"]
+    if backward:
+        names = ["dx_ptr", "dy_ptr", "more_ptr"]
     types = {
         **dict.fromkeys((*names, "x_ptr", "weight_ptr"), f"*{dtype}"), "rstd_ptr": "*fp32",
         "columns": "i32", "offset": "fp32", **({} if backward else {"eps": "fp32"}),
     }  # fmt: skip
+    round_first = flags.get("round_first", True)
+    constants = {"RESIDUAL": residual, "ROUND_FIRST": round_first}
+    if backward:
+        constants = {"MORE": residual}
     return Variant(
         _NORM, f"_rms_norm_{'backward' if backward else 'forward'}_kernel",
-        f"x={dtype} columns={columns} round_first={round_first}", types,
-        {} if backward else {"ROUND_FIRST": round_first}, "norm", (columns, 0, False),
+        f"x={dtype} columns={columns} residual={residual} round_first={round_first}", types,
+        constants, "norm", (columns, 0, False),
     )  # fmt: skip
 
 
@@ -120,6 +126,57 @@ def _norm_weight(dtype: str) -> Variant:
         "rows": "i32", "columns": "i32", "rows_per_split": "i32",
     }  # fmt: skip
     return Variant(_NORM, "_rms_norm_weight_kernel", f"x={dtype}", types, {}, "norm_weight")
+
+
+_LAYER_NORM = "fastft_kernels.layer_norm"
+
+
+def _layer_norm(dtype: str, backward: bool, columns: int, affine: bool = True) -> Variant:
+    names = ["dx_ptr", "dy_ptr"] if backward else ["y_ptr", "bias_ptr"]
+    types = {
+        **dict.fromkeys((*names, "x_ptr", "weight_ptr"), f"*{dtype}"), "mean_ptr": "*fp32",
+        "rstd_ptr": "*fp32", "columns": "i32", "offset": "fp32",
+        **({} if backward else {"eps": "fp32"}),
+    }  # fmt: skip
+    constants = {"HAS_WEIGHT": affine}
+    if not backward:
+        constants |= {"HAS_BIAS": affine, "ROUND_FIRST": affine}
+    return Variant(
+        _LAYER_NORM, f"_layer_norm_{'backward' if backward else 'forward'}_kernel",
+        f"x={dtype} columns={columns} affine={affine}", types, constants, "norm",
+        (columns, 0, False),
+    )  # fmt: skip
+
+
+def _layer_norm_weight(dtype: str, weight: bool, bias: bool) -> Variant:
+    types = {
+        **dict.fromkeys(("dw_ptr", "db_ptr", "mean_ptr", "rstd_ptr"), "*fp32"),
+        **dict.fromkeys(("dy_ptr", "x_ptr"), f"*{dtype}"),
+        **dict.fromkeys(("rows", "columns", "rows_per_split"), "i32"),
+    }  # fmt: skip
+    return Variant(
+        _LAYER_NORM, "_layer_norm_weight_kernel", f"x={dtype} weight={weight} bias={bias}", types,
+        {"WEIGHT": weight, "BIAS": bias}, "norm_weight",
+    )  # fmt: skip
+
+
+def _rope(x: str, table: str, out: str, half: int, **flags: bool) -> Variant:
+    """``half`` pairs of features a head, up to the next power of two."""
+    strides = [f"{t}_{n}" for t in ("q", "k", "q_out", "k_out") for n in ("batch", "head", "token")]
+    sizes = ("q_heads", "k_heads", "tokens", "width", "half", "table_batch", "table_token")
+    types = {
+        **dict.fromkeys(("q_out_ptr", "k_out_ptr"), f"*{out}"),
+        **dict.fromkeys(("q_ptr", "k_ptr"), f"*{x}"),
+        **dict.fromkeys(("cos_ptr", "sin_ptr"), f"*{table}"),
+        **dict.fromkeys((*sizes, *strides), "i32"),
+    }  # fmt: skip
+    names = ("INTERLEAVED", "HALF_TABLES", "BACKWARD", "REST")
+    constants = {name: flags.get(name.lower(), False) for name in names}
+    text = "".join(f" {name}" for name, value in flags.items() if value)
+    return Variant(
+        "fastft_kernels.rope", "_rope_kernel", f"x={x} cos={table} out={out} half={half}{text}",
+        types, constants, "rope", (half, 0, False),
+    )  # fmt: skip
 
 
 _DORA = "fastft_kernels.dora_scale"
@@ -157,10 +214,21 @@ VARIANTS: list[Variant] = [
     _norm("bf16", False, 4096),
     _norm("bf16", True, 576),
     _norm("fp32", True, 16384),
+    _norm("bf16", False, 8192, residual=True),
+    _norm("fp32", True, 4096, residual=True),
     _norm_weight("bf16"),
+    _layer_norm("bf16", False, 4096),
+    _layer_norm("fp32", True, 16384),
+    _layer_norm_weight("bf16", True, True),
+    _rope("bf16", "bf16", "bf16", 64),
+    _rope("fp32", "fp32", "fp32", 128, interleaved=True, backward=True, rest=True),
+    _rope("bf16", "fp32", "fp32", 32, half_tables=True),
     _dora("bf16", False),
     _dora("fp32", True),
 ]
+
+
+_SOME = ((True, False), (False, True), (True, True))
 
 
 def _all_variants() -> list[Variant]:
@@ -178,9 +246,17 @@ def _all_variants() -> list[Variant]:
     flags = itertools.product(DTYPES, (0, 1, 2), BOOLEANS, BOOLEANS)
     variants += [_glu(*case) for case in flags]
     for dtype, columns in itertools.product(DTYPES, (64, 576, 4096, 8192, 16384)):
-        variants += [_norm(dtype, False, columns, first) for first in BOOLEANS]
-        variants.append(_norm(dtype, True, columns))
+        for residual, first in itertools.product(BOOLEANS, BOOLEANS):
+            variants.append(_norm(dtype, False, columns, residual, round_first=first))
+        variants += [_norm(dtype, True, columns, residual) for residual in BOOLEANS]
+        cases = itertools.product(BOOLEANS, (columns,), BOOLEANS)
+        variants += [_layer_norm(dtype, *case) for case in cases]
     variants += [_norm_weight(dtype) for dtype in DTYPES]
+    variants += [_layer_norm_weight(dtype, *c) for dtype in DTYPES for c in _SOME]
+    for x, half in itertools.product(DTYPES, (32, 64, 128)):
+        for flags in itertools.product(BOOLEANS, repeat=4):
+            names = ("interleaved", "half_tables", "backward", "rest")
+            variants.append(_rope(x, x, x, half, **dict(zip(names, flags, strict=True))))
     variants += [_dora(dtype, False, bias) for dtype in DTYPES for bias in BOOLEANS]
     variants += [_dora(dtype, True) for dtype in DTYPES]
     return variants

@@ -64,6 +64,8 @@ def _blocks(variant: Variant, arch: config.Arch) -> tuple[dict[str, int], config
         return {"BLOCK_V": rows.block_v}, rows.launch
     if variant.table == "adamw":
         return {"CHUNK": arch.adamw.chunk, "BLOCK": arch.adamw.block}, arch.adamw.launch
+    if variant.table == "rope":
+        return {"HEADS": arch.rope.heads, "BLOCK": variant.key[0]}, arch.rope.launch
     if variant.table in ("norm", "norm_weight"):
         norm = arch.norm
         chosen = norm.weight if variant.table == "norm_weight" else norm.row(variant.key[0])

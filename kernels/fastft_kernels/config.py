@@ -24,6 +24,7 @@ __all__ = [
     "GemmTile",
     "Launch",
     "NormConfig",
+    "RopeConfig",
     "TileConfig",
     "TileTable",
     "block_r_for",
@@ -151,6 +152,14 @@ class NormConfig:
 
 
 @dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: a program takes ``heads`` heads of a token, each whole."""
+
+    heads: int = 8
+    launch: Launch = Launch(num_warps=4)
+
+
+@dataclass(frozen=True)
 class Arch:
     """One GPU architecture and everything that is launched on it."""
 
@@ -180,6 +189,7 @@ class Arch:
     # Gated linear units: elements of one row.
     elementwise: BlockConfig = BlockConfig(1024)
     norm: NormConfig = NormConfig()
+    rope: RopeConfig = RopeConfig()
 
 
 # Consumer parts (99 KiB of shared memory): shallow pipelines. Where a launch serves one matrix

@@ -26,9 +26,12 @@ def _rms_norm_forward_kernel(
     rstd_ptr,  # float32 (rows,)
     x_ptr,
     weight_ptr,  # (columns,)
+    residual_ptr,  # as x
+    summed_ptr,  # as x
     columns,
     eps,
     offset,
+    RESIDUAL: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -40,12 +43,22 @@ def _rms_norm_forward_kernel(
     for start in range(0, columns, BLOCK):
         inside = start + lanes < columns
         x = tl.load(x_row + start + lanes, mask=inside, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            at = row.to(tl.int64) * columns + start + lanes
+            x += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            # The norm is of the sum as it is kept.
+            x = x.to(y_ptr.dtype.element_ty).to(tl.float32)
+            tl.store(summed_ptr + at, x, mask=inside)
         squares += x * x
     rstd = 1.0 / tl.sqrt(tl.sum(squares, 0) / columns + eps)
     tl.store(rstd_ptr + row, rstd)
     for start in range(0, columns, BLOCK):
         inside = start + lanes < columns
         x = tl.load(x_row + start + lanes, mask=inside, other=0.0).to(tl.float32)
+        if RESIDUAL:  # added again: another thread may have stored the sum
+            at = row.to(tl.int64) * columns + start + lanes
+            x += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            x = x.to(y_ptr.dtype.element_ty).to(tl.float32)
         weight = tl.load(weight_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32)
         normed = x * rstd
         if ROUND_FIRST:
@@ -60,11 +73,13 @@ def _rms_norm_backward_kernel(
     x_ptr,
     weight_ptr,  # (columns,)
     rstd_ptr,  # float32 (rows,)
+    more_ptr,  # as dx
     columns,
     offset,
+    MORE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dx = rstd (g - xhat mean(g xhat)), g = dy (weight + offset)."""
+    """dx = rstd (g - xhat mean(g xhat)), plus more, g = dy (weight + offset)."""
     row = tl.program_id(0)
     begin = row.to(tl.int64) * columns
     rstd = tl.load(rstd_ptr + row)
@@ -83,6 +98,8 @@ def _rms_norm_backward_kernel(
         dy = tl.load(dy_ptr + begin + start + lanes, mask=inside, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32)
         dx = rstd * (dy * (weight + offset) - x * mean)
+        if MORE:
+            dx += tl.load(more_ptr + begin + start + lanes, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + begin + start + lanes, dx, mask=inside)
 
 
@@ -123,17 +140,22 @@ def fwd(
     rstd: Tensor,
     x: Tensor,
     weight: Tensor,
+    residual: Tensor | None = None,
+    summed: Tensor | None = None,
     *,
     eps: float,
     offset: float,
     round_first: bool,
 ) -> None:
-    """Writes y (rows, columns) and rstd (rows)."""
+    """Writes y (rows, columns) and rstd (rows); with a residual, of summed = x + residual, which
+    it writes too."""
     block = config.for_device(x.device).norm.row(x.shape[1])
     with device_guard(x):
         _rms_norm_forward_kernel[(x.shape[0],)](
-            y, rstd, x, weight, x.shape[1], eps, offset, ROUND_FIRST=round_first,
-            BLOCK=block.block, **block.launch.options(),
+            y, rstd, x, weight, x if residual is None else residual,
+            x if summed is None else summed, x.shape[1], eps, offset,
+            RESIDUAL=residual is not None, ROUND_FIRST=round_first, BLOCK=block.block,
+            **block.launch.options(),
         )  # fmt: skip
 
 
@@ -144,17 +166,19 @@ def bwd(
     x: Tensor,
     weight: Tensor,
     rstd: Tensor,
+    more: Tensor | None = None,
     *,
     offset: float,
 ) -> None:
-    """Writes dx, and d_weight summed in float32 where it is wanted."""
+    """Writes dx, plus ``more`` where given, and d_weight summed in float32 where it is wanted."""
     rows, columns = x.shape
     norm = config.for_device(x.device).norm
     block = norm.row(columns)
     with device_guard(x):
         _rms_norm_backward_kernel[(rows,)](
-            dx, dy, x, weight, rstd, columns, offset, BLOCK=block.block, **block.launch.options()
-        )
+            dx, dy, x, weight, rstd, dy if more is None else more, columns, offset,
+            MORE=more is not None, BLOCK=block.block, **block.launch.options(),
+        )  # fmt: skip
         if d_weight is None:
             return
         splits = triton.cdiv(rows, norm.rows_per_split)

@@ -19,6 +19,7 @@ from fastft.ops.lora_linear import lora_linear_siblings
 from fastft.reference import adamw as adamw_reference
 from fastft.reference import lora_grouped_linear as grouped_reference
 from fastft.reference import lora_linear as lora_reference
+from tests.kernels.block_cases import BLOCK_CASES, LARGE_BLOCK_CASES
 from tests.kernels.bounds import assert_as_accurate, relative_errors
 from tests.kernels.cases import (
     ADAMW_TENSORS,
@@ -374,6 +375,28 @@ def test_rms_norm(kernel: str, name: str, device: torch.device, observed: Any) -
     compare(observed, got, inputs.autograd(case.dtype), inputs.autograd(torch.float64))
 
 
+def _block_test(op: str) -> Any:
+    names = [n for n, c in {**BLOCK_CASES, **LARGE_BLOCK_CASES}.items() if c.op == op]
+
+    @of(op)
+    @pytest.mark.parametrize("name", names)
+    def test(kernel: str, name: str, device: torch.device, observed: Any) -> None:
+        case = {**BLOCK_CASES, **LARGE_BLOCK_CASES}[name]
+        backend = backend_of(kernel, device_type="cuda", dtype=case.dtype)
+        got, plain, truth = (
+            case.results(b, d, device)
+            for b, d in ((backend, None), (None, None), (None, torch.float64))
+        )
+        compare(observed, got, plain, truth, case.dtype)
+
+    return test
+
+
+test_rope = _block_test("rope")
+test_layer_norm = _block_test("layer_norm")
+test_norm_of_a_residual_stream = _block_test("rms_norm")
+
+
 @of("rms_norm")
 def test_rms_norm_time(kernel: str, device: torch.device, observed: Any) -> None:
     backend = backend_of(kernel, device_type="cuda", dtype=BF16)
@@ -507,4 +530,5 @@ def test_lora_grouped_linear(adapter: torch.dtype, device: torch.device) -> None
 
 def test_every_gpu_kernel_is_tested() -> None:
     tested = {"lora_linear", "linear_cross_entropy", "adamw", "glu", "rms_norm", "dora_scale"}
+    tested |= {"rope", "layer_norm"}
     assert {kernel.split("/")[1] for kernel in KERNELS} == tested

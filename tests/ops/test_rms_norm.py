@@ -53,10 +53,10 @@ def test_every_instruction_set(isa: str) -> None:
     c = native.module()
     assert c.SUM_ROWS == 32
     c.rms_norm_forward(
-        *(t.data_ptr() for t in (y, rstd, x, weight)), 70, 67, 1e-6, 1.0, False, 0, isa=isa
+        *(t.data_ptr() for t in (y, rstd, x, weight)), 0, 0, 70, 67, 1e-6, 1.0, False, 0, isa=isa
     )
     c.rms_norm_backward(
-        *(t.data_ptr() for t in (dx, dw, dy, x, weight, rstd)), 70, 67, 1.0, 0, isa=isa
+        *(t.data_ptr() for t in (dx, dw, dy, x, weight, rstd)), 0, 70, 67, 1.0, 0, isa=isa
     )
     x_, w_ = x.double().requires_grad_(), weight.double().requires_grad_()
     truth, _ = reference.rms_norm(x_, w_, 1e-6, 1.0, False)
