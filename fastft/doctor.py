@@ -48,6 +48,8 @@ OP_FACTS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "attention": {},
     "dora_scale": {},
+    "layer_norm": {},
+    "rope": {},
     "glu": {},
     "linear_cross_entropy": {"weight_requires_grad": False},
     "lora_grouped_linear": {"adapter_dtype": "float32", "r": 16},

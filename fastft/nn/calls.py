@@ -39,13 +39,15 @@ class CallCounts:
 
 _TOTAL = CallCounts()
 # Beside the modules, not in them: a deep copy or a saved module carries no counters.
-_BY_MODULE: weakref.WeakKeyDictionary[nn.Module, CallCounts] = weakref.WeakKeyDictionary()
+_BY_MODULE: weakref.WeakKeyDictionary[nn.Module, dict[str, CallCounts]] = (
+    weakref.WeakKeyDictionary()
+)
 # Modules accelerated with strict=True.
 strict_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def count(module: nn.Module, reason: str | None) -> None:
-    """Counts one call of ``module``.
+def count(module: nn.Module, reason: str | None, part: str = "") -> None:
+    """Counts one call of ``module``, or of a part of it that is fused apart.
 
     Raises:
         BackendError: the call cannot be fused and the module is strict.
@@ -61,9 +63,12 @@ def count(module: nn.Module, reason: str | None) -> None:
     if getattr(_thread, "paused", False):
         return
     _TOTAL.add(reason)
-    counts = _BY_MODULE.get(module)
+    parts = _BY_MODULE.get(module)
+    if parts is None:
+        parts = _BY_MODULE[module] = {}
+    counts = parts.get(part)
     if counts is None:
-        counts = _BY_MODULE[module] = CallCounts()
+        counts = parts[part] = CallCounts()
     counts.add(reason)
 
 
@@ -80,9 +85,9 @@ def uncounted() -> Iterator[None]:
         _thread.paused = False
 
 
-def call_counts(module: nn.Module | None = None) -> CallCounts:
+def call_counts(module: nn.Module | None = None, part: str = "") -> CallCounts:
     """The counts of one module, or of the whole process."""
-    return _TOTAL if module is None else _BY_MODULE.get(module, CallCounts())
+    return _TOTAL if module is None else _BY_MODULE.get(module, {}).get(part, CallCounts())
 
 
 def reset_call_counts() -> None:

@@ -1,4 +1,4 @@
-"""RMS norms of any model, fused; their convention is found by trying, not by name."""
+"""RMS and layer norms of any model, fused; their convention is found by trying, not by name."""
 
 from __future__ import annotations
 
@@ -11,46 +11,100 @@ from torch.func import functional_call
 from fastft import ops
 from fastft.nn.calls import count
 from fastft.nn.swap import Swapped, call_refusal
+from fastft.ops._checks import autocast_dtype
 
-__all__ = ["FusedRMSNorm", "epsilon", "norm_facts"]
+__all__ = ["FusedLayerNorm", "FusedRMSNorm", "epsilon", "layer_norm_offset", "norm_facts"]
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon", "norm_eps")
-# (offset, round_first): Llama, OLMo 2, Gemma, and the fourth for completeness.
-_CONVENTIONS = ((0.0, True), (0.0, False), (1.0, False), (1.0, True))
+# (centred, offset, round_first): Llama, OLMo 2, Gemma, and the fourth for completeness; then those
+# of layer norms with a weight alone (Cohere).
+_CONVENTIONS = tuple(
+    (centred, offset, round_first)
+    for centred in (False, True)
+    for offset, round_first in ((0.0, True), (0.0, False), (1.0, False), (1.0, True))
+)
 
 
 class FusedRMSNorm(Swapped):
-    """The forward of an RMS norm; offset, round_first and narrow are facts of the class.
+    """The forward of a norm with one weight; centred (a layer norm), offset, round_first and narrow
+    are facts of the class.
 
     narrow: a 16-bit input under a float32 weight (a query's norm under autocast) is computed in
     float32, and the result is "wide" (float32) or as the "input"; None: not known, left alone.
     """
 
+    fastft_centred: bool
     fastft_offset: float
     fastft_round_first: bool
     fastft_narrow: str | None
     weight: nn.Parameter
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """:func:`fastft.ops.rms_norm`, or the original's forward, counted with its reason."""
+        """The operation, or the original's forward, counted with its reason."""
         reason = "arguments passed to the layer" if args or kwargs else None
         x, dtype = hidden_states, None
         if self.fastft_narrow is not None and _is_narrow(x, self.weight):
             dtype = x.dtype if self.fastft_narrow == "input" else self.weight.dtype
             x = x.to(self.weight.dtype)
-        reason = reason or call_refusal("rms_norm", x, self.weight)
+        op = "layer_norm" if self.fastft_centred else "rms_norm"
+        reason = reason or call_refusal(op, x, self.weight)
         if not torch.compiler.is_compiling():
             count(self, reason)
         if reason is not None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        y = ops.rms_norm(
-            x,
-            self.weight,
-            epsilon(self) or 0.0,
-            offset=self.fastft_offset,
-            round_first=self.fastft_round_first,
-        )
+        convention = (self.fastft_centred, self.fastft_offset, self.fastft_round_first)
+        y = _normed(x, self.weight, epsilon(self) or 0.0, convention)
         return y if dtype is None else y.to(dtype)
+
+
+Convention = tuple[bool, float, bool]
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, convention: Convention) -> Tensor:
+    centred, offset, round_first = convention
+    if centred:
+        return ops.layer_norm(x, weight, None, eps, offset=offset, round_first=round_first)
+    y: Tensor = ops.rms_norm(x, weight, eps, offset=offset, round_first=round_first)
+    return y
+
+
+class FusedLayerNorm(Swapped):
+    """The forward of ``nn.LayerNorm`` and of classes that add a constant to its weight."""
+
+    fastft_offset: float
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        """:func:`fastft.ops.layer_norm`, or the original's forward, counted with its reason."""
+        x, affine = input, [t for t in (self.weight, self.bias) if t is not None]
+        if autocast_dtype(x.device.type) is not None:  # which runs layer norms in float32
+            x, *affine = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, *affine))
+        reason = call_refusal("layer_norm", x, *affine)
+        if not torch.compiler.is_compiling():
+            count(self, reason)
+        if reason is not None:
+            y: Tensor = super().forward(input)  # type: ignore[misc]
+            return y
+        weight, bias = (*affine, None, None)[:2]
+        return ops.layer_norm(x, weight, bias, self.eps, offset=self.fastft_offset)
+
+
+def layer_norm_offset(module: Any) -> float | None:
+    """The constant this ``nn.LayerNorm`` (or subclass of it) adds to its weight, found by running
+    it; None when it computes something else."""
+    if module.weight is None or module.weight.dim() != 1:
+        return None
+    x, weight = _draw(module, module.weight.dtype)
+    parameters = {"weight": weight}
+    if module.bias is not None:
+        parameters["bias"] = weight.flip(0)
+    bound = 2 * torch.finfo(weight.dtype).eps
+    with torch.no_grad():
+        expected = functional_call(module, parameters, (x,)).double()
+        for offset in (0.0, 1.0):
+            y = ops.layer_norm(x, weight, parameters.get("bias"), module.eps, offset=offset)
+            if float((y.double() - expected).norm() / expected.norm()) <= bound:
+                return offset
+    return None
 
 
 def _is_narrow(x: Any, weight: Tensor) -> bool:
@@ -64,15 +118,15 @@ def epsilon(module: nn.Module) -> float | None:
 
 
 def norm_facts(module: Any) -> tuple[tuple[str, Any], ...] | None:
-    """What makes this module an RMS norm of ours: its offset, its rounding and what it does with a
-    narrower input, found by running it on a random input with a random weight; None when it
-    computes something else."""
+    """What makes this module a norm of ours: whether it centres, its offset, its rounding and what
+    it does with a narrower input, found by running it on a random input with a random weight; None
+    when it computes something else."""
     dtype = module.weight.dtype
     # In float32 the place of the rounding does not show; it will once the model is cast.
-    offset, round_first = min(
+    convention = min(
         _CONVENTIONS, key=lambda convention: _error(module, torch.bfloat16, convention)
     )
-    if not _error(module, dtype, (offset, round_first)) <= 2 * torch.finfo(dtype).eps:
+    if not _error(module, dtype, convention) <= 2 * torch.finfo(dtype).eps:
         return None
     narrow = None
     if dtype == torch.float32:
@@ -81,7 +135,9 @@ def norm_facts(module: Any) -> tuple[tuple[str, Any], ...] | None:
             wide = functional_call(module, {"weight": weight}, (x,)).double()
             got = functional_call(module, {"weight": weight}, (x.bfloat16(),))
         narrow = _narrow_fact(got, wide)
+    centred, offset, round_first = convention
     return (
+        ("fastft_centred", centred),
         ("fastft_offset", offset),
         ("fastft_round_first", round_first),
         ("fastft_narrow", narrow),
@@ -96,13 +152,12 @@ def _draw(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return draw[1:], draw[0]
 
 
-def _error(module: Any, dtype: torch.dtype, convention: tuple[float, bool]) -> float:
-    """How far :func:`fastft.ops.rms_norm` is from the module in ``dtype``, relative."""
+def _error(module: Any, dtype: torch.dtype, convention: Convention) -> float:
+    """How far the operation is from the module in ``dtype``, relative."""
     x, weight = _draw(module, dtype)
-    offset, round_first = convention
     with torch.no_grad():
         expected = functional_call(module, {"weight": weight}, (x,)).double()
-        y = ops.rms_norm(x, weight, epsilon(module) or 0.0, offset=offset, round_first=round_first)
+        y = _normed(x, weight, epsilon(module) or 0.0, convention)
     return float((y.double() - expected).norm() / expected.norm())
 
 

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from fastft import backends
 
-__all__ = ["Swapped", "call_refusal", "original_of", "site_refusal", "swapped_class"]
+__all__ = [
+    "Swapped",
+    "call_refusal",
+    "combined_class",
+    "original_of",
+    "site_refusal",
+    "swapped_class",
+]
 
 
 class Swapped:
@@ -26,10 +33,8 @@ class Swapped:
     fastft_facts: tuple[tuple[str, Hashable], ...] = ()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        cls: Any = type(self)
         state: Any = super().__reduce_ex__(protocol)
-        key = (cls.fastft_mixin, cls.fastft_original, cls.fastft_facts)
-        return (_revive, key, *state[2:])
+        return (_revive, (_recipe(type(self)),), *state[2:])
 
 
 @functools.cache
@@ -43,6 +48,29 @@ def swapped_class(
     return type(original.__name__, (mixin, original), held)
 
 
+@functools.cache
+def combined_class(first: Any, second: Any) -> type[nn.Module]:
+    """Two fused classes over one original as one: what the second overrides, it overrides."""
+    original: type[nn.Module] = vars(first)["fastft_original"]
+    held: dict[str, Any] = {"fastft_original": original, "fastft_parts": (first, second)}
+    held.update(__module__=original.__module__, __qualname__=original.__qualname__)
+    return type(original.__name__, (second, first), held)
+
+
+def _recipe(cls: Any) -> tuple[Any, ...]:
+    """What a class is made of, all of which can be pickled by name."""
+    parts = vars(cls).get("fastft_parts")
+    if parts is not None:
+        return tuple(_recipe(part) for part in parts)
+    return (cls.fastft_mixin, cls.fastft_original, cls.fastft_facts)
+
+
+def _class_of(recipe: tuple[Any, ...]) -> Any:
+    if len(recipe) == 2:
+        return combined_class(*(_class_of(part) for part in recipe))
+    return swapped_class(*recipe)
+
+
 def original_of(module: nn.Module) -> type[nn.Module]:
     """The class the module has, or had before it was fused.
 
@@ -51,11 +79,9 @@ def original_of(module: nn.Module) -> type[nn.Module]:
     return vars(type(module)).get("fastft_original", type(module))
 
 
-def _revive(
-    mixin: type[Swapped], original: type[nn.Module], facts: tuple[tuple[str, Hashable], ...]
-) -> nn.Module:
-    cls = swapped_class(mixin, original, facts)  # type: ignore[arg-type]
-    return cls.__new__(cls)
+def _revive(recipe: tuple[Any, ...]) -> nn.Module:
+    cls = _class_of(recipe)
+    return cls.__new__(cls)  # type: ignore[no-any-return]
 
 
 def call_refusal(op: str, *tensors: Any, dtype: torch.dtype | None = None) -> str | None:

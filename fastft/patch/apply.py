@@ -16,7 +16,7 @@ from fastft.nn import packing, siblings
 from fastft.nn.calls import strict_modules
 from fastft.nn.head import FusedHead, FusedLoraHead
 from fastft.nn.lora import UNMERGED, forget_norms
-from fastft.nn.swap import original_of
+from fastft.nn.swap import Swapped, combined_class, original_of
 from fastft.patch.proofs import difference, site_key, tolerance, verifiable
 from fastft.patch.rules import RULES, Rule, Site, language_model_of
 
@@ -30,8 +30,8 @@ _HOOKS = (
 )
 
 
-# Why a site of an accelerated model was left alone, for explain().
-refusals: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+# Why a rule left a module of an accelerated model alone, by its kind, for explain().
+refusals: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
 
 
 def is_accelerated(model: nn.Module) -> bool:
@@ -46,6 +46,8 @@ def accelerate(
     norm: bool = True,
     glu: bool = True,
     attention: bool = True,
+    rope: bool = True,
+    embedding: bool = True,
     *,
     pack_weights: bool = False,
     strict: bool = False,
@@ -56,16 +58,18 @@ def accelerate(
     Args:
         model: a PeftModel, or any torch model with PEFT LoRA layers in it.
         lora: fuse LoRA layers over ``nn.Linear`` (:func:`fastft.ops.lora_linear`), over the expert
-            weights of a mixture (:func:`fastft.ops.lora_grouped_linear`), over convolutions and
-            over embeddings.
+            weights of a mixture (:func:`fastft.ops.lora_grouped_linear`) and over convolutions.
         loss: fuse a Transformers language model's head and the loss over it
             (:func:`fastft.ops.linear_cross_entropy`), that of TRL's trainers too; logits are
             computed only if read.
-        norm: fuse RMS norms, whose convention is found by running them
-            (:func:`fastft.ops.rms_norm`).
+        norm: fuse RMS and layer norms, whose convention is found by running them
+            (:func:`fastft.ops.rms_norm`, :func:`fastft.ops.layer_norm`).
         glu: fuse gated MLPs between their projections (:func:`fastft.ops.glu`).
         attention: on the CPU, in Transformers models that use sdpa, fuse attention
             (:func:`fastft.ops.scaled_dot_product_attention`).
+        rope: fuse the rotary embedding of queries and keys (:func:`fastft.ops.rope`), whose
+            convention is found by running it.
+        embedding: fuse LoRA layers over embeddings.
         pack_weights: on GPUs, before the second step, copy the frozen weights of layers that share
             an input (q/k/v, gate/up) into one buffer with room for their adapters, so that a layer
             and its adapter can be one library product. The parameters become views of it, its rows
@@ -103,15 +107,16 @@ def accelerate(
     switches = {
         "lora": lora,
         "conv": lora,
-        "embedding": lora,
+        "embedding": lora and embedding,
         "experts": lora,
         "loss": loss,
         "norm": norm,
         "glu": glu,
         "attention": attention,
+        "rope": rope,
     }
     planned: list[Site] = []
-    refused: dict[nn.Module, str] = {}
+    refused: dict[nn.Module, dict[str, str]] = {}
     proofs: dict[tuple[Any, ...], str | None] = {}
     for kind, rule in RULES.items():
         for site in rule.sites(model) if switches[kind] else ():
@@ -132,14 +137,14 @@ def accelerate(
             if reason is None or (site.refusal is not None and site.by_state):
                 planned.append(site)
             else:
-                refused[site.module] = reason
+                refused.setdefault(site.module, {})[kind] = reason
 
     # Everything above only looked; from here on nothing can fail half way.
     refusals.update(refused)
     for site in planned:
         if site.fused is None:
             continue
-        site.module.__class__ = site.fused
+        site.module.__class__ = _joined(site)
         if strict:
             strict_modules.add(site.module)
         if issubclass(site.fused, (FusedHead, FusedLoraHead)):
@@ -151,6 +156,15 @@ def accelerate(
     if native.available() and any(p.device.type == "cpu" for p in model.parameters()):
         native.module().keep_heap()
     return model
+
+
+def _joined(site: Site) -> type[nn.Module]:
+    """The class a site gets: what another rule gave the module (attention and its rotary function)
+    stays in force."""
+    fused, present = site.fused or type(site.module), type(site.module)
+    if issubclass(fused, Swapped) and issubclass(present, Swapped) and present is not fused:
+        return combined_class(present, fused)
+    return fused
 
 
 def _disproof(site: Site, rule: Rule) -> str | None:

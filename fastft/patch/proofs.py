@@ -17,6 +17,7 @@ from fastft.nn.deferred import DeferredLogits
 from fastft.nn.experts import experts_of
 from fastft.nn.head import FusedHead, FusedLoraHead, deferring
 from fastft.nn.mlp import layout_of
+from fastft.nn.rope import FusedRope, fused_rope, rope_facts
 from fastft.nn.swap import original_of
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "run_lora",
     "run_mlp",
     "run_norm",
+    "run_rope",
     "site_key",
     "tolerance",
     "verifiable",
@@ -231,15 +233,18 @@ def run_head(head: Any, kind: type[nn.Module]) -> list[Tensor]:
 
 
 def run_norm(module: Any, kind: type[nn.Module]) -> list[Tensor]:
-    """Output and gradients of a norm with a random weight (many start at one) as class ``kind``."""
+    """Output and gradients of a norm with random parameters (many start at one) as ``kind``."""
     weight = module.weight
-    random = torch.randn(weight.shape, device=weight.device).to(weight.dtype).requires_grad_()
-    x = torch.randn(_TOKENS, weight.shape[0], device=weight.device).to(weight.dtype)
-    x.requires_grad_()
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=weight.device).to(weight.dtype).requires_grad_()
+
+    x = draw(_TOKENS, weight.shape[0])
+    parameters = {name: draw(*p.shape) for name, p in module.named_parameters()}
     with _as_class(module, kind):
-        y = functional_call(module, {"weight": random}, (x,))
+        y = functional_call(module, parameters, (x,))
     dy = torch.randn(y.shape, device=y.device).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, [x, random], dy)]
+    return [y.detach(), *torch.autograd.grad(y, [x, *parameters.values()], dy)]
 
 
 def run_mlp(module: Any, kind: type[nn.Module]) -> list[Tensor]:
@@ -272,6 +277,29 @@ def run_attention(module: Any, kind: type[nn.Module]) -> list[Tensor]:
     y, _ = forward(module, query, key, value, None, scaling=scaling)
     dy = torch.randn(y.shape, device=y.device).to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def run_rope(module: Any, kind: type[nn.Module]) -> list[Tensor]:
+    """Queries and keys turned and their gradients, by ``kind``'s rotary function."""
+    weight, cls = float_parameter(module), original_of(module)
+    facts = rope_facts(cls)
+    if weight is None or facts is None:
+        raise TypeError("no floating-point weights, or no rotary function")
+    function: Any = cls.forward.__globals__[facts.name]  # type: ignore[attr-defined]
+    if issubclass(kind, FusedRope):
+        function = fused_rope(function, facts)
+    width = getattr(module, "head_dim", 64)
+    size = width // 2 if facts.tables == "half" else width
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=weight.device).to(weight.dtype)  # type: ignore[union-attr]
+
+    # As models have them: transposed views of projections.
+    leaves = [draw(2, _TOKENS, heads, width).requires_grad_() for heads in (4, 2)]
+    q, k = (t.transpose(1, 2) for t in leaves)
+    outs = function(q, k, draw(2, _TOKENS, size), draw(2, _TOKENS, size))
+    pulls = [draw(*out.shape) for out in outs]
+    return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, pulls)]
 
 
 def verifiable(module: nn.Module) -> bool:

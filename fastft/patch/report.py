@@ -21,7 +21,8 @@ class ModuleReport:
     """One module a rule speaks of.
 
     Attributes:
-        kind: "lora", "conv", "embedding", "experts", "loss", "norm", "glu" or "attention".
+        kind: "lora", "conv", "embedding", "experts", "loss", "norm", "glu", "attention" or
+            "rope".
         fused: whether it has a fused forward and nothing in its state keeps it from running.
         backend: who runs it, in the dtype of its weights; None when not fused.
         reason: why it is not fused; None when it is.
@@ -109,7 +110,7 @@ class Explanation:
 def explain(model: nn.Module) -> Explanation:
     """Every module of ``model`` that fastft knows how to fuse, and what became of it."""
     reports = [
-        _report(rule, site, refusals.get(site.module))
+        _report(rule, site, refusals.get(site.module, {}).get(rule.kind))
         for rule in RULES.values()
         for site in rule.sites(model)
     ]
@@ -125,7 +126,7 @@ def _report(rule: Rule, site: Site, refused: str | None) -> ModuleReport:
         backend = rule.backend(site.module)
         if backend == "reference":
             reason, backend = "no fused backend for this device and dtype", None
-    counts = call_counts(site.module)
+    counts = call_counts(site.module, "rope" if rule.kind == "rope" else "")
     group = group_of(site.module)
     return ModuleReport(
         name=site.name,

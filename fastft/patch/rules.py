@@ -25,7 +25,14 @@ from fastft.nn.experts import FusedLoraExperts, experts_of, experts_refusal
 from fastft.nn.head import FusedHead, FusedLoraHead
 from fastft.nn.lora import FusedLoraLinear, module_refusal
 from fastft.nn.mlp import FusedGatedMLP, activation_of, layout_of
-from fastft.nn.norm import FusedRMSNorm, epsilon, norm_facts
+from fastft.nn.norm import (
+    FusedLayerNorm,
+    FusedRMSNorm,
+    epsilon,
+    layer_norm_offset,
+    norm_facts,
+)
+from fastft.nn.rope import FusedRope, rope_facts, rotary_function
 from fastft.nn.swap import Swapped, original_of, site_refusal, swapped_class
 from fastft.patch import proofs
 
@@ -202,6 +209,8 @@ def _is_norm(module: nn.Module) -> bool:
 def _norm_sites(model: nn.Module) -> Iterator[Site]:
     known: dict[tuple[Any, ...], tuple[tuple[str, Any], ...] | None] = {}
     for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            yield from _layer_norm_site(name, module)
         if not _is_norm(module):
             continue
         weight: Any = module.weight
@@ -228,8 +237,20 @@ def _norm_sites(model: nn.Module) -> Iterator[Site]:
             yield _swapped_site(name, module, FusedRMSNorm, facts, None)
 
 
+def _layer_norm_site(name: str, module: nn.LayerNorm) -> Iterator[Site]:
+    """A layer norm over the last dimension, if any of it is here to try it with."""
+    if not proofs.verifiable(module) or len(module.normalized_shape) != 1:
+        return
+    refusal = site_refusal("layer_norm", module.weight)
+    offset = layer_norm_offset(module) if refusal is None else None
+    if refusal is None and offset is None:
+        refusal = f"{type(module).__name__} computes no layer norm we know"
+    yield _swapped_site(name, module, FusedLayerNorm, (("fastft_offset", offset or 0.0),), refusal)
+
+
 def _norm_backend(module: Any) -> str:
-    return _select("rms_norm", module.weight)
+    centred = isinstance(module, nn.LayerNorm) or getattr(module, "fastft_centred", False)
+    return _select("layer_norm" if centred else "rms_norm", module.weight)
 
 
 def _glu_sites(model: nn.Module) -> Iterator[Site]:
@@ -274,6 +295,26 @@ def _attention_backend(module: Any) -> str:
     return "reference" if weight is None else _select("attention", weight)
 
 
+def _rope_sites(model: nn.Module) -> Iterator[Site]:
+    """Modules whose forward calls a function of (q, k, cos, sin)."""
+    for name, module in model.named_modules():
+        cls: Any = original_of(module)
+        called = rotary_function(cls)
+        weight = proofs.float_parameter(module)
+        if called is None or weight is None or site_refusal("rope", weight) is not None:
+            continue
+        facts = rope_facts(cls)
+        if facts is None:
+            yield Site(name, module, f"{called} computes no rotary embedding we know")
+        else:
+            yield _swapped_site(name, module, FusedRope, (("fastft_rope", facts),), None)
+
+
+def _rope_backend(module: Any) -> str:
+    weight = proofs.float_parameter(module)
+    return "reference" if weight is None else _select("rope", weight)
+
+
 def _select(op: str, tensor: Tensor) -> str:
     return backends.select(op, device_type=tensor.device.type, dtype=tensor.dtype)[0]
 
@@ -290,5 +331,6 @@ RULES: dict[str, Rule] = {
         Rule("norm", _norm_sites, proofs.run_norm, _norm_backend),
         Rule("glu", _glu_sites, proofs.run_mlp, _glu_backend),
         Rule("attention", _attention_sites, proofs.run_attention, _attention_backend),
+        Rule("rope", _rope_sites, proofs.run_rope, _rope_backend),
     )
 }

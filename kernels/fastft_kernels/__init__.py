@@ -17,4 +17,6 @@ OPS: tuple[str, ...] = (
     "glu",
     "rms_norm",
     "dora_scale",
+    "layer_norm",
+    "rope",
 )

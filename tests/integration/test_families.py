@@ -29,37 +29,99 @@ SMALL = {
     "eos_token_id": 2,
 }
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
-# name -> (configuration beside SMALL, fused norms, fused gated MLPs, fused attentions)
-FAMILIES: dict[str, tuple[dict[str, Any], int, int, int]] = {
-    "Apertus": ({}, 9, 0, 2),
-    "Arcee": ({}, 5, 0, 2),
-    "Cohere": ({}, 0, 2, 2),
-    "Ernie4_5": ({"head_dim": 8}, 5, 2, 2),
-    "Exaone4": ({}, 9, 2, 2),
-    "Falcon": ({}, 0, 0, 0),
-    "Gemma": ({"head_dim": 8}, 5, 2, 2),
-    "Gemma2": ({"head_dim": 8, "sliding_window": 4}, 9, 2, 0),  # eager: it caps its scores
-    "Glm": ({"head_dim": 8}, 5, 2, 2),
-    "GPTNeoX": ({}, 0, 0, 2),
-    "GptOss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, 5, 0, 0),
-    "Granite": ({}, 5, 2, 2),
-    "Helium": ({"head_dim": 8}, 5, 2, 2),
-    "Nemotron": ({}, 0, 0, 2),
-    "Olmo": ({}, 0, 2, 2),
-    "Olmo2": ({}, 9, 2, 2),
-    "Persimmon": ({}, 0, 0, 2),
-    "Phi": ({}, 0, 0, 2),
-    "Qwen3Moe": (MOE, 9, 0, 2),
-    "SeedOss": ({"head_dim": 8}, 5, 0, 2),  # its MLP drops in training: refused by its proof
-    "SmolLM3": ({}, 5, 2, 2),
-    "StableLm": ({}, 0, 2, 2),
-    "Starcoder2": ({}, 0, 0, 2),
+# name -> (configuration beside SMALL, fused norms, gated MLPs, attentions, rotary functions)
+FAMILIES: dict[str, tuple[dict[str, Any], int, int, int, int]] = {
+    "Apertus": ({}, 9, 0, 2, 2),
+    "Arcee": ({}, 5, 0, 2, 2),
+    "Cohere": ({}, 3, 2, 2, 2),
+    "Ernie4_5": ({"head_dim": 8}, 5, 2, 2, 2),
+    "Exaone4": ({}, 9, 2, 2, 2),
+    "Falcon": ({}, 3, 0, 0, 2),
+    "Gemma": ({"head_dim": 8}, 5, 2, 2, 2),
+    "Gemma2": ({"head_dim": 8, "sliding_window": 4}, 9, 2, 0, 2),  # eager: it caps its scores
+    "Glm": ({"head_dim": 8}, 5, 2, 2, 2),
+    "GPTNeoX": ({}, 5, 0, 2, 2),
+    "GptOss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, 5, 0, 0, 2),
+    "Granite": ({}, 5, 2, 2, 2),
+    "Helium": ({"head_dim": 8}, 5, 2, 2, 2),
+    "Nemotron": ({}, 5, 0, 2, 2),
+    "Olmo": ({}, 0, 2, 2, 2),
+    "Olmo2": ({}, 9, 2, 2, 2),
+    "Persimmon": ({}, 9, 0, 2, 2),
+    "Phi": ({}, 3, 0, 2, 2),
+    "Qwen3Moe": (MOE, 9, 0, 2, 2),
+    "SeedOss": ({"head_dim": 8}, 5, 0, 2, 2),  # its MLP drops in training: refused by its proof
+    "SmolLM3": ({}, 5, 2, 2, 2),
+    "StableLm": ({}, 5, 2, 2, 2),
+    "Starcoder2": ({}, 5, 0, 2, 2),
 }
+
+
+ENCODER = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+SEQ2SEQ = {
+    "vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+}  # fmt: skip
+IMAGES = {"image_size": 16, "patch_size": 8, "num_channels": 3, "num_labels": 3}
+# class of model -> (class of configuration, values, fused norms, MLPs, attentions, rotary
+# functions, heads with their loss)
+OTHERS: dict[str, tuple[str, dict[str, Any], tuple[int, int, int, int, int]]] = {
+    "BertForMaskedLM": ("BertConfig", ENCODER, (6, 0, 2, 0, 1)),
+    "RobertaForMaskedLM": ("RobertaConfig", ENCODER, (6, 0, 2, 0, 1)),
+    "DebertaV2ForMaskedLM": ("DebertaV2Config", ENCODER, (6, 0, 0, 0, 1)),
+    "ViTForImageClassification": ("ViTConfig", {**ENCODER, **IMAGES}, (5, 0, 2, 0, 0)),
+    "BartForConditionalGeneration": ("BartConfig", SEQ2SEQ, (12, 0, 6, 0, 1)),
+    "Llama4ForCausalLM": (
+        "Llama4TextConfig",
+        {**SMALL, "num_local_experts": 2, "head_dim": 8, "intermediate_size_mlp": 48},
+        (5, 0, 2, 0, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families(name: str) -> None:
+    """Encoders, an encoder-decoder, images, and a decoder whose rotary function is another."""
+    config, values, counts = OTHERS[name]
+    found = getattr(transformers, config, None)
+    if found is None:
+        pytest.skip(f"this Transformers has no {config}")
+    torch.manual_seed(0)
+    plain = getattr(transformers, name)(found(**values)).float().eval()
+    fused = fastft.accelerate(copy.deepcopy(plain))
+    for batch in batches():
+        if "image_size" in values:
+            given = {"pixel_values": torch.randn(3, 3, 16, 16), "labels": torch.tensor([0, 1, 2])}
+        else:
+            given = batch
+        expected, got = trained(plain, given), trained(fused, given)
+        assert set(got) == set(expected)
+        scale = max(float(t.abs().max()) for t in expected.values())
+        for key, value in expected.items():
+            torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5 * scale, msg=key)
+    reports = fastft.explain(fused).modules
+    kinds = ("norm", "glu", "attention", "rope", "loss")
+    assert tuple(sum(m.fused for m in reports if m.kind == kind) for kind in kinds) == counts
+    assert all(m.fused_calls >= 2 for m in reports if m.fused)
 
 
 def test_the_page_says_what_is_tested() -> None:
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    five = r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$"
+    others = re.findall(five, page, re.MULTILINE)
+    assert {name: tuple(map(int, counts)) for name, *counts in others} == {
+        name: counts for name, (_, _, counts) in OTHERS.items()
+    }
+    rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
     assert {name: tuple(map(int, counts)) for name, *counts in rows} == {
         name: counts for name, (_, *rest) in FAMILIES.items() for counts in [tuple(rest)]
     }
@@ -83,7 +145,7 @@ def trained(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name: str) -> None:
-    values, norms, mlps, attentions = FAMILIES[name]
+    values, norms, mlps, attentions, ropes = FAMILIES[name]
     config = getattr(transformers, f"{name}Config", None)
     if config is None:
         pytest.skip(f"this Transformers has no {name}")
@@ -100,15 +162,16 @@ def test_family(name: str) -> None:
             torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5 * scale, msg=key)
     reports = fastft.explain(fused).modules
     counts = [
-        sum(m.fused for m in reports if m.kind == kind) for kind in ("norm", "glu", "attention")
+        sum(m.fused for m in reports if m.kind == kind)
+        for kind in ("norm", "glu", "attention", "rope")
     ]
-    assert counts[:2] == [norms, mlps]
+    assert [*counts[:2], counts[3]] == [norms, mlps, ropes]
     # Which families go through the attention interface changed with Transformers, and an older one
     # may pass it what only torch's own takes: such calls are counted with their reason.
     known = Version(transformers.__version__) >= Version("5.23")
     assert not known or counts[2] == attentions
     for m in reports:
-        if m.fused and m.kind != "loss":
+        if m.fused:
             assert m.fused_calls >= 2 or (not known and m.kind == "attention" and m.fallback_calls)
     assert all(m.reason for m in reports if not m.fused)
     ids = batches()[0]["input_ids"][:1, :5]

@@ -25,7 +25,7 @@ def pair() -> tuple[PeftModel, PeftModel]:
     runs PEFT's own code then gives PEFT's own bits."""
     plain = tiny.peft_model("llama")
     fused = copy.deepcopy(plain)
-    return plain, fastft.accelerate(fused, norm=False, glu=False, attention=False)
+    return plain, fastft.accelerate(fused, **tiny.LORA_ONLY)
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -147,7 +147,7 @@ def test_save_and_load(pair: tuple[PeftModel, PeftModel], tmp_path: Path) -> Non
     base = tiny.ARCHITECTURES["llama"].build()
     loaded = PeftModel.from_pretrained(base, tmp_path / "fused", is_trainable=True)
     assert torch.equal(logits(loaded), logits(plain))
-    fastft.accelerate(loaded, norm=False, glu=False, attention=False)
+    fastft.accelerate(loaded, **tiny.LORA_ONLY)
     assert torch.equal(logits(loaded), logits(fused))
 
 
@@ -412,7 +412,7 @@ def test_accelerate_twice_and_restore_twice_are_refused(
 
 
 def test_switches_of_accelerate() -> None:
-    kinds = ("lora", "loss", "norm", "glu", "attention")
+    kinds = ("lora", "loss", "norm", "glu", "attention", "rope")
     for kind in kinds:
         switches = {other: other == kind for other in kinds}
         model = fastft.accelerate(tiny.peft_model("llama"), **switches)
@@ -474,7 +474,9 @@ def test_hot_swap(tmp_path: Path) -> None:
             if "lora_" in name:
                 p.mul_(-1.5)
     other.save_pretrained(tmp_path)
-    fused = fastft.accelerate(copy.deepcopy(plain), norm=False, glu=False, attention=False)
+    fused = fastft.accelerate(
+        copy.deepcopy(plain), norm=False, glu=False, attention=False, rope=False
+    )
     before = logits(fused)
     for model in (plain, fused):
         hotswap_adapter(model, str(tmp_path), adapter_name="default")

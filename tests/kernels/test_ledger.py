@@ -58,7 +58,16 @@ def test_kernels_and_their_files() -> None:
     [
         (
             "kernels/fastft_kernels/config.py",
-            {"lora_linear", "linear_cross_entropy", "adamw", "glu", "rms_norm", "dora_scale"},
+            {
+                "lora_linear",
+                "linear_cross_entropy",
+                "adamw",
+                "glu",
+                "rms_norm",
+                "dora_scale",
+                "layer_norm",
+                "rope",
+            },
         ),
         ("kernels/fastft_kernels/_lora_linear_kernels.py", {"lora_linear"}),
         ("kernels/fastft_kernels/aot.py", set()),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from block import as_good_as_torch, compiled_and_the_same, same_bits_for_any_number_of_threads
 from harness import Rejected, assert_as_good_as_torch, assert_rejected, poisoned
 from torch import Tensor
 
@@ -44,6 +45,17 @@ def test_as_good_as_torch(
         got = outputs(y, x, weight, dy)
     assert_as_good_as_torch(["y", "dx", "dw"], got, eager(dtype), eager(F64), dtype)
     assert {t.dtype for t in got} == {dtype}
+
+
+test_of_a_residual_stream = as_good_as_torch("rms_norm")
+test_of_a_residual_stream_compiled = compiled_and_the_same("rms_norm")
+test_same_bits_of_a_residual_stream = same_bits_for_any_number_of_threads("add-norm-bf16")
+
+
+def test_the_residual_operation_passes_opcheck() -> None:
+    tensors = [torch.randn(s, requires_grad=True) for s in ((5, 8), (5, 8), (8,))]
+    facts = (1e-5, 0.0, True, "cpu")
+    torch.library.opcheck(torch.ops.fastft.add_rms_norm_fwd.default, (*tensors, *facts))
 
 
 @pytest.mark.parametrize("isa", native.build_info()["instruction_sets_usable"])
@@ -151,6 +163,7 @@ def _rejected() -> list[Rejected]:
         ("shape", {"weight": w[:5]}, errors.ShapeError, ["weight", "(6,)", "(5,)"]),
         ("device", {"weight": w.to("meta")}, errors.DeviceError, ["weight", "meta"]),
         ("eps", {"eps": -1.0}, errors.ArgumentError, ["eps", "at least 0", "-1.0"]),
+        ("residual", {"residual": x[:2]}, errors.ShapeError, ["residual", "the shape of x"]),
         ("eps nan", {"eps": float("nan")}, errors.ArgumentError, ["eps", "nan"]),
     ]
     return [Rejected(n, call(**c), e, words) for n, c, e, words in cases]

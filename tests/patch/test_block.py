@@ -64,7 +64,8 @@ def test_conventions_are_found_by_trying(module: str, offset: float, round_first
     path, name = module.rsplit(".", 1)
     norm = getattr(__import__(f"transformers.models.{path}", fromlist=[name]), name)(48)
     norm.to(torch.bfloat16)
-    found = {"fastft_offset": offset, "fastft_round_first": round_first, "fastft_narrow": None}
+    found = {"fastft_centred": False, "fastft_offset": offset, "fastft_narrow": None}
+    found["fastft_round_first"] = round_first
     assert dict(norm_facts(norm)) == found
     x = torch.randn(4, 48).bfloat16()
     norm.float()

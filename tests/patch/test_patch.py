@@ -73,13 +73,13 @@ def test_accelerate_explain_restore() -> None:
     for _ in range(3):
         same(gradients(model), before)
     report = fastft.explain(model)
-    # 14 adapters and a head; 5 norms, 2 gated MLPs and 2 attentions.
-    assert report.fused == 24
+    # 14 adapters and a head; 5 norms, 2 gated MLPs, 2 attentions and their rotary functions.
+    assert report.fused == 26
     assert report.fallback == 0
     data = report.to_dict()
     assert {m["backend"] for m in data["modules"]} == {"cpu"}
-    assert data["calls"] == {"fused": 24 * 3, "fallback": {}}
-    assert "24 modules fused, 0 not" in str(report)
+    assert data["calls"] == {"fused": 26 * 3, "fallback": {}}
+    assert "26 modules fused, 0 not" in str(report)
     fastft.restore(model)
     assert {n: type(m) for n, m in model.named_modules()} == types
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
@@ -192,9 +192,9 @@ def test_state_refused_at_first_is_fused_later() -> None:
     model = llama()
     model.merge_adapter()
     fastft.accelerate(model)
-    assert fastft.explain(model).fused == 10
+    assert fastft.explain(model).fused == 12
     model.unmerge_adapter()
-    assert fastft.explain(model).fused == 24
+    assert fastft.explain(model).fused == 26
 
 
 def test_variants_and_other_layers_are_named() -> None:
@@ -253,8 +253,8 @@ def test_verification_runs_once_a_shape_and_leaves_no_trace(
     model.train()
     fastft.accelerate(model)
     # q and o, k and v, gate and up, down, head: five shapes among fifteen sites; norm, MLP and
-    # attention: one each.
-    assert len(checked) == 8
+    # attention, rope: one each.
+    assert len(checked) == 9
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(m.training for m in model.modules())
@@ -391,7 +391,7 @@ def test_lora_is_peft_and_accelerate() -> None:
     model = fastft.lora(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), loss=False)
     fused = [m.kind for m in fastft.explain(model).modules if m.fused]
     assert fused.count("lora") == 4
-    assert set(fused) == {"lora", "norm", "glu", "attention"}
+    assert set(fused) == {"lora", "norm", "glu", "attention", "rope"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,194 @@
+"""Rotary embeddings of any attention module: the function its code calls, replaced for its class.
+
+Models call a function of their own module, ``apply_rotary_pos_emb(q, k, cos, sin)``. A fused module
+runs the very code of its class over a copy of that module's names in which this one function is
+fastft's; nothing that others see is touched. What the function computes is found by trying it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastft import ops
+from fastft.nn.calls import count
+from fastft.nn.swap import Swapped, call_refusal
+from fastft.ops._checks import autocast_dtype
+
+__all__ = ["FusedRope", "RopeFacts", "fused_rope", "rope_facts", "rotary_function"]
+
+_PARAMETERS = ["q", "k", "cos", "sin"]
+_TRIAL = (2, 3, 5, 8)  # batch, heads, tokens, width
+
+
+class RopeFacts(NamedTuple):
+    """What a rotary function does.
+
+    name: of the function among its module's. interleaved: pairs are neighbours. tables: "whole"
+    (an entry a feature), "half" (one a pair), or "first half" (of an entry a feature, the first
+    half is read). partial: features past the tables' stay. narrow: the results are in the dtype of
+    the heads, whatever that of the tables.
+    """
+
+    name: str
+    interleaved: bool
+    tables: str
+    partial: bool
+    narrow: bool
+
+    def turned(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Any:
+        """The operation on tables as the function takes them."""
+        if self.tables == "first half":
+            cos, sin = (t[..., : t.shape[-1] // 2] for t in (cos, sin))
+        half = self.tables != "whole"
+        return ops.rope(q, k, cos, sin, interleaved=self.interleaved, half_tables=half, **options)
+
+
+class FusedRope(Swapped):
+    """An attention module whose rotary function is :func:`fastft.ops.rope`."""
+
+    fastft_rope: RopeFacts
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The code of the module's class; compiled, with its own function, which torch fuses."""
+        cls = type(self)
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        modules = _thread.__dict__.setdefault("modules", [])
+        modules.append(self)
+        try:
+            return _rebound(cls.fastft_original.forward, cls.fastft_rope)(self, *args, **kwargs)
+        finally:
+            modules.pop()
+
+
+_thread = threading.local()  # .modules: whose forward this thread is in, innermost last
+
+
+@functools.cache
+def _rebound(forward: Any, facts: RopeFacts) -> Callable[..., Any]:
+    """``forward`` over the names of its module, with fastft's function among them."""
+    names = dict(forward.__globals__)
+    names[facts.name] = fused_rope(names[facts.name], facts)
+    copy = FunctionType(
+        forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return copy
+
+
+def fused_rope(original: Callable[..., Any], facts: RopeFacts) -> Callable[..., Any]:
+    """The rotary function ``original``, fused where a call allows it and counted."""
+
+    def apply(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
+        heads_at = kwargs.get("unsqueeze_dim", 1)
+        reason = None
+        if args or set(kwargs) - {"unsqueeze_dim"} or heads_at not in (1, 2):
+            reason = "arguments passed to the rotary function"
+        reason = reason or _refusal(q, k, cos, sin, facts, heads_at)
+        modules = _thread.__dict__.get("modules")
+        if modules:
+            count(modules[-1], reason, "rope")
+        if reason is not None:
+            return original(q, k, cos, sin, *args, **kwargs)
+        # Attention runs in autocast's dtype: wider heads would only be cast there.
+        narrow = facts.narrow or autocast_dtype(q.device.type) == q.dtype
+        dtype = q.dtype if narrow else None
+        if heads_at == 2:
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
+        q, k = facts.turned(q, k, cos, sin, out_dtype=dtype)
+        return (q.transpose(1, 2), k.transpose(1, 2)) if heads_at == 2 else (q, k)
+
+    return apply
+
+
+def _refusal(q: Any, k: Any, cos: Any, sin: Any, facts: RopeFacts, heads_at: int) -> str | None:
+    if not all(isinstance(t, Tensor) for t in (q, k, cos, sin)):
+        return "no tensors"
+    if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3 or sin.shape != cos.shape:
+        return "heads or tables of other dimensions"
+    if cos.requires_grad or sin.requires_grad:
+        return "a table with a gradient"
+    rotary = cos.shape[-1] * (2 if facts.tables == "half" else 1)
+    if rotary > q.shape[-1] or (rotary < q.shape[-1] and not facts.partial):
+        return "tables of another width"
+    tokens = 3 - heads_at
+    if q.shape[tokens] != cos.shape[1] or k.shape[tokens] != cos.shape[1]:
+        return "tables of another length"
+    if cos.device != q.device or type(cos) is not Tensor or type(sin) is not Tensor:
+        return "tables elsewhere"
+    return call_refusal("rope", q, k)
+
+
+def rotary_function(cls: type[nn.Module]) -> str | None:
+    """The name of the rotary function that the class's forward calls, by what it takes; None where
+    there is none, or where the forward is wrapped and its code is not all it does."""
+    forward = cls.forward
+    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+        return None
+    for name in forward.__code__.co_names:
+        found = forward.__globals__.get(name)
+        if callable(found) and not isinstance(found, type):
+            try:
+                parameters = list(inspect.signature(found).parameters)
+            except (TypeError, ValueError):
+                continue
+            if parameters[:4] == _PARAMETERS:
+                return name
+    return None
+
+
+@functools.cache
+def rope_facts(cls: Any) -> RopeFacts | None:
+    """What the rotary function of this class computes; None when it is nothing we know."""
+    name = rotary_function(cls)
+    if name is None:
+        return None
+    function = cls.forward.__globals__[name]
+    for tables in ("whole", "half", "first half"):
+        for interleaved in (False, True):
+            facts = RopeFacts(name, interleaved, tables, False, False)
+            if _agrees(function, facts, partial=False):
+                partial = _agrees(function, facts, partial=True)
+                return facts._replace(partial=partial, narrow=_narrow(function, facts))
+    return None
+
+
+def _draw(facts: RopeFacts, partial: bool) -> list[Tensor]:
+    """Random heads and tables, of which every entry differs."""
+    generator = torch.Generator().manual_seed(0)
+    batch, heads, tokens, width = _TRIAL
+    rotary = width // 2 if partial else width
+    size = rotary // 2 if facts.tables == "half" else rotary
+    table = (batch, tokens, size)
+    shapes = [(batch, heads, tokens, width), (batch, 1, tokens, width), table, table]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def _agrees(function: Callable[..., Any], facts: RopeFacts, *, partial: bool) -> bool:
+    given = _draw(facts, partial)
+    try:
+        with torch.no_grad():
+            expected, got = function(*given), facts.turned(*given)
+    except Exception:  # tables of another shape: a function of another kind
+        return False
+    pairs = list(zip(got, expected, strict=False))
+    return all(
+        isinstance(e, Tensor) and g.shape == e.shape and torch.allclose(g, e, atol=1e-5)
+        for g, e in pairs
+    ) and len(expected) == len(got)
+
+
+def _narrow(function: Callable[..., Any], facts: RopeFacts) -> bool:
+    """Whether 16-bit heads stay so under float32 tables."""
+    q, k, cos, sin = _draw(facts, False)
+    with torch.no_grad():
+        found = function(q.bfloat16(), k.bfloat16(), cos, sin)[0]
+    return found.dtype == torch.bfloat16
