@@ -161,10 +161,11 @@ def accelerate(
 def _joined(site: Site) -> type[nn.Module]:
     """The class a site gets: what another rule gave the module (attention and its rotary function)
     stays in force."""
-    fused, present = site.fused or type(site.module), type(site.module)
+    present: Any = type(site.module)
+    fused: Any = site.fused or present
     if issubclass(fused, Swapped) and issubclass(present, Swapped) and present is not fused:
         return combined_class(present, fused)
-    return fused
+    return fused  # type: ignore[no-any-return]
 
 
 def _disproof(site: Site, rule: Rule) -> str | None:

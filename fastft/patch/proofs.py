@@ -281,11 +281,12 @@ def run_attention(module: Any, kind: type[nn.Module]) -> list[Tensor]:
 
 def run_rope(module: Any, kind: type[nn.Module]) -> list[Tensor]:
     """Queries and keys turned and their gradients, by ``kind``'s rotary function."""
-    weight, cls = float_parameter(module), original_of(module)
+    weight = float_parameter(module)
+    cls: Any = original_of(module)
     facts = rope_facts(cls)
     if weight is None or facts is None:
         raise TypeError("no floating-point weights, or no rotary function")
-    function: Any = cls.forward.__globals__[facts.name]  # type: ignore[attr-defined]
+    function: Any = cls.forward.__globals__[facts.name]
     if issubclass(kind, FusedRope):
         function = fused_rope(function, facts)
     width = getattr(module, "head_dim", 64)

@@ -95,9 +95,7 @@ def test_bfloat16_and_checkpointing(name: str) -> None:
         if "lora_" in key:
             parameter.data = parameter.data.float()
     exact = tiny.in_float64(plain)
-    fused = fastft.accelerate(
-        copy.deepcopy(plain), norm=False, glu=False, attention=False, rope=False
-    )
+    fused = fastft.accelerate(copy.deepcopy(plain), **tiny.LORA_ONLY)
     batches = [BATCH, *(tiny.inputs("llama", seed=seed) for seed in range(4))]
     steps = [tuple(tiny.step(m, batch) for m in (fused, plain, exact)) for batch in batches]
     tiny.assert_as_exact_over(steps)
@@ -109,9 +107,7 @@ def test_bfloat16_and_checkpointing(name: str) -> None:
 
 def test_states_that_are_not_fused_run_as_peft_and_are_counted() -> None:
     plain = peft_model("mixtral")
-    fused = fastft.accelerate(
-        copy.deepcopy(plain), norm=False, glu=False, attention=False, rope=False
-    )
+    fused = fastft.accelerate(copy.deepcopy(plain), **tiny.LORA_ONLY)
     with torch.no_grad():
         for model in (plain, fused):
             model.eval()

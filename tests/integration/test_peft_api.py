@@ -474,9 +474,7 @@ def test_hot_swap(tmp_path: Path) -> None:
             if "lora_" in name:
                 p.mul_(-1.5)
     other.save_pretrained(tmp_path)
-    fused = fastft.accelerate(
-        copy.deepcopy(plain), norm=False, glu=False, attention=False, rope=False
-    )
+    fused = fastft.accelerate(copy.deepcopy(plain), **tiny.LORA_ONLY)
     before = logits(fused)
     for model in (plain, fused):
         hotswap_adapter(model, str(tmp_path), adapter_name="default")

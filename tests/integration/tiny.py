@@ -19,6 +19,8 @@ from torch import Tensor, nn
 VOCABULARY = 64
 BATCH, TOKENS = 2, 9
 ERROR_FACTOR = 4.0
+# Switches of accelerate that leave the rest of a block, and so its very bits, alone.
+LORA_ONLY = {"norm": False, "glu": False, "attention": False, "rope": False}
 
 _DECODER = {
     "vocab_size": VOCABULARY,
