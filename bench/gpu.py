@@ -38,7 +38,7 @@ TOTAL_LIMIT_S = 520.0
 # A step that could get less than this is not worth starting.
 _SHORTEST_S = 5.0
 _REPORT = "FASTFT_GPU_REPORT"
-SUITES = ("ways", "layer", "lora", "loss", "optim")
+SUITES = ("ways", "layer", "lora", "loss", "block", "optim")
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,14 @@ STEPS: tuple[Step, ...] = (
         170,
         {"FASTFT_CUDA": "1"},
     ),
-    Step("tests", (*_PYTEST, *_TESTS), 210, {_REPORT: "{out}/tests.jsonl"}),
+    Step("tests", (*_PYTEST, *_TESTS), 200, {_REPORT: "{out}/tests.jsonl"}),
     _bench("ways", 80, "--rounds", "5"),
     # What the ways took decides which of them the suites after it measure.
     Step("table", (sys.executable, "-m", "bench.ways", "{out}/ways.jsonl"), 20),
     _bench("layer", 80, "--rounds", "5"),
     _bench("lora", 60, "--rounds", "5"),
-    _bench("loss", 50),
+    _bench("loss", 50, "--rounds", "5"),
+    _bench("block", 40, "--rounds", "5"),
     _bench("optim", 40),
 )
 

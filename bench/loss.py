@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional
 
 from .checks import compare
-from .declare import Case, Impl, Metric, Options, Step, Suite, peak_bytes, time_ms
+from .declare import Case, Impl, Measured, Metric, Options, Step, Suite, peak_bytes, time_ms
 
 IGNORE_INDEX = -100
 # (tokens, hidden, vocabulary)
 CPU_SHAPES = ((1024, 1024, 32768), (1024, 576, 49152))
-CUDA_SHAPES = ((2048, 576, 49152), (4096, 2048, 128256), (8192, 4096, 128256))
+CUDA_SHAPES = ((2048, 576, 49152), (4096, 2304, 256000), (4096, 4096, 128256))
 QUICK_SHAPES = ((256, 256, 4096),)
 
 
@@ -154,6 +154,26 @@ def build_liger(inputs: Inputs) -> Step:
     return _step(inputs, lambda hidden, weight: loss(weight, hidden, inputs.labels))
 
 
+def build_products(inputs: Inputs) -> Step:
+    """The floor: the library's products over all tokens at once. It has no result to check."""
+    hidden, weight, trained = inputs.hidden, inputs.weight, inputs.case["trained"]
+    logits = torch.zeros(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+
+    def run() -> None:
+        torch.mm(hidden, weight.t(), out=logits)
+        torch.mm(logits, weight)
+        if trained:
+            torch.mm(logits.t(), hidden)
+
+    return Step(run, dict)
+
+
+def over_products(own: Measured, by_impl: Mapping[str, Measured], case: Case) -> float | None:
+    """Median time over that of the products alone."""
+    floor = by_impl.get("products")
+    return None if floor is None or own is floor else own.median / floor.median
+
+
 def build_fastft(inputs: Inputs) -> Step:
     """fastft.ops.linear_cross_entropy."""
     from fastft.ops import linear_cross_entropy
@@ -180,10 +200,12 @@ SUITE = Suite(
         Impl("torch", build_torch, package="transformers"),
         Impl("trl", build_trl, package="trl", not_here=needs_chunked_trl),
         Impl("liger", build_liger, package="liger_kernel", not_here=needs_cuda),
+        Impl("products", build_products),
         Impl("fastft", build_fastft),
     ),
     metrics=(
         Metric("time_ms", "ms", False, time_ms),
+        Metric("over_products", "ratio", False, over_products),
         Metric("peak_bytes", "bytes", False, peak_bytes),
     ),
     prepare=prepare,

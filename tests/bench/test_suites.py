@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import adapters, experts, layer, lora, loss, optim
+from bench import adapters, block, experts, layer, lora, loss, optim
 from bench.declare import Case, Impl, Options, Step, Suite
 from bench.runner import run_suite
 
@@ -25,9 +25,24 @@ SIZES: dict[str, list[dict[str, Any]]] = {
         for trained in (False, True)
         for ignored in (0.0, 0.5)
     ],
+    "block": [
+        {"op": "rms_norm", "x": (9, 33)},
+        {"op": "layer_norm", "x": (9, 33)},
+        {"op": "glu", "x": (9, 33)},
+        {"op": "rope", "x": (2, 7, 3, 8), "kv": (2, 7, 1, 8)},
+        {"op": "attention", "x": (2, 7, 4, 8), "kv": (2, 7, 2, 8)},
+    ],
     "optim": [{"shapes": [(16, 9), (5, 16)], "total": 224, "dtype": "float32"}],
 }
-_ALL = (lora.SUITE, layer.SUITE, experts.SUITE, adapters.SUITE, loss.SUITE, optim.SUITE)
+_ALL = (
+    lora.SUITE,
+    layer.SUITE,
+    experts.SUITE,
+    adapters.SUITE,
+    loss.SUITE,
+    optim.SUITE,
+    block.SUITE,
+)
 SUITES = {s.name: s for s in _ALL}
 
 
