@@ -244,7 +244,7 @@ def build_copy(inputs: Inputs) -> Step:
     moved = inputs.tensors[: 2 if op == "rope" else 1]
     # A copy reads and writes.
     elements = sum(t.numel() for t in moved) * PASSES[op] // 2
-    source = torch.zeros(elements, dtype=inputs.options.dtype, device=inputs.options.device)
+    source = torch.ones(elements, dtype=inputs.options.dtype, device=inputs.options.device)
     target = torch.empty_like(source)
 
     def run() -> None:
