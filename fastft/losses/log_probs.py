@@ -167,16 +167,17 @@ def distillation_loss(
         logits = teacher.value() if isinstance(teacher, DeferredLogits) else teacher
         return divergence(plain, logits, mask=mask, **options)
     count(own.head, None)
-    return linear_divergence(
-        own.hidden_states,
-        own.weight,
-        given,
-        bias=own.bias,
-        logit_scale=own.scale,
-        softcap=own.softcap or None,
-        mask=mask,
-        **options,
-    )
+    with own.context():
+        return linear_divergence(
+            own.hidden_states,
+            own.weight,
+            given,
+            bias=own.bias,
+            logit_scale=own.scale,
+            softcap=own.softcap or None,
+            mask=mask,
+            **options,
+        )
 
 
 def _source(logits: Tensor) -> Logits | None:

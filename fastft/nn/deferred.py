@@ -75,6 +75,7 @@ class Logits:
         compute: head(hidden_states), for whoever looks.
         weight, bias: (vocabulary, hidden) and (vocabulary,) or None.
         adapter: the head's.
+        autocast: what the head ran under; whoever looks may be outside.
         steps: what the model did to the logits, one function after the other: ``scale``,
             ``softcap`` (0: none) and ``bias`` say the same to the fused loss.
     """
@@ -87,14 +88,22 @@ class Logits:
     adapter: HeadAdapter | None = None
     scale: float = 1.0
     softcap: float = 0.0
+    autocast: torch.dtype | None = None
     steps: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     def value(self, dtype: torch.dtype) -> Tensor:
         """The logits."""
-        logits = self.compute(self.hidden_states)
-        for step in self.steps:
-            logits = step(logits)
+        with self.context():
+            logits = self.compute(self.hidden_states)
+            for step in self.steps:
+                logits = step(logits)
         return logits.to(dtype)
+
+    def context(self) -> torch.autocast:
+        """Autocast as it was for the head."""
+        device = self.hidden_states.device.type
+        dtype = self.autocast
+        return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
 
     def trained(self) -> bool:
         """Whether the loss of each token apart would take the logits twice: the head, its bias or
@@ -153,7 +162,7 @@ class DeferredLogits(Tensor):
             value = first._value  # type: ignore[union-attr]
             return value is not None and value.requires_grad
         if isinstance(first, DeferredLogits) and first._value is None:
-            rule = _DEFERRED.get(func) or CALLS.get(func)
+            rule = CALLS.get(func) if kwargs else _DEFERRED.get(func) or CALLS.get(func)
             found = NotImplemented if rule is None else rule(*args, **kwargs)
             if found is not NotImplemented:
                 return found
@@ -178,10 +187,8 @@ def _cast(logits: DeferredLogits, dtype: torch.dtype) -> DeferredLogits:
     return logits if dtype == logits.dtype else DeferredLogits(logits.source, dtype)
 
 
-def _to(logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
+def _to(logits: DeferredLogits, *args: Any) -> Any:
     (target,) = args if len(args) == 1 else (None,)
-    if kwargs:
-        return NotImplemented
     if isinstance(target, torch.dtype):
         return _cast(logits, target)
     # Models move logits to where their labels are.
@@ -189,21 +196,17 @@ def _to(logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
     return logits if here else NotImplemented
 
 
-def _contiguous(logits: DeferredLogits, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs else logits
-
-
-def _multiplied(logits: Any, factor: Any, **kwargs: Any) -> Any:
+def _multiplied(logits: Any, factor: Any) -> Any:
     # A product that torch would give another dtype, or whose factor needs a gradient, is torch's.
     if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not factor > 0:
         return NotImplemented
-    return NotImplemented if kwargs else DeferredLogits(logits.source.times(factor), logits.dtype)
+    return DeferredLogits(logits.source.times(factor), logits.dtype)
 
 
-def _divided(logits: Any, divisor: Any, **kwargs: Any) -> Any:
+def _divided(logits: Any, divisor: Any) -> Any:
     if not isinstance(divisor, (int, float)) or isinstance(divisor, bool) or not divisor > 0:
         return NotImplemented
-    return _multiplied(logits, 1.0 / divisor, **kwargs)
+    return _multiplied(logits, 1.0 / divisor)
 
 
 def _tanh(logits: DeferredLogits) -> Any:
@@ -213,10 +216,10 @@ def _tanh(logits: DeferredLogits) -> Any:
     return _with(logits, softcap=1.0, steps=(*source.steps, torch.tanh))
 
 
-def _added(logits: Any, other: Any, **kwargs: Any) -> Any:
+def _added(logits: Any, other: Any) -> Any:
     source = logits.source if isinstance(logits, DeferredLogits) else None
     plain = isinstance(other, Tensor) and type(other) in (Tensor, nn.Parameter)
-    if source is None or kwargs or not plain or other.requires_grad:
+    if source is None or not plain or other.requires_grad:
         return NotImplemented
     if source.scale != 1.0 or source.softcap or other.numel() != logits.shape[-1]:
         return NotImplemented
@@ -228,7 +231,7 @@ def _added(logits: Any, other: Any, **kwargs: Any) -> Any:
 
 
 def _reshaped(logits: DeferredLogits, *shape: Any) -> Any:
-    if len(shape) == 1 and not isinstance(shape[0], int):
+    if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
         shape = tuple(shape[0])
     if not shape or not all(isinstance(n, int) for n in shape):
         return NotImplemented
@@ -258,11 +261,11 @@ def _chosen(logits: DeferredLogits, index: Any) -> Any:
     return _with(logits, hidden_states=logits.source.hidden_states[items])
 
 
-# What models do between head and loss, done to the description instead of the logits.
+# Without keyword arguments: what models do between head and loss, done to the description instead of the logits.
 _DEFERRED: dict[Any, Callable[..., Any]] = {
     Tensor.float: lambda logits: _cast(logits, torch.float32),
     Tensor.to: _to,
-    Tensor.contiguous: _contiguous,
+    Tensor.contiguous: lambda logits: logits,
     Tensor.mul: _multiplied,
     Tensor.__mul__: _multiplied,
     Tensor.__rmul__: _multiplied,

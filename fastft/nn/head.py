@@ -42,10 +42,11 @@ class FusedHead(nn.Linear):
         # A head that FSDP shards by itself has another class, and no weight once this returns.
         if type(self) is not FusedHead or torch.compiler.is_compiling() or self not in _deferring:
             return super().forward(hidden_states)
-        dtype = autocast_dtype(hidden_states.device.type) or hidden_states.dtype
-        return DeferredLogits(
-            Logits(hidden_states, self, self._product, self.weight, self.bias), dtype
+        autocast = autocast_dtype(hidden_states.device.type)
+        source = Logits(
+            hidden_states, self, self._product, self.weight, self.bias, autocast=autocast
         )
+        return DeferredLogits(source, autocast or hidden_states.dtype)
 
     def _product(self, hidden_states: Tensor) -> Tensor:
         """The logits, for whoever looks at them after all."""
@@ -63,12 +64,13 @@ class FusedLoraHead(FusedLoraLinear):
         if type(self) is FusedLoraHead and not torch.compiler.is_compiling() and self in _deferring:
             parts = self._one_adapter(x, args, kwargs)
             if parts is not None:
-                dtype = autocast_dtype(x.device.type) or x.dtype
+                autocast = autocast_dtype(x.device.type)
                 scaling, dropout = float(parts.scaling), parts.dropout_p()
                 adapter = HeadAdapter(parts.a.weight, parts.b.weight, scaling, dropout)
                 base = parts.base
-                source = Logits(x, self, self._product, base.weight, base.bias, adapter)
-                return DeferredLogits(source, dtype)
+                tensors = (base.weight, base.bias, adapter)
+                source = Logits(x, self, self._product, *tensors, autocast=autocast)
+                return DeferredLogits(source, autocast or x.dtype)
         return super().forward(x, *args, **kwargs)
 
     def _one_adapter(self, x: Any, args: Any, kwargs: Any) -> Parts | None:
@@ -133,7 +135,7 @@ def _refusal(source: Logits) -> str | None:
         return "tensor subclass"
     if weight.device != hidden.device:
         return "several devices"
-    if weight.dtype != hidden.dtype and autocast_dtype(hidden.device.type) is None:
+    if weight.dtype != hidden.dtype and source.autocast is None:
         return "mixed dtypes"
     return None
 
@@ -155,15 +157,16 @@ def head_losses(logits: DeferredLogits, labels: Tensor, **options: Any) -> Any:
     if adapter is not None:
         options |= {"lora_a": adapter.lora_a, "lora_b": adapter.lora_b}
         options |= {"scaling": adapter.scaling, "lora_dropout": adapter.dropout}
-    return ops.linear_cross_entropy(
-        source.hidden_states,
-        source.weight,
-        labels,
-        bias=source.bias,
-        logit_scale=source.scale,
-        softcap=source.softcap or None,
-        **options,
-    )
+    with source.context():
+        return ops.linear_cross_entropy(
+            source.hidden_states,
+            source.weight,
+            labels,
+            bias=source.bias,
+            logit_scale=source.scale,
+            softcap=source.softcap or None,
+            **options,
+        )
 
 
 def _cross_entropy(

@@ -349,6 +349,8 @@ def test_what_models_do_to_logits_is_remembered_not_done() -> None:
         torch.testing.assert_close(choose(z).clone(), choose(want))
     for taken in (lambda z: z[0], lambda z: z[..., 3], lambda z: z[:, :, :5], lambda z: z[None]):
         torch.testing.assert_close(taken(z), taken(want))
+    by_keyword = z.view(size=(14, 50))  # computed
+    torch.testing.assert_close(by_keyword, want.view(14, 50))
     three = z.transpose(1, 2)  # torch's classes in the second dimension
     assert type(three) is Tensor
     torch.testing.assert_close(F.cross_entropy(three, labels), F.cross_entropy(want.mT, labels))
@@ -496,6 +498,23 @@ def test_functorch_and_replaced_forwards_run_as_peft() -> None:
     (wanted,) = torch.autograd.grad(up(x).square().sum(), x)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     assert call_counts(up).fallback == {"torch.func transform": 1}
+
+
+def test_logits_read_outside_the_autocast_they_were_made_in() -> None:
+    """A wrapper runs the forward under autocast; the loss is somebody else's, outside."""
+    model = llama()
+    ids = batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(**ids).logits
+    fastft.accelerate(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(**ids).logits
+    assert type(logits) is DeferredLogits
+    assert logits.dtype == expected.dtype == torch.bfloat16
+    loss = nn.functional.cross_entropy(logits.float().view(-1, 64), ids["labels"].view(-1))
+    want = nn.functional.cross_entropy(expected.float().view(-1, 64), ids["labels"].view(-1))
+    torch.testing.assert_close(loss, want, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(logits.clone(), expected, rtol=5e-2, atol=5e-2)
 
 
 def test_a_trained_bias_of_the_head_gets_its_gradient() -> None:
