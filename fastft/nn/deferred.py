@@ -261,7 +261,8 @@ def _chosen(logits: DeferredLogits, index: Any) -> Any:
     return _with(logits, hidden_states=logits.source.hidden_states[items])
 
 
-# Without keyword arguments: what models do between head and loss, done to the description instead of the logits.
+# Without keyword arguments: what models do between head and loss, done to the description instead
+# of the logits.
 _DEFERRED: dict[Any, Callable[..., Any]] = {
     Tensor.float: lambda logits: _cast(logits, torch.float32),
     Tensor.to: _to,
