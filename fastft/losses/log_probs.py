@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastft.errors import ArgumentError, ShapeError
 from fastft.nn.calls import count
 from fastft.nn.deferred import DeferredLogits, Logits
-from fastft.nn.head import deferred_logits, head_losses
+from fastft.nn.head import deferred_logits, head_losses, refusal
 from fastft.ops import Teacher, divergence, linear_divergence
 
 __all__ = ["distillation_loss", "log_probs", "reference_log_probs", "token_log_probs"]
@@ -162,11 +162,17 @@ def distillation_loss(
     elif isinstance(teacher, DeferredLogits):
         given = teacher.value()
     own = _source(student)
-    if own is None:  # logits that exist, or a head with an adapter, whose logits are made
+    if own is not None:
+        reason = refusal(own)
+        if options.get("reduction") == "none" and own.trained():
+            reason = "a loss a token over a trained head"
+        count(own.head, reason)
+        own = own if reason is None else None
+    if own is None:  # logits that exist, or are made: a head with an adapter, several devices
         plain = student.value() if isinstance(student, DeferredLogits) else student
         logits = teacher.value() if isinstance(teacher, DeferredLogits) else teacher
         return divergence(plain, logits, mask=mask, **options)
-    count(own.head, None)
+    own.check()
     with own.context():
         return linear_divergence(
             own.hidden_states,

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastft.errors import ArgumentError
+
 __all__ = ["CALLS", "DeferredLogits", "HeadAdapter", "Logits"]
 
 # Reading these needs no logits.
@@ -75,7 +77,8 @@ class Logits:
         compute: head(hidden_states), for whoever looks.
         weight, bias: (vocabulary, hidden) and (vocabulary,) or None.
         adapter: the head's.
-        autocast: what the head ran under; whoever looks may be outside.
+        autocast, graph: whether the head ran under autocast (its dtype) and with gradients; whoever
+            looks may be elsewhere.
         steps: what the model did to the logits, one function after the other: ``scale``,
             ``softcap`` (0: none) and ``bias`` say the same to the fused loss.
     """
@@ -89,15 +92,44 @@ class Logits:
     scale: float = 1.0
     softcap: float = 0.0
     autocast: torch.dtype | None = None
+    graph: bool = True
     steps: tuple[Callable[[Tensor], Tensor], ...] = ()
+    versions: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.versions:
+            object.__setattr__(self, "versions", self._versions())
+
+    def _versions(self) -> tuple[int, ...]:
+        adapter = () if self.adapter is None else (self.adapter.lora_a, self.adapter.lora_b)
+        tensors = (self.hidden_states, self.weight, *adapter)
+        return tuple(-1 if t.is_inference() else t._version for t in tensors)
+
+    def check(self) -> None:
+        """Refuses logits that can no longer be what they were.
+
+        Raises:
+            ArgumentError: what they are made of was changed in place, or freed.
+        """
+        freed = self.weight.numel() and not self.weight.untyped_storage().size()
+        if self._versions() == self.versions and not freed:
+            return
+        raise ArgumentError(
+            "fastft (deferred logits)",
+            "logits",
+            expected="logits used before what they are made of is changed or freed",
+            got="the head's weight is freed (FSDP)" if freed else "an in-place change since",
+            remedy="Use them inside the forward or before the step, or accelerate(loss=False).",
+        )
 
     def value(self, dtype: torch.dtype) -> Tensor:
-        """The logits."""
-        with self.context():
+        """The logits, with the graph they would have had."""
+        self.check()
+        with self.context(), torch.set_grad_enabled(self.graph):
             logits = self.compute(self.hidden_states)
             for step in self.steps:
                 logits = step(logits)
-        return logits.to(dtype)
+            return logits.to(dtype)
 
     def context(self) -> torch.autocast:
         """Autocast as it was for the head."""
@@ -122,9 +154,11 @@ class DeferredLogits(Tensor):
 
     Attributes:
         source: what it is made of, where and if it is.
+        view_of: the deferred logits that these are a view of, and which.
     """
 
     source: Logits
+    view_of: tuple[DeferredLogits, Callable[[Tensor], Tensor]] | None
     _value: Tensor | None
 
     @staticmethod
@@ -134,16 +168,24 @@ class DeferredLogits(Tensor):
         self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=dtype, device=hidden.device, requires_grad=False
         )
-        self.source, self._value = source, None
+        self.source, self.view_of, self._value = source, None, None
         return self
 
     def value(self) -> Tensor:
-        """The logits, computed at the first call, and once more when a graph is wanted and the
-        first call had none."""
-        wants_graph = torch.is_grad_enabled() and self.source.hidden_states.requires_grad
-        if self._value is None or (wants_graph and not self._value.requires_grad):
-            self._value = self.source.value(self.dtype)
+        """The logits, computed at the first call; a view of what has been computed is a view."""
+        if self._value is None:
+            if self.view_of is not None and self.view_of[0].known():
+                base, view = self.view_of
+                self._value = view(base.value())
+            else:
+                self._value = self.source.value(self.dtype)
         return self._value
+
+    def known(self) -> bool:
+        """Whether somebody has looked, at these or at what they are a view of."""
+        if self._value is not None:
+            return True
+        return self.view_of is not None and self.view_of[0].known()
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -159,9 +201,8 @@ class DeferredLogits(Tensor):
         first = args[0] if args else kwargs.get("input")
         if func == _REQUIRES_GRAD:  # a new wrapper object at each access
             # In no graph until somebody looks: FSDP would hang a hook on them, and so compute them.
-            value = first._value  # type: ignore[union-attr]
-            return value is not None and value.requires_grad
-        if isinstance(first, DeferredLogits) and first._value is None:
+            return first.known() and first.value().requires_grad  # type: ignore[union-attr]
+        if isinstance(first, DeferredLogits) and not first.known():
             rule = CALLS.get(func) if kwargs else _DEFERRED.get(func) or CALLS.get(func)
             found = NotImplemented if rule is None else rule(*args, **kwargs)
             if found is not NotImplemented:
@@ -180,6 +221,9 @@ def _computed(tree: Any) -> Any:
 
 
 def _with(logits: DeferredLogits, **change: Any) -> DeferredLogits:
+    # A choice of the hidden states has its own version: nothing was changed by it.
+    change.setdefault("versions", () if "hidden_states" in change else logits.source.versions)
+    logits.source.check()
     return DeferredLogits(replace(logits.source, **change), logits.dtype)
 
 
@@ -225,6 +269,8 @@ def _added(logits: Any, other: Any) -> Any:
         return NotImplemented
     if other.shape[-1] != logits.shape[-1] or other.dtype != logits.dtype:
         return NotImplemented
+    if other.dim() > logits.dim():
+        return NotImplemented
     bias = other.reshape(-1)
     total = bias if source.bias is None else source.bias + bias
     return _with(logits, bias=total, steps=(*source.steps, lambda z: z + bias))
@@ -241,7 +287,9 @@ def _reshaped(logits: DeferredLogits, *shape: Any) -> Any:
     if shape[-1] != logits.shape[-1]:
         return NotImplemented
     hidden = logits.source.hidden_states
-    return _with(logits, hidden_states=hidden.reshape(*shape[:-1], hidden.shape[-1]))
+    found = _with(logits, hidden_states=hidden.reshape(*shape[:-1], hidden.shape[-1]))
+    found.view_of = (logits, lambda z: z.reshape(shape))
+    return found
 
 
 def _chosen(logits: DeferredLogits, index: Any) -> Any:
@@ -258,7 +306,9 @@ def _chosen(logits: DeferredLogits, index: Any) -> Any:
         whole = whole and (len(items) < dims or items[-1] == slice(None))
     if not whole:
         return NotImplemented
-    return _with(logits, hidden_states=logits.source.hidden_states[items])
+    found = _with(logits, hidden_states=logits.source.hidden_states[items])
+    found.view_of = (logits, lambda z: z[items])
+    return found
 
 
 # Without keyword arguments: what models do between head and loss, done to the description instead

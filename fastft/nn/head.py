@@ -26,11 +26,24 @@ __all__ = [
     "deferring",
     "end_forward",
     "head_losses",
+    "refusal",
 ]
 
-# Heads whose model is inside a forward with labels.
-_deferring: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_thread = threading.local()  # .wanted: how many deferred_logits() are open
+
+class _Thread(threading.local):
+    """What this thread is inside of: forwards of language models, innermost last, each with the
+    head that defers in it (or None) and whether it is TRL's; deferred_logits()."""
+
+    def __init__(self) -> None:
+        self.forwards: list[tuple[weakref.ref[nn.Module] | None, bool]] = []
+        self.wanted = 0
+
+
+_thread = _Thread()
+
+
+def _defers(head: nn.Module) -> bool:
+    return any(ref is not None and ref() is head for ref, _ in _thread.forwards)
 
 
 class FusedHead(nn.Linear):
@@ -40,11 +53,17 @@ class FusedHead(nn.Linear):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         # A head that FSDP shards by itself has another class, and no weight once this returns.
-        if type(self) is not FusedHead or torch.compiler.is_compiling() or self not in _deferring:
+        if type(self) is not FusedHead or torch.compiler.is_compiling() or not _defers(self):
             return super().forward(hidden_states)
         autocast = autocast_dtype(hidden_states.device.type)
         source = Logits(
-            hidden_states, self, self._product, self.weight, self.bias, autocast=autocast
+            hidden_states,
+            self,
+            self._product,
+            self.weight,
+            self.bias,
+            autocast=autocast,
+            graph=torch.is_grad_enabled(),
         )
         return DeferredLogits(source, autocast or hidden_states.dtype)
 
@@ -61,7 +80,7 @@ class FusedLoraHead(FusedLoraLinear):
     """A head with an adapter, deferred likewise: the adapter's gradient comes out of the loss."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if type(self) is FusedLoraHead and not torch.compiler.is_compiling() and self in _deferring:
+        if type(self) is FusedLoraHead and not torch.compiler.is_compiling() and _defers(self):
             parts = self._one_adapter(x, args, kwargs)
             if parts is not None:
                 autocast = autocast_dtype(x.device.type)
@@ -69,7 +88,8 @@ class FusedLoraHead(FusedLoraLinear):
                 adapter = HeadAdapter(parts.a.weight, parts.b.weight, scaling, dropout)
                 base = parts.base
                 tensors = (base.weight, base.bias, adapter)
-                source = Logits(x, self, self._product, *tensors, autocast=autocast)
+                graph = torch.is_grad_enabled()
+                source = Logits(x, self, self._product, *tensors, autocast=autocast, graph=graph)
                 return DeferredLogits(source, autocast or x.dtype)
         return super().forward(x, *args, **kwargs)
 
@@ -95,40 +115,46 @@ def begin_forward(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
         return
     head = model.get_output_embeddings()
-    if kwargs.get("fused_lm_head"):
+    trl = bool(kwargs.get("fused_lm_head"))
+    wanted = not trl and (kwargs.get("labels") is not None or _thread.wanted > 0)
+    _thread.forwards.append((weakref.ref(head) if wanted else None, trl))
+    if trl:
         trl_head.begin(head)
-    elif kwargs.get("labels") is not None or getattr(_thread, "wanted", 0) > 0:
-        _deferring.add(head)
 
 
 def end_forward(model: Any, *_: Any) -> None:
     """Forward hook of a language model, called on errors too."""
-    if not torch.compiler.is_compiling():
-        _deferring.discard(model.get_output_embeddings())
+    if torch.compiler.is_compiling() or not _thread.forwards:
+        return
+    if _thread.forwards.pop()[1]:
         trl_head.end()
 
 
 @contextmanager
 def deferring(head: nn.Module) -> Iterator[None]:
-    """Inside, this head defers its product."""
-    _deferring.add(head)
+    """Inside, this head defers its product in this thread."""
+    _thread.forwards.append((weakref.ref(head), False))
     try:
         yield
     finally:
-        _deferring.discard(head)
+        _thread.forwards.pop()
 
 
 @contextmanager
 def deferred_logits() -> Iterator[None]:
-    """Inside, accelerated language models of this thread defer their logits without labels, too."""
-    _thread.wanted = getattr(_thread, "wanted", 0) + 1
+    """Inside, accelerated language models of this thread defer their logits without labels, too.
+
+    Use them before the step, and not across a wrapper's end: FSDP frees the head's weight there,
+    and DDP looks for a graph in what it returns (call ``model.module``).
+    """
+    _thread.wanted += 1
     try:
         yield
     finally:
         _thread.wanted -= 1
 
 
-def _refusal(source: Logits) -> str | None:
+def refusal(source: Logits) -> str | None:
     """Why the loss over these logits cannot be fused; None when it can."""
     weight, hidden = source.weight, source.hidden_states
     if type(weight) not in (Tensor, nn.Parameter) or type(hidden) is not Tensor:
@@ -149,7 +175,8 @@ def head_losses(logits: DeferredLogits, labels: Tensor, **options: Any) -> Any:
         options: other arguments of the operation.
     """
     source = logits.source
-    reason = _refusal(source)
+    source.check()
+    reason = refusal(source)
     count(source.head, reason)
     if reason is not None:
         return NotImplemented
@@ -188,7 +215,11 @@ def _cross_entropy(
     fits = target.shape == (input.shape if soft else input.shape[:1])
     if not fits or (not soft and target.dtype != torch.int64):
         return NotImplemented  # torch's own error, or what only torch takes
-    if weight is not None and weight.requires_grad:
+    if (weight is not None and weight.requires_grad) or target.requires_grad:
+        return NotImplemented
+    if soft and reduction == "none" and input.source.trained():
+        return NotImplemented
+    if soft and input.source.adapter is not None:
         return NotImplemented
     loss = head_losses(
         input,
@@ -198,7 +229,9 @@ def _cross_entropy(
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
-    return loss if loss is NotImplemented else loss.to(input.dtype)
+    if loss is NotImplemented or autocast_dtype(input.device.type) is not None:
+        return loss  # autocast runs cross_entropy in float32
+    return loss.to(input.dtype)
 
 
 CALLS[nn.functional.cross_entropy] = _cross_entropy

@@ -39,11 +39,11 @@ class FusedRMSNorm(Swapped):
     fastft_narrow: str | None
     weight: nn.Parameter
 
-    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The operation, or the original's forward, counted with its reason."""
-        reason = "arguments passed to the layer" if args or kwargs else None
-        x, dtype = hidden_states, None
-        if self.fastft_narrow is not None and _is_narrow(x, self.weight):
+        x, reason = _only_tensor(args, kwargs)
+        dtype = None
+        if reason is None and self.fastft_narrow is not None and _is_narrow(x, self.weight):
             dtype = x.dtype if self.fastft_narrow == "input" else self.weight.dtype
             x = x.to(self.weight.dtype)
         op = "layer_norm" if self.fastft_centred else "rms_norm"
@@ -51,7 +51,7 @@ class FusedRMSNorm(Swapped):
         if not torch.compiler.is_compiling():
             count(self, reason)
         if reason is not None:
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         convention = (self.fastft_centred, self.fastft_offset, self.fastft_round_first)
         y = _normed(x, self.weight, epsilon(self) or 0.0, convention)
         return y if dtype is None else y.to(dtype)
@@ -73,19 +73,31 @@ class FusedLayerNorm(Swapped):
 
     fastft_offset: float
 
-    def forward(self: Any, input: Tensor) -> Tensor:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         """:func:`fastft.ops.layer_norm`, or the original's forward, counted with its reason."""
-        x, affine = input, [t for t in (self.weight, self.bias) if t is not None]
-        if autocast_dtype(x.device.type) is not None:  # which runs layer norms in float32
+        x, reason = _only_tensor(args, kwargs)
+        affine = [t for t in (self.weight, self.bias) if t is not None]
+        dtype = None
+        if reason is None and autocast_dtype(x.device.type) is not None:
+            # Autocast runs layer norms in float32; on a CPU it leaves their dtype.
+            dtype = x.dtype if x.device.type == "cpu" else None
             x, *affine = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, *affine))
-        reason = call_refusal("layer_norm", x, *affine)
+        reason = reason or call_refusal("layer_norm", x, *affine)
         if not torch.compiler.is_compiling():
             count(self, reason)
         if reason is not None:
-            y: Tensor = super().forward(input)  # type: ignore[misc]
+            y: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
             return y
         weight, bias = (*affine, None, None)[:2]
-        return ops.layer_norm(x, weight, bias, self.eps, offset=self.fastft_offset)
+        y = ops.layer_norm(x, weight, bias, self.eps, offset=self.fastft_offset)
+        return y if dtype is None else y.to(dtype)
+
+
+def _only_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str | None]:
+    """What a norm is called with, or why that is not one tensor."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        return args[0], None
+    return None, "arguments passed to the layer"
 
 
 def layer_norm_offset(module: Any) -> float | None:
@@ -99,10 +111,14 @@ def layer_norm_offset(module: Any) -> float | None:
         parameters["bias"] = weight.flip(0)
     bound = 2 * torch.finfo(weight.dtype).eps
     with torch.no_grad():
-        expected = functional_call(module, parameters, (x,)).double()
+        try:
+            expected = functional_call(module, parameters, (x,)).double()
+        except Exception:  # it takes something else: images, channels first
+            return None
         for offset in (0.0, 1.0):
             y = ops.layer_norm(x, weight, parameters.get("bias"), module.eps, offset=offset)
-            if float((y.double() - expected).norm() / expected.norm()) <= bound:
+            same = expected.shape == y.shape
+            if same and float((y.double() - expected).norm() / expected.norm()) <= bound:
                 return offset
     return None
 

@@ -59,12 +59,15 @@ class FusedRope(Swapped):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The code of the module's class; compiled, with its own function, which torch fuses."""
         cls = type(self)
-        if torch.compiler.is_compiling():
+        code = None
+        if not torch.compiler.is_compiling():
+            code = _current(cls.fastft_original.forward, cls.fastft_rope)
+        if code is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         modules = _thread.__dict__.setdefault("modules", [])
         modules.append(self)
         try:
-            return _rebound(cls.fastft_original.forward, cls.fastft_rope)(self, *args, **kwargs)
+            return code(self, *args, **kwargs)
         finally:
             modules.pop()
 
@@ -72,16 +75,31 @@ class FusedRope(Swapped):
 _thread = threading.local()  # .modules: whose forward this thread is in, innermost last
 
 
+def _current(forward: Any, facts: RopeFacts) -> Callable[..., Any] | None:
+    """The fused code with what its module's names mean now: others may have patched one since.
+    None when the rotary function itself is another than the one that was tried."""
+    code, original = _rebound(forward, facts)
+    live, names = forward.__globals__, code.__globals__
+    if live.get(facts.name) is not original:
+        return None
+    for name in forward.__code__.co_names:
+        if name != facts.name and name in live:
+            names[name] = live[name]
+    return code
+
+
 @functools.cache
-def _rebound(forward: Any, facts: RopeFacts) -> Callable[..., Any]:
-    """``forward`` over the names of its module, with fastft's function among them."""
+def _rebound(forward: Any, facts: RopeFacts) -> tuple[FunctionType, Callable[..., Any]]:
+    """``forward`` over the names of its module, with fastft's function in place of its own, which
+    is the second."""
     names = dict(forward.__globals__)
-    names[facts.name] = fused_rope(names[facts.name], facts)
+    original = names[facts.name]
+    names[facts.name] = fused_rope(original, facts)
     copy = FunctionType(
         forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
     )
     copy.__kwdefaults__ = forward.__kwdefaults__
-    return copy
+    return copy, original
 
 
 def fused_rope(original: Callable[..., Any], facts: RopeFacts) -> Callable[..., Any]:
@@ -119,6 +137,10 @@ def _refusal(q: Any, k: Any, cos: Any, sin: Any, facts: RopeFacts, heads_at: int
     rotary = cos.shape[-1] * (2 if facts.tables == "half" else 1)
     if rotary > q.shape[-1] or (rotary < q.shape[-1] and not facts.partial):
         return "tables of another width"
+    if k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1]:
+        return "queries and keys of different sizes"
+    if cos.shape[0] not in (1, q.shape[0]):
+        return "tables of another batch"
     tokens = 3 - heads_at
     if q.shape[tokens] != cos.shape[1] or k.shape[tokens] != cos.shape[1]:
         return "tables of another length"

@@ -105,7 +105,8 @@ def linear_cross_entropy(
         shift: position t predicts label t + 1 along the last dimension of ``labels``.
         reduction: "mean" over the tokens that count, "sum", or "none": a loss for each token, 0
             where it does not count (the log-probability of the label is its negative). With "none"
-            over a head or an adapter that is trained, the backward makes the logits once more.
+            over a head or an adapter that is trained, the backward makes the logits once more; not
+            with probabilities.
         num_items_in_batch: divides the sum in place of the mean, as the Trainer does under
             gradient accumulation.
         return_accuracy: return (loss, accuracy), accuracy the share of tokens that count whose
@@ -141,6 +142,14 @@ def linear_cross_entropy(
                 "labels",
                 expected="int64 labels with return_*, shift, z_loss or an adapter",
                 got="probabilities",
+            )
+        shared = [t for t in (weight, bias) if t is not None and t.requires_grad]
+        if reduction == "none" and shared and torch.is_grad_enabled():
+            raise ArgumentError(
+                WHERE,
+                "reduction",
+                expected="'mean' or 'sum' over a trained head with probabilities",
+                got="'none'",
             )
         losses = divergence.soft_cross_entropy(
             hidden_states, weight, labels, class_weight, label_smoothing, chunk, backend,
@@ -189,7 +198,8 @@ def linear_cross_entropy(
     count = kept.sum()
     divisor = count
     if class_weight is not None and reduction == "mean":
-        divisor = torch.where(kept, class_weight[target.clamp(min=0)], 0.0).sum()
+        weights = class_weight[target.clamp(0, class_weight.numel() - 1)]
+        divisor = torch.where(kept, weights, 0.0).sum()
     loss = _reduced(losses.view(labels.shape), divisor, reduction, num_items_in_batch)
     if return_statistics:
         per_token = (prediction, top + log_sum, *moments)
@@ -285,6 +295,10 @@ def check(
         ("class_weight", class_weight is None or not class_weight.requires_grad,
          "constant class weights", "some that require a gradient"),
         ("label_smoothing", 0.0 <= label_smoothing <= 1.0, "0 to 1", label_smoothing),
+        ("labels", not (labels.requires_grad and torch.is_grad_enabled()),
+         "labels without a gradient", "probabilities that require one"),
+        ("labels", not (labels.is_floating_point() and torch.compiler.is_compiling()),
+         "int64 labels under torch.compile", "probabilities"),
         ("softcap", softcap is None or softcap > 0, "a number above 0, or None", softcap),
         ("reduction", reduction in ("mean", "sum", "none"), "'mean', 'sum' or 'none'",
          repr(reduction)),

@@ -169,7 +169,9 @@ def soft_cross_entropy(
     given = _Call(0, 1.0, 0.5, logit_scale, softcap or 0.0)
 
     def source(places: Any) -> tuple[Tensor, dict[str, Any]]:
-        return targets(places).log(), dict(_PLAIN)
+        log_q = targets(places).log()
+        # A row without mass counts nothing; log 0 - log 0 must not be made on the way.
+        return torch.where(mass[places][:, None] > 0, log_q, 0.0), dict(_PLAIN)
 
     losses = _losses(
         hidden_states, weight, bias, source, given, None, mass, backend, chunk

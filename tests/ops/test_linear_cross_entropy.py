@@ -171,6 +171,14 @@ def test_all_ignored_is_nan_as_in_torch_and_zero_gradient() -> None:
     assert torch.equal(hidden.grad, torch.zeros(4, 8))
 
 
+def test_an_ignore_index_above_the_vocabulary() -> None:
+    hidden, weight, w = torch.randn(4, 8), torch.randn(9, 8), torch.rand(9)
+    labels = torch.tensor([1, 255, 3, 255])
+    got = ops.linear_cross_entropy(hidden, weight, labels, ignore_index=255, class_weight=w)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, w, ignore_index=255)
+    torch.testing.assert_close(got, expected)
+
+
 def test_empty_batch() -> None:
     hidden = torch.randn(0, 8, requires_grad=True)
     loss = ops.linear_cross_entropy(
@@ -299,6 +307,10 @@ def _rejected() -> list[Rejected]:
         ("softcap", {"softcap": 0.0}, errors.ArgumentError, ["softcap", "above 0"]),
         ("class weights", {"class_weight": torch.ones(8)}, errors.ShapeError, ["class_weight"]),
         ("probabilities", {"labels": torch.rand(4, 8)}, errors.ShapeError, ["labels", "(4, 9)"]),
+        ("probabilities each", {"labels": torch.rand(4, 9), "reduction": "none",
+         "weight": w.clone().requires_grad_()}, errors.ArgumentError, ["reduction", "trained"]),
+        ("trained probabilities", {"labels": torch.rand(4, 9).requires_grad_()},
+         errors.ArgumentError, ["labels", "without a gradient"]),
         ("shifted probabilities", {"labels": torch.rand(4, 9), "shift": True},
          errors.ArgumentError, ["labels", "probabilities"]),
         ("chunk", {"chunk": 0}, errors.ArgumentError, ["chunk", "at least 1"]),

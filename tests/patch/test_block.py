@@ -161,6 +161,26 @@ def test_full_training_on_padded_batches_is_the_model_s_own(name: str) -> None:
     assert len(kinds(model, "norm")) >= 5
 
 
+def test_what_is_patched_into_a_model_s_module_later_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The fused code runs over the names of its module as they are, not as they once were."""
+    from transformers.models.llama import modeling_llama
+
+    model = fastft.accelerate(build("Llama"))
+    trained(model, padded())
+    calls = []
+    original = modeling_llama.apply_rotary_pos_emb
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", patched)
+    trained(model, padded())
+    assert len(calls) == 2
+
+
 def test_left_padding_and_position_ids() -> None:
     model = build("Llama")
     batch = padded()
