@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels.block_cases import BLOCK_CASES
+
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
 
@@ -49,4 +51,5 @@ def test_every_operation_is_interpreted() -> None:
     from fastft_kernels import OPS
 
     covered = {file.stem.removeprefix("test_") for file in FILES}
+    covered |= {case.op for case in BLOCK_CASES.values()}  # interpreted/test_block.py
     assert set(OPS) <= covered, f"no interpreted test for {set(OPS) - covered}"
