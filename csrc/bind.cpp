@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "fastft/optimizer.h"
 #if defined(FASTFT_WITH_CUDA)
 #include "fastft/cuda_api.h"
 #endif
@@ -408,39 +409,40 @@ PYBIND11_MODULE(_C, m) {
       py::arg("dz"), py::arg("d_scale"), py::arg("dy"), py::arg("z"), py::arg("scale"),
       py::arg("rows"), py::arg("cols"), py::arg("dtype"), py::arg("isa") = "", free_gil);
   m.attr("SUM_ROWS") = fastft::kSumRows;
+  m.attr("STEP_COLUMNS") = fastft::kStepColumns;
   m.def(
-      "adamw",
-      [](int64_t tensors, int64_t steps, int64_t hyper, int64_t count, float max_norm,
-         bool maximize, int64_t stats, const std::string& isa) {
-        const int64_t* rows = at<const int64_t>(tensors);
+      "optimizer_step",
+      [](int rule, int64_t tensors, int64_t count, int64_t hyper, int64_t stats, float max_norm,
+         bool needs_norm, uint64_t seed, const std::string& isa) {
+        const fastft::StepTensor* table = at<const fastft::StepTensor>(tensors);
         size_t blocks = 0;
-        for (int64_t i = 0; i < count; ++i)
-          blocks += static_cast<size_t>((rows[i * 7 + 4] + fastft::kAdamWBlock - 1) /
-                                        fastft::kAdamWBlock);
+        for (int64_t i = 0; needs_norm && i < count; ++i)
+          blocks +=
+              static_cast<size_t>((table[i].numel + fastft::kStepBlock - 1) / fastft::kStepBlock);
         std::vector<double> partials(blocks);
-        kernels(isa).adamw(rows, at<float>(steps), at<const float>(hyper), count, max_norm,
-                           maximize, at<float>(stats), partials.data());
+        const fastft::StepCall call{table,    count, at<float>(stats), at<const float>(hyper), seed,
+                                    max_norm, rule,  needs_norm};
+        kernels(isa).optimizer_step(call, partials.data());
       },
-      py::arg("tensors"), py::arg("steps"), py::arg("hyper"), py::arg("count"), py::arg("max_norm"),
-      py::arg("maximize"), py::arg("stats"), py::arg("isa") = "", free_gil);
+      py::arg("rule"), py::arg("tensors"), py::arg("count"), py::arg("hyper"), py::arg("stats"),
+      py::arg("max_norm"), py::arg("needs_norm"), py::arg("seed"), py::arg("isa") = "", free_gil);
 #if defined(FASTFT_WITH_CUDA)
   m.def(
-      "adamw_cuda",
-      [](int device, int64_t addresses, int64_t sizes, int64_t dtypes, int64_t chunk_tensor,
-         int64_t chunk_part, int64_t n_tensors, int64_t n_chunks, int64_t chunk, int64_t partials,
-         int64_t scalars, int64_t steps, int64_t hyper, int64_t stats, float max_norm,
-         bool maximize, int64_t stream) {
-        cuda_check("adamw",
-                   fastft_adamw_cuda(device, at<const int64_t>(addresses), at<const int64_t>(sizes),
-                                     at<const int32_t>(dtypes), at<const int32_t>(chunk_tensor),
-                                     at<const int32_t>(chunk_part), n_tensors, n_chunks, chunk,
-                                     at<float>(partials), at<float>(scalars), at<float>(steps),
-                                     at<const float>(hyper), at<float>(stats), max_norm,
-                                     maximize ? 1 : 0, at<void>(stream)));
+      "optimizer_step_cuda",
+      [](int device, int rule, int64_t tensors, int64_t n_tensors, int64_t chunk_tensor,
+         int64_t chunk_part, int64_t n_chunks, int64_t chunk, int64_t partials, int64_t scalars,
+         int64_t hyper, int64_t stats, float max_norm, bool needs_norm, uint64_t seed,
+         int64_t stream) {
+        cuda_check("optimizer_step",
+                   fastft_optimizer_step_cuda(
+                       device, rule, at<const fastft::StepTensor>(tensors), n_tensors,
+                       at<const int32_t>(chunk_tensor), at<const int32_t>(chunk_part), n_chunks,
+                       chunk, at<float>(partials), at<float>(scalars), at<const float>(hyper),
+                       at<float>(stats), max_norm, needs_norm ? 1 : 0, seed, at<void>(stream)));
       },
-      py::arg("device"), py::arg("addresses"), py::arg("sizes"), py::arg("dtypes"),
-      py::arg("chunk_tensor"), py::arg("chunk_part"), py::arg("n_tensors"), py::arg("n_chunks"),
-      py::arg("chunk"), py::arg("partials"), py::arg("scalars"), py::arg("steps"), py::arg("hyper"),
-      py::arg("stats"), py::arg("max_norm"), py::arg("maximize"), py::arg("stream"), free_gil);
+      py::arg("device"), py::arg("rule"), py::arg("tensors"), py::arg("n_tensors"),
+      py::arg("chunk_tensor"), py::arg("chunk_part"), py::arg("n_chunks"), py::arg("chunk"),
+      py::arg("partials"), py::arg("scalars"), py::arg("hyper"), py::arg("stats"),
+      py::arg("max_norm"), py::arg("needs_norm"), py::arg("seed"), py::arg("stream"), free_gil);
 #endif
 }

@@ -45,7 +45,6 @@ CPU_FEATURES = (
 
 # For each operation, what its `supports` is asked besides device and dtype: the usual call.
 OP_FACTS: dict[str, dict[str, Any]] = {
-    "adamw": {},
     "attention": {},
     "dora_scale": {},
     "layer_norm": {},
@@ -54,6 +53,7 @@ OP_FACTS: dict[str, dict[str, Any]] = {
     "linear_cross_entropy": {"weight_requires_grad": False},
     "lora_grouped_linear": {"adapter_dtype": "float32", "r": 16},
     "lora_linear": {"adapter_dtype": "float32", "r": 16},
+    "optimizer_step": {"rule": "adamw", "state_bits": 32, "rounding": "nearest"},
     "rms_norm": {},
 }
 
@@ -215,7 +215,7 @@ def _ops() -> dict[str, dict[str, Any]]:
     for op, more in OP_FACTS.items():
         facts = {"device_type": device.type, "dtype": dtype}
         facts |= {k: getattr(torch, v) if k.endswith("dtype") else v for k, v in more.items()}
-        if op == "adamw":
+        if op == "optimizer_step":
             facts["dtype"] = torch.float32  # the adapters', not the model's
         reasons = dict(backends.explain_op(op, **facts))
         ops[op] = {

@@ -11,12 +11,18 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns of its own intrinsics' undefined operands (its bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #if defined(__AVX512BF16__)
 #include <immintrin.h>  // for the one instruction no compiler emits by itself; see thin.inc
 #endif
 
-#include "fastft/adamw.h"
+#include "fastft/dynamic8.h"
 #include "fastft/glu.h"
+#include "fastft/optimizer.h"
 #include "fastft/philox.h"
 #include "kernels.h"
 
@@ -34,7 +40,6 @@ static inline int64_t thread_index() {
 #endif
 }
 
-#include "adamw.inc"
 #include "attention.inc"
 #include "cross_entropy.inc"
 #include "divergence.inc"
@@ -43,6 +48,7 @@ static inline int64_t thread_index() {
 #include "glu.inc"
 #include "layer_norm.inc"
 #include "lora.inc"
+#include "optimizer_step.inc"
 #include "rms_norm.inc"
 #include "rope.inc"
 #include "thin_tiles.inc"
@@ -71,7 +77,7 @@ const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA) = {
     layer_norm_backward,
     dora_scale_forward,
     dora_scale_backward,
-    adamw,
+    optimizer_step,
     thin_scratch,
     thin_shrink,
     thin_expand,

@@ -65,6 +65,20 @@ struct NormRows {
   bool round_first;
 };
 
+// One step of an optimizer over all tensors; see fastft/optimizer.h. stats: float32 (5), norm and
+// clip coefficient written, skipped steps counted; 1 over the loss scale and found_inf read.
+struct StepTensor;
+struct StepCall {
+  const StepTensor* tensors;
+  int64_t count;
+  float* stats;
+  const float* hyper;
+  uint64_t seed;
+  float max_norm;
+  int rule;
+  bool needs_norm;
+};
+
 struct Kernels {
   // mask: (rows, ceil(cols / 8)) bytes; bit k % 8 of byte k / 8 is 1 where column k is kept.
   void (*dropout_mask)(uint8_t* mask, int64_t bytes, uint64_t seed, uint32_t threshold);
@@ -117,10 +131,8 @@ struct Kernels {
                              int64_t rows, int64_t cols, int dtype);
   void (*dora_scale_backward)(void* dz, float* d_scale, const void* dy, const void* z,
                               const float* scale, int64_t rows, int64_t cols, int dtype);
-  // tensors: (count, 7) int64 rows of p, g, m, v, numel, p dtype, g dtype. stats: norm, clip
-  // coefficient, skipped steps.
-  void (*adamw)(const int64_t* tensors, float* steps, const float* hyper, int64_t count,
-                float max_norm, bool maximize, float* stats, double* partials);
+  // partials: one for each kStepBlock elements of each tensor, where the norm is needed.
+  void (*optimizer_step)(const StepCall& call, double* partials);
   // Thin products over bfloat16 activations; see thin.inc. r <= kThinMaxRank; adapters and their
   // gradients in float32 where `wide`, else bfloat16. scratch: thin_scratch words.
   int64_t (*thin_scratch)(int64_t rows, int64_t cols, int64_t r);
@@ -140,8 +152,8 @@ struct Kernels {
 
 constexpr int64_t kThinMaxRank = 64;
 
-// Elements of one AdamW work item; fixed, so that sums do not depend on the thread count.
-constexpr int64_t kAdamWBlock = 16384;
+// Elements of one work item of a step; fixed, so that sums do not depend on the thread count.
+constexpr int64_t kStepBlock = 16384;
 
 // Rows of one partial sum over rows (norm weights, DoRA magnitudes); fixed for the same reason.
 constexpr int64_t kSumRows = 32;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fastft.ops.adamw import adamw
 from fastft.ops.attention import scaled_dot_product_attention
 from fastft.ops.dora_scale import dora_norm, dora_scale, squared_row_norms
 from fastft.ops.glu import glu
@@ -11,14 +10,15 @@ from fastft.ops.linear_cross_entropy import Shard, TokenStatistics, linear_cross
 from fastft.ops.linear_divergence import Teacher, divergence, linear_divergence
 from fastft.ops.lora_grouped_linear import lora_grouped_linear
 from fastft.ops.lora_linear import lay_out_weights, lora_linear, lora_linear_siblings
+from fastft.ops.optimizer_step import StepTensors, new_stats, optimizer_step
 from fastft.ops.rms_norm import rms_norm
 from fastft.ops.rope import rope
 
 __all__ = [
     "Shard",
+    "StepTensors",
     "Teacher",
     "TokenStatistics",
-    "adamw",
     "divergence",
     "dora_norm",
     "dora_scale",
@@ -30,6 +30,8 @@ __all__ = [
     "lora_grouped_linear",
     "lora_linear",
     "lora_linear_siblings",
+    "new_stats",
+    "optimizer_step",
     "rms_norm",
     "rope",
     "scaled_dot_product_attention",

@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
-from fastft.optim.adamw import AdamW
+from fastft.optim._base import FusedOptimizer
+from fastft.optim.adamw import AdamW, AdamW8bit, AdamWBF16
+from fastft.optim.lion import Lion, Lion8bit
+from fastft.optim.schedule_free import ScheduleFreeAdamW
+from fastft.optim.sgd import SGD
 
-__all__ = ["AdamW"]
+__all__ = [
+    "SGD",
+    "AdamW",
+    "AdamW8bit",
+    "AdamWBF16",
+    "FusedOptimizer",
+    "Lion",
+    "Lion8bit",
+    "ScheduleFreeAdamW",
+]

@@ -13,8 +13,8 @@ __all__ = ["OPS"]
 OPS: tuple[str, ...] = (
     "lora_linear",
     "linear_cross_entropy",
-    "adamw",
     "glu",
+    "optimizer_step",
     "rms_norm",
     "dora_scale",
     "layer_norm",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 
 from fastft_kernels._variant import BOOLEANS, DTYPES, Variant
-from fastft_kernels.multi_tensor import N_SCALARS
+from fastft_kernels.optimizer_step import N_SCALARS
 
 __all__ = ["ALL_VARIANTS", "VARIANTS"]
 
 _LOSS = "fastft_kernels._cross_entropy_kernels"
-_ADAMW = "fastft_kernels.adamw"
+_ADAMW = "fastft_kernels.optimizer_step"
 
 
 def _loss(slab: str, *, statistics: bool = True, gradient: bool = True, **flags: bool) -> Variant:
@@ -57,9 +57,8 @@ def _divergence(slab: str, teacher: str, kind: int, gradient: bool, full: bool) 
 
 def _adamw_norm(grad: str, aligned: bool = True) -> Variant:
     types = {
-        "addresses_ptr": "*i64", "sizes_ptr": "*i64", "chunk_tensor_ptr": "*i32",
-        "chunk_part_ptr": "*i32", "partials_ptr": "*fp32", "n_tensors": "i32",
-        "first_chunk": "i32",
+        "table_ptr": "*i64", "chunk_tensor_ptr": "*i32", "chunk_part_ptr": "*i32",
+        "partials_ptr": "*fp32", "first_chunk": "i32",
     }  # fmt: skip
     constants = {"GRAD": grad, "ALIGNED": aligned}
     return Variant(_ADAMW, "_adamw_norm_kernel", f"g={grad}", types, constants, "adamw")
@@ -67,9 +66,8 @@ def _adamw_norm(grad: str, aligned: bool = True) -> Variant:
 
 def _adamw_update(param: str, grad: str, aligned: bool = True) -> Variant:
     types = {
-        "addresses_ptr": "*i64", "sizes_ptr": "*i64", "chunk_tensor_ptr": "*i32",
-        "chunk_part_ptr": "*i32", "scalars_ptr": "*fp32", "stats_ptr": "*fp32",
-        "n_tensors": "i32", "first_chunk": "i32", "sign": "fp32",
+        "table_ptr": "*i64", "chunk_tensor_ptr": "*i32", "chunk_part_ptr": "*i32",
+        "scalars_ptr": "*fp32", "stats_ptr": "*fp32", "first_chunk": "i32",
     }  # fmt: skip
     constants = {"PARAM": param, "GRAD": grad, "ALIGNED": aligned, "N_IN": N_SCALARS}
     return Variant(
@@ -80,10 +78,10 @@ def _adamw_update(param: str, grad: str, aligned: bool = True) -> Variant:
 
 def _adamw_prepare() -> Variant:
     types = {
-        "partials_ptr": "*fp32", "stats_ptr": "*fp32", "steps_ptr": "*fp32", "hyper_ptr": "*fp32",
+        "partials_ptr": "*fp32", "stats_ptr": "*fp32", "table_ptr": "*i64", "hyper_ptr": "*fp32",
         "scalars_ptr": "*fp32", "n_chunks": "i32", "n_tensors": "i32", "max_norm": "fp32",
     }  # fmt: skip
-    constants = {"N_HYPER": 5, "N_OUT": N_SCALARS}
+    constants = {"NEEDS_NORM": True, "N_HYPER": 7, "N_OUT": N_SCALARS}
     return Variant(_ADAMW, "_adamw_prepare_kernel", "", types, constants, "prepare")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,13 +17,11 @@ from torch import Tensor
 from bench import ledger
 from fastft import backends, ops
 from fastft.ops.lora_linear import lora_linear_siblings
-from fastft.reference import adamw as adamw_reference
 from fastft.reference import lora_grouped_linear as grouped_reference
 from fastft.reference import lora_linear as lora_reference
 from tests.kernels.block_cases import BLOCK_CASES, LARGE_BLOCK_CASES
 from tests.kernels.bounds import assert_as_accurate, relative_errors
 from tests.kernels.cases import (
-    ADAMW_TENSORS,
     BF16,
     DIVERGENCE_CASES,
     DORA_CASES,
@@ -33,7 +32,6 @@ from tests.kernels.cases import (
     LORA_CASES,
     LOSS_CASES,
     NORM_CASES,
-    AdamWState,
     DivergenceCase,
     DoraCase,
     GluCase,
@@ -43,6 +41,7 @@ from tests.kernels.cases import (
     LossInputs,
     NormCase,
 )
+from tests.kernels.step_cases import MIXED, STEP_CASES, StepCase, StepState, assert_step
 
 pytestmark = pytest.mark.gpu
 
@@ -84,13 +83,13 @@ LARGE_DORA = {
     "llama-8b-bf16": DoraCase(4096, 4096, BF16),
     "odd-f16": DoraCase(777, 1001, F16, True),
 }
-LARGE_ADAMW = [
-    *ADAMW_TENSORS,
+LARGE_STEP = (
+    *MIXED,
     (3_000_001, F32, F32),
     (1_000_003, BF16, BF16),
     (65_536, BF16, F32),
     *[(4096, F32, F32)] * 300,
-]
+)
 
 
 def of(op: str) -> Any:
@@ -437,68 +436,116 @@ def test_dora_scale_time(kernel: str, device: torch.device, observed: Any) -> No
     assert observed.time_ms[name] > 0
 
 
-@of("adamw")
-@pytest.mark.parametrize("max_norm", [0.0, 1.0])
-def test_adamw(kernel: str, max_norm: float, device: torch.device, observed: Any) -> None:
-    backend = backend_of(kernel, device_type="cuda", dtype=F16)
-    own = AdamWState.make(LARGE_ADAMW, device)
-    plain, truth = own.copy(), own.copy(torch.float64)
-    for _ in range(2):
-        ops.adamw(*own.arguments(), max_norm=max_norm, backend=backend)  # type: ignore[arg-type]
-        adamw_reference.step(*plain.arguments(), max_norm=max_norm, maximize=False)  # type: ignore[arg-type]
-        adamw_reference.step(*truth.arguments(), max_norm=max_norm, maximize=False)  # type: ignore[arg-type]
-    compare(observed, own.tensors(), plain.tensors(), truth.tensors())
-    torch.testing.assert_close(own.stats.double(), truth.stats, rtol=1e-5, atol=0)
+def step_backend(kernel: str, case: StepCase) -> str:
+    """The backend of a kernel, where it can run the case."""
+    backend = kernel.split("/")[0]
+    launcher = backends.launcher("optimizer_step", backend)
+    reason = launcher if isinstance(launcher, str) else launcher.supports(
+        device_type="cuda", dtype=F16, rule=case.rule, state_bits=case.state_bits,
+        rounding=case.rounding,
+    )  # fmt: skip
+    if reason is not None:
+        pytest.skip(reason)
+    return backend
 
 
-@of("adamw")
+def take_step(state: StepState, backend: str, **options: Any) -> None:
+    ops.optimizer_step(
+        state.tensors, state.grads, state.hyper, state.stats, backend=backend, **options
+    )
+
+
+@of("optimizer_step")
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("name", STEP_CASES)
+def test_optimizer_step(
+    kernel: str, name: str, large: bool, device: torch.device, observed: Any
+) -> None:
+    case = STEP_CASES[name]
+    if large:
+        case = replace(case, shapes=LARGE_STEP)
+    backend = step_backend(kernel, case)
+    found = assert_step(case, functools.partial(_step_with, backend), device)
+    for key, truth in found["truth"].items():
+        if key.startswith("p"):
+            error = relative_errors(found["own"][key], truth.double())[0]
+            observed.error["p"] = max(observed.error.get("p", 0.0), error)
+
+
+def _step_with(backend: str, tensors: Any, grads: Any, hyper: Any, stats: Any, **more: Any) -> None:
+    ops.optimizer_step(tensors, grads, hyper, stats, backend=backend, **more)
+
+
+@of("optimizer_step")
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_adamw_skips_on_the_device(kernel: str, bad: float, device: torch.device) -> None:
-    backend = backend_of(kernel, device_type="cuda", dtype=F16)
-    state = AdamWState.make(ADAMW_TENSORS, device)
+def test_a_step_is_skipped_on_the_device(kernel: str, bad: float, device: torch.device) -> None:
+    case = STEP_CASES["adamw-clip"]
+    backend = step_backend(kernel, case)
+    state = case.make(device)
     state.grads[0][-1] = bad
     before = state.copy()
     # Tables for these addresses go up first; the step itself may not wait for the device.
-    ops.adamw(*state.arguments(), max_norm=1.0, backend=backend)  # type: ignore[arg-type]
+    take_step(state, backend, max_norm=1.0)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ops.adamw(*state.arguments(), max_norm=1.0, backend=backend)  # type: ignore[arg-type]
+        take_step(state, backend, max_norm=1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert float(state.stats[2]) == 2.0
-    for name, value in before.tensors().items():
-        assert torch.equal(state.tensors()[name], value) or name == "g0", name
+    for name, value in before.named().items():
+        assert torch.equal(state.named()[name], value), name
 
 
-@of("adamw")
-def test_adamw_on_another_stream(kernel: str, device: torch.device) -> None:
+@of("optimizer_step")
+def test_a_step_on_another_stream(kernel: str, device: torch.device) -> None:
     """The update runs on the current stream: work before it there is seen, without a sync."""
-    backend = backend_of(kernel, device_type="cuda", dtype=F32)
-    expected = AdamWState.make([(1_000_000, F32, F32)], device)
-    own = expected.copy()
+    case = StepCase("adamw", shapes=((1_000_000, F32, F32),))
+    backend = step_backend(kernel, case)
+    expected, own = case.make(device), case.make(device)
     final = own.grads[0].clone()
-    ops.adamw(*expected.arguments(), backend=backend)  # type: ignore[arg-type]
+    take_step(expected, backend)
     own.grads[0].zero_()
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         own.grads[0].copy_(final)
-        ops.adamw(*own.arguments(), backend=backend)  # type: ignore[arg-type]
+        take_step(own, backend)
     torch.cuda.synchronize()
-    assert torch.equal(own.params[0], expected.params[0])
+    assert torch.equal(own.tensors.params[0], expected.tensors.params[0])
 
 
-@of("adamw")
-def test_adamw_time(kernel: str, device: torch.device, observed: Any) -> None:
-    backend = backend_of(kernel, device_type="cuda", dtype=F32)
-    state = AdamWState.make([(65_536, F32, F32)] * 448, device)
-    name = "448 tensors of 65536, f32"
-    observed.time_ms[name] = median_ms(
-        lambda: ops.adamw(*state.arguments(), max_norm=1.0, backend=backend)  # type: ignore[arg-type]
-    )
-    assert observed.time_ms[name] > 0
+@of("optimizer_step")
+@pytest.mark.parametrize("name", ["adamw", "adamw-8bit-stochastic"])
+def test_a_step_is_captured(kernel: str, name: str, device: torch.device) -> None:
+    """A CUDA graph replays steps: counts, corrections and random bits move on."""
+    case = replace(STEP_CASES[name], shapes=((100_000, BF16, BF16),))
+    backend = step_backend(kernel, case)
+    eager, graphed = case.make(device), case.make(device)
+    for _ in range(4):
+        take_step(eager, backend, seed=5)
+    take_step(graphed, backend, seed=5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        take_step(graphed, backend, seed=5)
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    for key, value in eager.named().items():
+        assert torch.equal(graphed.named()[key], value), key
+
+
+@of("optimizer_step")
+@pytest.mark.parametrize("name", ["adamw", "adamw-8bit-stochastic"])
+def test_step_time(kernel: str, name: str, device: torch.device, observed: Any) -> None:
+    dtype = BF16 if "8bit" in name else F32
+    case = replace(STEP_CASES[name], shapes=((65_536, dtype, dtype),) * 448)
+    backend = step_backend(kernel, case)
+    state = case.make(device)
+    label = f"{name}, 448 tensors of 65536"
+    observed.time_ms[label] = median_ms(lambda: take_step(state, backend, max_norm=1.0))
+    assert observed.time_ms[label] > 0
 
 
 @pytest.mark.parametrize("adapter", [F32, BF16])
@@ -529,6 +576,13 @@ def test_lora_grouped_linear(adapter: torch.dtype, device: torch.device) -> None
 
 
 def test_every_gpu_kernel_is_tested() -> None:
-    tested = {"lora_linear", "linear_cross_entropy", "adamw", "glu", "rms_norm", "dora_scale"}
+    tested = {
+        "lora_linear",
+        "linear_cross_entropy",
+        "optimizer_step",
+        "glu",
+        "rms_norm",
+        "dora_scale",
+    }
     tested |= {"rope", "layer_norm"}
     assert {kernel.split("/")[1] for kernel in KERNELS} == tested

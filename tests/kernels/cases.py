@@ -6,8 +6,7 @@ same thing in plain torch in any dtype: in float64 that is the truth.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,14 +20,12 @@ from fastft.reference import lora_linear as lora_reference
 from fastft.reference import rms_norm as norm_reference
 
 __all__ = [
-    "ADAMW_TENSORS",
     "DIVERGENCE_CASES",
     "DORA_CASES",
     "GLU_CASES",
     "LORA_CASES",
     "LOSS_CASES",
     "NORM_CASES",
-    "AdamWState",
     "DivergenceCase",
     "DivergenceInputs",
     "DoraCase",
@@ -552,58 +549,3 @@ DORA_CASES = {
     "f16": DoraCase(9, 64, F16, True),
     "one": DoraCase(1, 1, F32),
 }
-
-
-@dataclass
-class AdamWState:
-    """All tensors of an optimizer step."""
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    steps: Tensor
-    hyper: Tensor
-    stats: Tensor = field(default_factory=lambda: torch.zeros(3))
-
-    @classmethod
-    def make(
-        cls,
-        tensors: Sequence[tuple[int, torch.dtype, torch.dtype]],
-        device: torch.device = CPU,
-    ) -> AdamWState:
-        """Tensors of (size, dtype, dtype of the gradient), each with its own hyper-parameters."""
-        random, n = _Random(device), len(tensors)
-        hyper = [[1e-2 / (i + 1), 0.9, 0.999, 1e-8, 0.1 * i] for i in range(n)]
-        return cls(
-            [random.normal(size, dtype=dtype) for size, dtype, _ in tensors],
-            [random.normal(size, dtype=dtype) for size, _, dtype in tensors],
-            [random.normal(size, dtype=F32) * 0.1 for size, *_ in tensors],
-            [random.normal(size, dtype=F32).square() * 0.1 for size, *_ in tensors],
-            (torch.arange(n, dtype=F32) * 10).to(device),
-            torch.tensor(hyper, dtype=F32).view(n, 5).to(device),
-            torch.zeros(3, device=device),
-        )
-
-    def lists(self) -> tuple[list[Tensor], ...]:
-        return self.params, self.grads, self.exp_avgs, self.exp_avg_sqs
-
-    def arguments(self) -> tuple[object, ...]:
-        return *self.lists(), self.steps, self.hyper, self.stats
-
-    def tensors(self) -> dict[str, Tensor]:
-        named = zip(("p", "g", "m", "v"), self.lists(), strict=True)
-        lists = {f"{name}{i}": t for name, group in named for i, t in enumerate(group)}
-        return {**lists, "steps": self.steps, "hyper": self.hyper}
-
-    def copy(self, dtype: torch.dtype | None = None) -> AdamWState:
-        lists = [[t.to(dtype or t.dtype, copy=True) for t in group] for group in self.lists()]
-        rest = [t.to(dtype or t.dtype, copy=True) for t in (self.steps, self.hyper, self.stats)]
-        return AdamWState(*lists, *rest)
-
-
-# Over a chunk, under a vector, empty, one element, exactly a chunk, mixed and 16-bit dtypes.
-ADAMW_TENSORS = [
-    (20001, F32, F32), (5, BF16, BF16), (0, F32, F32), (1, F32, F32), (8192, F32, F32),
-    (777, BF16, F32), (63, F16, F16),
-]  # fmt: skip

@@ -67,6 +67,19 @@ T __shfl_down_sync(unsigned, T value, int offset) {
   return other;
 }
 
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  host::Warp& warp = *host::warps[threadIdx.x / 32];
+  const unsigned lane = threadIdx.x % 32;
+  warp.lanes[lane] = static_cast<double>(value);
+  warp.barrier.arrive_and_wait();
+  const T other = static_cast<T>(warp.lanes[lane ^ static_cast<unsigned>(mask)]);
+  warp.barrier.arrive_and_wait();
+  return other;
+}
+
+inline void __syncwarp() { host::warps[threadIdx.x / 32]->barrier.arrive_and_wait(); }
+
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }

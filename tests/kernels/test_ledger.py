@@ -16,7 +16,7 @@ import torch
 from bench import gpu, ledger
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNEL = "triton/adamw"
+KERNEL = "triton/optimizer_step"
 FACTS: dict[str, Any] = {
     "device": "NVIDIA H100 80GB HBM3",
     "capability": "9.0",
@@ -48,8 +48,9 @@ def test_the_committed_ledger_is_valid() -> None:
 def test_kernels_and_their_files() -> None:
     files = {k: {p.name for p in v} for k, v in ledger.kernels().items()}
     assert {"lora_linear.py", "_lora_linear_kernels.py", "config.py"} <= files["triton/lora_linear"]
-    assert "adamw.py" not in files["triton/lora_linear"]
-    assert {"adamw.cu", "adamw.h", "numeric.h", "cuda_api.h"} <= files["cuda/adamw"]
+    assert "optimizer_step.py" not in files["triton/lora_linear"]
+    cuda = files["cuda/optimizer_step"]
+    assert {"optimizer_step.cu", "optimizer.h", "dynamic8.h", "numeric.h", "cuda_api.h"} <= cuda
     assert all((ROOT / p).is_file() for v in ledger.kernels().values() for p in v)
 
 
@@ -61,7 +62,7 @@ def test_kernels_and_their_files() -> None:
             {
                 "lora_linear",
                 "linear_cross_entropy",
-                "adamw",
+                "optimizer_step",
                 "glu",
                 "rms_norm",
                 "dora_scale",
@@ -71,7 +72,7 @@ def test_kernels_and_their_files() -> None:
         ),
         ("kernels/fastft_kernels/_lora_linear_kernels.py", {"lora_linear"}),
         ("kernels/fastft_kernels/aot.py", set()),
-        ("csrc/include/fastft/numeric.h", {"cuda/adamw"}),
+        ("csrc/include/fastft/numeric.h", {"cuda/optimizer_step"}),
     ],
 )
 def test_a_change_is_noticed(file: str, changed: set[str], checkout: Path) -> None:
@@ -139,7 +140,7 @@ def test_only_kernels_whose_tests_all_passed_are_entered() -> None:
         _line(error={"p": 3e-7, "m": 1e-8}),
         _line("triton/lora_linear"),
         _line("triton/lora_linear", "failed"),
-        _line("cuda/adamw", "skipped"),
+        _line("cuda/optimizer_step", "skipped"),
         _line("triton/no_longer_there"),
         "",
     ]

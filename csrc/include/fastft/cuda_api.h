@@ -4,29 +4,35 @@
 
 #include <cstdint>
 
+namespace fastft {
+struct StepTensor;
+}
+
 extern "C" {
 
 // cudaGetErrorString(status).
 const char* fastft_cuda_error_string(int status);
 
-// One AdamW step of all tensors in place: norm, clip, skip of a non-finite norm, update.
-// The formula is that of fastft/adamw.h; sums are two-stage and in a fixed order.
+// One step of an optimizer over all tensors, in place: norm, clip, skip, update. The formulas are
+// those of fastft/optimizer.h; sums are two-stage and in a fixed order. All addresses are the
+// GPU's.
 //
-//   device        index of the GPU that all addresses are on
-//   addresses     int64 (4, n_tensors): params, grads, exp_avgs, exp_avg_sqs
-//   sizes         int64 (n_tensors): elements
-//   dtypes        int32 (n_tensors): 4 * DType of the parameter + DType of the gradient
+//   device        index of the GPU
+//   rule          an OptimizerRule, the same for all tensors
+//   tensors       (n_tensors) rows
 //   chunk_tensor  int32 (n_chunks): index of the tensor a chunk belongs to
 //   chunk_part    int32 (n_chunks): the chunk starts at chunk_part * chunk elements
-//   partials      float32 (n_chunks), scalars float32 (n_tensors, 8): scratch
-//   steps         float32 (n_tensors), incremented
-//   hyper         float32 (n_tensors, 5): lr, beta1, beta2, eps, weight_decay
-//   stats         float32 (3): norm and clip coefficient written, skipped steps incremented
+//   chunk         a multiple of kStateBlock
+//   partials      float32 (n_chunks), scalars float32 (n_tensors, kScalarColumns): scratch
+//   hyper         float32 (n_tensors, kHyperColumns)
+//   stats         float32 (6): norm and clip coefficient written, skipped steps incremented, 1 over
+//                 the loss scale and found_inf read, whether the step runs written
 //   max_norm      0 for no clipping
+//   needs_norm    0: gradients are not summed, and only found_inf can skip the step
 // Nothing waits for the device. n_tensors = 0 and tensors of no elements are fine.
-int fastft_adamw_cuda(int device, const int64_t* addresses, const int64_t* sizes,
-                      const int32_t* dtypes, const int32_t* chunk_tensor, const int32_t* chunk_part,
-                      int64_t n_tensors, int64_t n_chunks, int64_t chunk, float* partials,
-                      float* scalars, float* steps, const float* hyper, float* stats,
-                      float max_norm, int maximize, void* stream);
+int fastft_optimizer_step_cuda(int device, int rule, const fastft::StepTensor* tensors,
+                               int64_t n_tensors, const int32_t* chunk_tensor,
+                               const int32_t* chunk_part, int64_t n_chunks, int64_t chunk,
+                               float* partials, float* scalars, const float* hyper, float* stats,
+                               float max_norm, int needs_norm, uint64_t seed, void* stream);
 }

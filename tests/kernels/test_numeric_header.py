@@ -1,4 +1,4 @@
-"""The functor that csrc/cpu and csrc/cuda share, compiled for the host, against the reference."""
+"""The conversions that csrc/cpu and csrc/cuda share, compiled for the host, against torch's."""
 
 from __future__ import annotations
 
@@ -10,30 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastft.reference import adamw as reference
-
 ROOT = Path(__file__).resolve().parents[2]
-
-PROGRAM = r"""
-#include <cmath>
-#include <cstdio>
-#include "fastft/adamw.h"
-
-// p g m v as hexadecimal floats in, p m v out; argv: t and the row of hyper-parameters, scale.
-int main(int argc, char** argv) {
-  float a[7];
-  for (int i = 1; i < argc && i < 8; ++i) std::sscanf(argv[i], "%a", &a[i - 1]);
-  const fastft::AdamWHyper hyper{a[1], a[2], a[3], a[4], a[5]};
-  const double t = a[0];
-  const auto s = fastft::adamw_scalars(hyper, std::pow(static_cast<double>(a[2]), t),
-                                       std::pow(static_cast<double>(a[3]), t), a[6]);
-  float p, g, m, v;
-  while (std::scanf("%a %a %a %a", &p, &g, &m, &v) == 4) {
-    fastft::adamw_update(p, g, m, v, s);
-    std::printf("%a %a %a\n", p, m, v);
-  }
-}
-"""
 
 CONVERSIONS = r"""
 #include <cstdio>
@@ -63,37 +40,6 @@ def _compile(text: str, folder: Path) -> Path:
     command += [f"-I{ROOT / 'csrc' / 'include'}", str(source), "-o", str(program)]
     subprocess.run(command, check=True)
     return program
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.125, -1.0])
-@pytest.mark.parametrize("step", [1, 7, 100_000])
-def test_one_step(step: int, scale: float, tmp_path: Path) -> None:
-    program = _compile(PROGRAM, tmp_path)
-    torch.manual_seed(0)
-    p, g, m = (torch.randn(200) for _ in range(3))
-    v = torch.rand(200)
-    hyper = torch.tensor([3e-3, 0.9, 0.999, 1e-8, 0.1])
-    arguments = [float(step).hex(), *(float(h).hex() for h in hyper), scale.hex()]
-    rows = zip(*(t.tolist() for t in (p, g, m, v)), strict=True)
-    text = "\n".join(" ".join(x.hex() for x in row) for row in rows)
-    done = subprocess.run(
-        [str(program), *arguments], input=text, capture_output=True, text=True, check=True
-    )
-    got = torch.tensor(
-        [[float.fromhex(x) for x in line.split()] for line in done.stdout.splitlines()],
-        dtype=torch.float64,
-    ).T
-    truth = [t.double() for t in (p, m, v)]
-    reference.step(
-        [truth[0]], [g.double() * abs(scale)], [truth[1]], [truth[2]],
-        torch.tensor([step - 1.0], dtype=torch.float64), hyper.double()[None],
-        torch.zeros(3, dtype=torch.float64), max_norm=0.0, maximize=scale < 0,
-    )  # fmt: skip
-    # Each result is a handful of float32 operations on terms no larger than these.
-    eps = torch.finfo(torch.float32).eps
-    for name, own, exact, start in zip("pmv", got, truth, (p, m, v), strict=True):
-        size = torch.maximum(exact.abs(), start.double().abs()) + g.double().abs() * 0.1
-        assert bool(((own - exact).abs() <= 4 * eps * size).all()), name
 
 
 def test_conversions_equal_torch(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
-"""``adamw`` in Triton: AdamW with decoupled weight decay (Loshchilov & Hutter 2019) for all
-tensors of a step, with global-norm clipping, in three launches and no host synchronisation.
+"""``optimizer_step`` in Triton: AdamW with float32 states (Loshchilov & Hutter 2019) for all
+tensors of a step, with global-norm clipping, in three launches and no host synchronisation. For
+GPUs on which the compiled CUDA kernels, which know every rule, are missing.
 
     norm     partial sums of squares of every gradient, one for each chunk
     prepare  the norm, the clip coefficient, step counts and bias corrections; counts a skip
@@ -11,6 +12,8 @@ the device. Sums are two-stage and in a fixed order. Never autotuned: a trial ru
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from fastft_kernels import config
 from fastft_kernels._common import device_guard, supports_device
-from fastft_kernels.multi_tensor import N_SCALARS, plan_for
+from fastft_kernels.multi_tensor import COLUMNS, chunks_for, table_for
 
 __all__ = ["step", "supports"]
 
@@ -27,6 +30,15 @@ _DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+
+# Numbers kept for each tensor between the kernels of one step.
+N_SCALARS = 9
+_COLUMNS = tl.constexpr(12)
+_GRAD = tl.constexpr(COLUMNS["grad"])
+_STATE1 = tl.constexpr(COLUMNS["state1"])
+_STATE2 = tl.constexpr(COLUMNS["state2"])
+_STEP = tl.constexpr(COLUMNS["step"])
+_NUMEL = tl.constexpr(COLUMNS["numel"])
 
 
 @triton.jit
@@ -38,14 +50,12 @@ def _typed(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     return pointer
 
 
-@triton.jit(do_not_specialize=["n_tensors", "first_chunk"])
+@triton.jit(do_not_specialize=["first_chunk"])
 def _adamw_norm_kernel(
-    addresses_ptr,  # int64 (4, n): params, grads, exp_avgs, exp_avg_sqs
-    sizes_ptr,  # int64 (n,)
+    table_ptr,  # int64 (n, 12), see csrc/include/fastft/optimizer.h
     chunk_tensor_ptr,  # int32 (chunks,)
     chunk_part_ptr,  # int32 (chunks,)
     partials_ptr,  # float32 (chunks,)
-    n_tensors,
     first_chunk,
     GRAD: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -56,8 +66,9 @@ def _adamw_norm_kernel(
     chunk = first_chunk + tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
     start = tl.load(chunk_part_ptr + chunk).to(tl.int64) * CHUNK
-    left = tl.load(sizes_ptr + tensor) - start
-    grad = _typed(tl.load(addresses_ptr + n_tensors + tensor), GRAD, ALIGNED) + start
+    row = table_ptr + tensor * _COLUMNS
+    left = tl.load(row + _NUMEL) - start
+    grad = _typed(tl.load(row + _GRAD), GRAD, ALIGNED) + start
     lanes = tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for offset in range(0, CHUNK, BLOCK):
@@ -69,40 +80,50 @@ def _adamw_norm_kernel(
 @triton.jit(do_not_specialize=["n_chunks", "n_tensors"])
 def _adamw_prepare_kernel(
     partials_ptr,  # float32 (chunks,)
-    stats_ptr,  # float32 (3,): norm, clip coefficient, skipped steps
-    steps_ptr,  # float32 (n,)
-    hyper_ptr,  # float32 (n, 5): lr, beta1, beta2, eps, weight_decay
+    stats_ptr,  # float32 (6,), see fastft.ops.optimizer_step
+    table_ptr,  # int64 (n, 12)
+    hyper_ptr,  # float32 (n, 7): lr, beta1, beta2, eps, weight_decay, unused, sign
     scalars_ptr,  # float32 (n, N_SCALARS)
     n_chunks,
     n_tensors,
     max_norm,  # 0: no clipping
+    NEEDS_NORM: tl.constexpr,
     N_HYPER: tl.constexpr,
     N_OUT: tl.constexpr,
     SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: the norm, and the numbers that are constant over a tensor."""
-    sums = tl.arange(0, SUMS)
-    acc = tl.zeros((SUMS,), tl.float32)
-    for start in range(0, n_chunks, SUMS):
-        acc += tl.load(partials_ptr + start + sums, mask=start + sums < n_chunks, other=0.0)
-    norm = tl.sqrt_rn(tl.sum(acc, 0))
+    inverse_scale = tl.load(stats_ptr + 3)
+    norm = 0.0
+    if NEEDS_NORM:
+        sums = tl.arange(0, SUMS)
+        acc = tl.zeros((SUMS,), tl.float32)
+        for start in range(0, n_chunks, SUMS):
+            acc += tl.load(partials_ptr + start + sums, mask=start + sums < n_chunks, other=0.0)
+        norm = tl.sqrt_rn(tl.sum(acc, 0)) * inverse_scale
     tl.store(stats_ptr, norm)
-    if norm < float("inf"):  # false for NaN as well
+    # The comparison is false for NaN as well.
+    if (norm < float("inf")) & (tl.load(stats_ptr + 4) <= 0.0):
         limit = tl.where(max_norm > 0.0, max_norm / (norm + 1e-6), 1.0)
-        tl.store(stats_ptr + 1, tl.minimum(limit, 1.0))
+        coefficient = tl.minimum(limit, 1.0)
+        tl.store(stats_ptr + 1, coefficient)
+        tl.store(stats_ptr + 5, 1.0)
         lanes = tl.arange(0, BLOCK)
         for start in range(0, n_tensors, BLOCK):
             i = start + lanes
             inside = i < n_tensors
-            count = tl.load(steps_ptr + i, mask=inside, other=0.0) + 1.0
-            tl.store(steps_ptr + i, count, mask=inside)
+            address = tl.load(table_ptr + i * _COLUMNS + _STEP, mask=inside, other=0)
+            step = address.to(tl.pointer_type(tl.float32))
+            count = tl.load(step, mask=inside, other=0.0) + 1.0
+            tl.store(step, count, mask=inside)
             hyper = hyper_ptr + i * N_HYPER
             lr = tl.load(hyper, mask=inside, other=0.0)
             beta1 = tl.load(hyper + 1, mask=inside, other=0.5)
             beta2 = tl.load(hyper + 2, mask=inside, other=0.5)
             eps = tl.load(hyper + 3, mask=inside, other=1.0)
             weight_decay = tl.load(hyper + 4, mask=inside, other=0.0)
+            sign = tl.load(hyper + 6, mask=inside, other=1.0)
             # 1 - beta^t loses three digits in float32 at t = 1, beta = 0.999.
             beta1_wide, beta2_wide = beta1.to(tl.float64), beta2.to(tl.float64)
             count_wide = count.to(tl.float64)
@@ -117,19 +138,19 @@ def _adamw_prepare_kernel(
             tl.store(out + 5, (lr.to(tl.float64) / bias1).to(tl.float32), mask=inside)
             tl.store(out + 6, (1.0 / tl.sqrt(bias2)).to(tl.float32), mask=inside)
             tl.store(out + 7, eps, mask=inside)
+            tl.store(out + 8, sign * coefficient * inverse_scale, mask=inside)
     else:
         tl.store(stats_ptr + 1, 0.0)
+        tl.store(stats_ptr + 5, 0.0)
         tl.store(stats_ptr + 2, tl.load(stats_ptr + 2) + 1.0)
 
 
-@triton.jit(do_not_specialize=["n_tensors", "first_chunk"])
+@triton.jit(do_not_specialize=["first_chunk"])
 def _adamw_update_kernel(
-    addresses_ptr, sizes_ptr, chunk_tensor_ptr, chunk_part_ptr,  # as in _adamw_norm_kernel
+    table_ptr, chunk_tensor_ptr, chunk_part_ptr,  # as in _adamw_norm_kernel
     scalars_ptr,  # float32 (n, N_SCALARS)
-    stats_ptr,  # float32 (3,)
-    n_tensors,
+    stats_ptr,  # float32 (6,)
     first_chunk,
-    sign,  # -1 where the objective is maximised
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -137,17 +158,17 @@ def _adamw_update_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One chunk: the same arithmetic as csrc/include/fastft/adamw.h."""
-    if tl.load(stats_ptr) < float("inf"):
+    """One chunk: the same arithmetic as csrc/include/fastft/optimizer.h."""
+    if tl.load(stats_ptr + 5) > 0.0:
         chunk = first_chunk + tl.program_id(0)
         tensor = tl.load(chunk_tensor_ptr + chunk)
         start = tl.load(chunk_part_ptr + chunk).to(tl.int64) * CHUNK
-        left = tl.load(sizes_ptr + tensor) - start
-        address = addresses_ptr + tensor
-        param = _typed(tl.load(address), PARAM, ALIGNED) + start
-        grad = _typed(tl.load(address + n_tensors), GRAD, ALIGNED) + start
-        exp_avg = _typed(tl.load(address + 2 * n_tensors), tl.float32, ALIGNED) + start
-        exp_avg_sq = _typed(tl.load(address + 3 * n_tensors), tl.float32, ALIGNED) + start
+        row = table_ptr + tensor * _COLUMNS
+        left = tl.load(row + _NUMEL) - start
+        param = _typed(tl.load(row), PARAM, ALIGNED) + start
+        grad = _typed(tl.load(row + _GRAD), GRAD, ALIGNED) + start
+        exp_avg = _typed(tl.load(row + _STATE1), tl.float32, ALIGNED) + start
+        exp_avg_sq = _typed(tl.load(row + _STATE2), tl.float32, ALIGNED) + start
         scalars = scalars_ptr + tensor * N_IN
         beta1 = tl.load(scalars)
         beta2 = tl.load(scalars + 1)
@@ -157,7 +178,7 @@ def _adamw_update_kernel(
         step_size = tl.load(scalars + 5)
         inv_sqrt_bias2 = tl.load(scalars + 6)
         eps = tl.load(scalars + 7)
-        scale = tl.load(stats_ptr + 1) * sign
+        scale = tl.load(scalars + 8)
         lanes = tl.arange(0, BLOCK)
         for offset in range(0, CHUNK, BLOCK):
             index = offset + lanes
@@ -174,63 +195,66 @@ def _adamw_update_kernel(
             tl.store(param + index, p.to(PARAM), mask=inside)
 
 
-def supports(device_type: str, dtype: torch.dtype) -> str | None:
+def supports(
+    device_type: str,
+    dtype: torch.dtype,
+    rule: str = "adamw",
+    state_bits: int = 32,
+    rounding: str = "nearest",
+) -> str | None:
     """None where this launcher can run the call, else the reason why not."""
+    if rule != "adamw" or state_bits != 32 or rounding != "nearest":
+        return f"no Triton kernel for {rule}, {state_bits}-bit states, rounding {rounding}"
     if dtype not in _DTYPES:
         return f"no Triton kernel for {dtype} parameters"
     return supports_device(device_type)
 
 
 def step(
-    params: list[Tensor],
+    tensors: Any,
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: Tensor,
     hyper: Tensor,
     stats: Tensor,
     *,
     max_norm: float,
-    maximize: bool,
+    needs_norm: bool,
+    seed: int,
 ) -> None:
     """One AdamW step of all tensors, in place.
 
     Args:
-        params, grads: contiguous, float32, bfloat16 or float16, all on one device.
-        exp_avgs, exp_avg_sqs: float32, of the parameters' shapes.
-        steps: float32 (n,), incremented.
-        hyper: float32 (n, 5): lr, beta1, beta2, eps, weight_decay.
-        stats: float32 (3,): gradient norm and clip coefficient of this step (0 where the step was
-            skipped), and the count of skipped steps, incremented.
+        tensors: fastft.ops.StepTensors, at least one.
+        grads: contiguous, float32, bfloat16 or float16.
+        hyper: float32 (n, 7).
+        stats: float32 (6,), see fastft.ops.new_stats.
         max_norm: largest global norm, 0 for none.
-        maximize: ascend instead of descend.
+        needs_norm: whether gradients are summed at all.
+        seed: of no use here, nothing is rounded at random.
     """
-    if not params:
-        stats[:2] = torch.tensor([0.0, 1.0])
-        return
-    launch = config.for_device(params[0].device).adamw
-    with device_guard(params[0]):
-        plan = plan_for(params, grads, exp_avgs, exp_avg_sqs, launch.chunk)
-        tables = (plan.addresses, plan.sizes, plan.chunk_tensor, plan.chunk_part)
-        groups = [group for group in plan.groups if group.n_chunks]
-        for group in groups:
+    launch = config.for_device(tensors.device).adamw
+    with device_guard(tensors.params[0]):
+        chunks = chunks_for(tensors, grads, launch.chunk, N_SCALARS)
+        table = table_for(tensors, grads)
+        tables = (table, chunks.tensor, chunks.part)
+        lists = (tensors.params, grads, *tensors.states)
+        aligned = all(t.data_ptr() % 16 == 0 for values in lists for t in values)
+        for group in chunks.groups if needs_norm else ():
             _adamw_norm_kernel[(group.n_chunks,)](
-                *tables, plan.partials, len(params), group.first_chunk,
-                GRAD=_DTYPES[group.grad_dtype], ALIGNED=plan.aligned,
+                *tables, chunks.partials, group.first_chunk,
+                GRAD=_DTYPES[group.grad_dtype], ALIGNED=aligned,
                 CHUNK=launch.chunk, BLOCK=launch.block, **launch.launch.options(),
             )  # fmt: skip
         _adamw_prepare_kernel[(1,)](
-            plan.partials, stats, steps, hyper, plan.scalars,
-            plan.n_chunks, len(params), float(max_norm),
-            N_HYPER=hyper.shape[1], N_OUT=N_SCALARS, SUMS=launch.prepare_sums,
-            BLOCK=launch.prepare.block,
+            chunks.partials, stats, table, hyper, chunks.scalars,
+            chunks.count, len(grads), float(max_norm),
+            NEEDS_NORM=needs_norm, N_HYPER=hyper.shape[1], N_OUT=N_SCALARS,
+            SUMS=launch.prepare_sums, BLOCK=launch.prepare.block,
             **launch.prepare.launch.options(),
         )  # fmt: skip
-        for group in groups:
+        for group in chunks.groups:
             _adamw_update_kernel[(group.n_chunks,)](
-                *tables, plan.scalars, stats, len(params), group.first_chunk,
-                -1.0 if maximize else 1.0,
+                *tables, chunks.scalars, stats, group.first_chunk,
                 PARAM=_DTYPES[group.param_dtype], GRAD=_DTYPES[group.grad_dtype],
-                ALIGNED=plan.aligned, N_IN=N_SCALARS,
+                ALIGNED=aligned, N_IN=N_SCALARS,
                 CHUNK=launch.chunk, BLOCK=launch.block, **launch.launch.options(),
             )  # fmt: skip

@@ -1,20 +1,23 @@
-"""CUDA launcher of ``adamw``: three launches for all tensors of a step, whatever their dtypes."""
+"""CUDA launcher of ``optimizer_step``: two or three launches for all tensors of a step."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from fastft_kernels.multi_tensor import plan_for
+from fastft_kernels.multi_tensor import chunks_for, table_for
 from torch import Tensor
 
 from fastft import native
 
 __all__ = ["step", "supports"]
 
-# Elements of one thread block.
+# Elements of one thread block; a multiple of 256.
 _CHUNK = 8192
+_SCALARS = 10
 
 
-def supports(*, device_type: str, dtype: torch.dtype) -> str | None:
+def supports(*, device_type: str, dtype: torch.dtype, **facts: object) -> str | None:
     """None where the compiled CUDA kernels can run the call, else the reason why not."""
     if device_type != "cuda":
         return f"runs on CUDA devices, not on {device_type!r}"
@@ -28,43 +31,36 @@ def supports(*, device_type: str, dtype: torch.dtype) -> str | None:
 
 
 def step(
-    params: list[Tensor],
+    tensors: Any,
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: Tensor,
     hyper: Tensor,
     stats: Tensor,
     *,
     max_norm: float,
-    maximize: bool,
+    needs_norm: bool,
+    seed: int,
 ) -> None:
-    """One step over all tensors, in place; see :func:`fastft.ops.adamw` for the formula.
+    """One step over all tensors, in place; see :func:`fastft.ops.optimizer_step`.
 
     Nothing waits for the GPU: addresses go up through pinned memory, and only when they change.
     """
-    if not params:
-        stats[:2] = torch.tensor([0.0, 1.0])
-        return
-    device = params[0].device
-    with torch.cuda.device(device):
-        plan = plan_for(params, grads, exp_avgs, exp_avg_sqs, _CHUNK)
-        native.module().adamw_cuda(
+    with torch.cuda.device(tensors.device):
+        chunks = chunks_for(tensors, grads, _CHUNK, _SCALARS)
+        native.module().optimizer_step_cuda(
             torch.cuda.current_device(),
-            plan.addresses.data_ptr(),
-            plan.sizes.data_ptr(),
-            plan.dtypes.data_ptr(),
-            plan.chunk_tensor.data_ptr(),
-            plan.chunk_part.data_ptr(),
-            len(params),
-            plan.n_chunks,
+            tensors.rule_code,
+            table_for(tensors, grads).data_ptr(),
+            len(grads),
+            chunks.tensor.data_ptr(),
+            chunks.part.data_ptr(),
+            chunks.count,
             _CHUNK,
-            plan.partials.data_ptr(),
-            plan.scalars.data_ptr(),
-            steps.data_ptr(),
+            chunks.partials.data_ptr(),
+            chunks.scalars.data_ptr(),
             hyper.data_ptr(),
             stats.data_ptr(),
             max_norm,
-            maximize,
+            needs_norm,
+            seed,
             torch.cuda.current_stream().cuda_stream,
         )

@@ -1,0 +1,83 @@
+// 8-bit states: block-wise dynamic codes (Dettmers et al. 2022, https://arxiv.org/abs/2110.02861),
+// the maps of bitsandbytes in closed form. A block's values are divided by their largest magnitude.
+//
+//   signed    q = 127 +- k: decade i = floor(log2 k) in 0..6 has 2^i values,
+//             10^(i-6) (0.1 + 0.9 (k + 1/2 - 2^i) / 2^i); 127 is 0, 255 is 1
+//   unsigned  q = k - 1: decade i = floor(log2 k) - 1 in 0..6 has 2^(i+1) values; 0 is 0, 255 is 1
+#pragma once
+
+#include "fastft/numeric.h"
+
+namespace fastft {
+inline namespace FASTFT_ISA {
+
+// 10^(i - 6) for i in 0..7.
+FASTFT_HD float dynamic8_decade(int32_t i) {
+  const float ones = (i & 1) ? 1e-5f : 1e-6f;
+  const float twos = (i & 2) ? 100.0f : 1.0f;
+  return ones * twos * ((i & 4) ? 1e4f : 1.0f);
+}
+
+// The value of the k-th code of decade floor(log2 k) - `first`.
+FASTFT_HD float dynamic8_value(int32_t k, int32_t first) {
+  const uint32_t bits = float_bits(static_cast<float>(k) + 0.5f);
+  const int32_t exponent = static_cast<int32_t>(bits >> 23) - 127;
+  const float mantissa = float_from_bits((bits & 0x7fffffu) | 0x3f800000u);
+  return dynamic8_decade(exponent - first) * (0.9f * (mantissa - 1.0f) + 0.1f);
+}
+
+FASTFT_HD float dynamic8_decode_signed(uint8_t code) {
+  const int32_t k = static_cast<int32_t>(code) - 127;
+  const int32_t size = k < 0 ? -k : k;
+  const float value = dynamic8_value(size, 0);
+  const float magnitude = size == 0 ? 0.0f : (size == 128 ? 1.0f : value);
+  return k < 0 ? -magnitude : magnitude;
+}
+
+FASTFT_HD float dynamic8_decode_unsigned(uint8_t code) {
+  const int32_t k = static_cast<int32_t>(code) + 1;
+  const float value = dynamic8_value(k, 1);
+  return k == 1 ? 0.0f : (k == 256 ? 1.0f : value);
+}
+
+// floor(a slope + start) is k within a decade; where the next decade begins lies half way between
+// its first value and the last one of this. Returns k for 0 <= a <= 1, without 0 and 1 themselves.
+template <bool kSigned>
+FASTFT_HD int32_t dynamic8_index(float a) {
+  constexpr float cells = kSigned ? 1.0f : 2.0f, gap = kSigned ? 0.9f : 0.45f;
+  float slope = cells * 1e6f / 0.9f, start = cells * (8.0f / 9.0f);
+#define FASTFT_DECADE(two, edge, per_edge)                    \
+  {                                                           \
+    const bool above = a >= edge * (1.0f + 2.0f * gap / two); \
+    slope = above ? cells * two * per_edge / 0.9f : slope;    \
+    start = above ? cells * two * (8.0f / 9.0f) : start;      \
+  }
+  FASTFT_DECADE(2.0f, 1e-6f, 1e5f)
+  FASTFT_DECADE(4.0f, 1e-5f, 1e4f)
+  FASTFT_DECADE(8.0f, 1e-4f, 1e3f)
+  FASTFT_DECADE(16.0f, 1e-3f, 1e2f)
+  FASTFT_DECADE(32.0f, 1e-2f, 1e1f)
+  FASTFT_DECADE(64.0f, 1e-1f, 1.0f)
+#undef FASTFT_DECADE
+  const float k = a * slope + start, last = start * 2.25f - 0.5f;
+  return static_cast<int32_t>(k < last ? k : last);
+}
+
+// x in [-1, 1]: the nearest code.
+FASTFT_HD uint8_t dynamic8_encode_signed(float x) {
+  const float a = x < 0.0f ? -x : x;
+  int32_t k = dynamic8_index<true>(a);
+  k = a < 2.75e-7f ? 0 : k;
+  k = x >= 0.996484375f ? 128 : k;
+  return static_cast<uint8_t>(127 + (x < 0.0f ? -k : k));
+}
+
+// a in [0, 1]: the nearest code but 0, so that no second moment vanishes by rounding.
+FASTFT_HD uint8_t dynamic8_encode_unsigned(float a) {
+  const int32_t k = dynamic8_index<false>(a);
+  const int32_t code = k < 2 ? 1 : k - 1;
+  return static_cast<uint8_t>(a >= 0.99824219f ? 255 : code);
+}
+
+}  // namespace FASTFT_ISA
+}  // namespace fastft

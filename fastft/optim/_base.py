@@ -1,0 +1,324 @@
+"""``FusedOptimizer``: torch's optimizer with the step as one call for each device."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastft import ops
+from fastft.errors import ArgumentError, DtypeError
+from fastft.optim._batch import Batch
+from fastft.optim._shards import global_norm, local, shard_offset
+
+__all__ = ["FusedOptimizer", "check_hyper"]
+
+ROUNDINGS = ("nearest", "stochastic", "compensated")
+
+
+def check_hyper(where: str, values: dict[str, Any]) -> None:
+    """Hyper-parameters in range: betas and momenta in [0, 1), all else non-negative.
+
+    Raises:
+        ArgumentError: with torch's words in its text, which callers may look for.
+    """
+    for name, value in values.items():
+        if name == "betas":
+            tensors = [isinstance(b, Tensor) for b in value]
+            if any(tensors) and not all(tensors):
+                raise ArgumentError(
+                    where, name, expected="both floats or both Tensors", got=repr(value),
+                    remedy="betas must be either both floats or both Tensors.",
+                )  # fmt: skip
+            for i, beta in enumerate(value):
+                if not 0 <= beta < 1:
+                    raise ArgumentError(
+                        where, name, expected="two numbers in [0, 1)", got=repr(value),
+                        remedy=f"Invalid beta parameter at index {i}: {beta}.",
+                    )  # fmt: skip
+            continue
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ArgumentError(
+                    where, name, expected="one number", got=f"shape {tuple(value.shape)}",
+                    remedy=f"Tensor {name} must be 1-element.",
+                )  # fmt: skip
+            continue
+        if not value >= 0:
+            word = {"lr": "learning rate", "eps": "epsilon value"}.get(name, f"{name} value")
+            raise ArgumentError(
+                where, name, expected=">= 0", got=repr(value), remedy=f"Invalid {word}: {value}."
+            )
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """What the optimizers share: one call a step, clip, skip, states, rounding.
+
+    Args:
+        params: parameters, named parameters or param groups, on any devices, sharded or not.
+        defaults: hyper-parameters of a group that names none of its own.
+        max_grad_norm: clip the global norm of all gradients of the step at this, inside the step;
+            None where the trainer clips already.
+        skip_nonfinite: leave out steps whose gradient norm is not finite, and count them. It takes
+            a read of all gradients, which the clip takes anyway.
+        state_bits: 32 or 8; a param group may say another. 8: tensors of fewer than 4,096
+            elements (``min_8bit_size``) keep float32 states, as in bitsandbytes.
+        rounding: of bfloat16 parameters: "nearest", "stochastic", or "compensated" with a second
+            bfloat16 for what rounding takes away.
+        seed: of stochastic rounding. An element's bits depend on it, on the parameter's name (if
+            the optimizer is given named parameters, else its position), on the element's place in
+            the whole parameter and on the parameter's step alone.
+
+    ``foreach``, ``fused`` and ``capturable`` are accepted and change nothing: all steps run on the
+    device in one call, never wait for it, and can be captured in a CUDA graph.
+    """
+
+    rule: ClassVar[str]
+    state_names: ClassVar[tuple[str, ...]]
+    min_8bit_size = 4096
+    _batches: dict[Any, Batch]
+    _stats: dict[torch.device, Tensor]
+    _keys: dict[int, int]
+    _scaled: bool
+    _norm_is_global: bool
+    # GradScaler hands its scale over instead of unscaling and asking.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = True,
+        state_bits: int = 32,
+        rounding: str = "nearest",
+        seed: int = 0,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        where = self._where = f"fastft.optim.{type(self).__name__}"
+        ranged = {k: v for k, v in defaults.items() if not isinstance(v, (bool, str))}
+        check_hyper(where, ranged)
+        for name, value, valid, expected in (
+            ("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0, "> 0"),
+            ("state_bits", state_bits, state_bits in (8, 32), "8 or 32"),
+            ("rounding", rounding, rounding in ROUNDINGS, " or ".join(ROUNDINGS)),
+            ("differentiable", differentiable, not differentiable, "False"),
+        ):
+            if not valid:
+                raise ArgumentError(where, name, expected=expected, got=repr(value))
+        for name in ("lr", "betas"):
+            value = defaults.get(name)
+            first = value[0] if isinstance(value, tuple) else value
+            if foreach and isinstance(first, Tensor) and not capturable:
+                label = f"{name}[0]" if isinstance(value, tuple) else name
+                raise ArgumentError(
+                    where, name, expected="a float with foreach=True", got=repr(value),
+                    remedy=f"{label} as a Tensor is not supported for capturable=False and "
+                    "foreach=True, in torch; here leave foreach out.",
+                )  # fmt: skip
+        self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
+        self.rounding, self.seed = rounding, seed
+        self._start()
+        # torch moves "step" to the device when it loads groups that say they are capturable.
+        flags = {"foreach": foreach, "fused": fused, "capturable": capturable}
+        super().__init__(params, {**defaults, "state_bits": state_bits, **flags})
+
+    # What a group means to the kernel.
+
+    def hyper(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """lr, beta1, beta2, eps, weight decay and extra of a group; see ops.optimizer_step."""
+        raise NotImplementedError
+
+    def n_states(self, group: dict[str, Any]) -> int:
+        """How many states the parameters of a group have."""
+        return len(self.state_names)
+
+    def fresh_state(self, name: str, state: Tensor, param: Tensor) -> None:
+        """Fills a new state, which is zero; for rules that start elsewhere."""
+
+    # What a user asks.
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Global norm of the last step's gradients, 0-dim float32, over all devices; 0 where
+        neither ``max_grad_norm`` nor ``skip_nonfinite`` asked for it."""
+        norms = [stats[0].cpu() for stats in self._stats.values()]
+        if self._norm_is_global:
+            return norms[0].clone()
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped for a norm that was not finite; reads the device."""
+        return max((int(s[2].item()) for s in self._stats.values()), default=0)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step over every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.before_step()
+        self.apply_step(self._members())
+        return loss
+
+    def before_step(self) -> None:
+        """Runs before each step; for what changes with the count of steps."""
+
+    def apply_step(
+        self, by_device: dict[torch.device, list[tuple[Tensor, Tensor, dict[str, Any]]]]
+    ) -> None:
+        """Steps (parameter, gradient, group), whose norm is one."""
+        sharded = any(p is not local(p) for members in by_device.values() for p, _, _ in members)
+        together = not sharded and len(by_device) <= 1
+        norm = None
+        if not together and (self.max_grad_norm is not None or self.skip_nonfinite):
+            norm = global_norm([g for members in by_device.values() for _, g, _ in members])
+        self._norm_is_global = norm is not None
+        for device, members in by_device.items():
+            batch = self._batch(device, members)
+            batch.set_hyper(self)
+            stats = self._stats_of(device)
+            self._scale(stats, norm)
+            ops.optimizer_step(
+                batch.tensors,
+                batch.grads([g for _, g, _ in members]),
+                batch.hyper,
+                stats,
+                max_norm=(self.max_grad_norm or 0.0) if norm is None else 0.0,
+                needs_norm=norm is None and bool(self.max_grad_norm or self.skip_nonfinite),
+                seed=self.seed,
+            )
+            if norm is not None:
+                stats[0] = norm.to(device) * self._inverse_scale(device)
+
+    def _inverse_scale(self, device: torch.device) -> Tensor | float:
+        scale = getattr(self, "grad_scale", None)
+        return 1.0 if scale is None else scale.to(device, non_blocking=True).float().reciprocal()
+
+    def _scale(self, stats: Tensor, norm: Tensor | None) -> None:
+        """What the step reads: 1 over the loss scale, times a clip known already, and whether a
+        scaler found infinities. GradScaler sets ``grad_scale`` and ``found_inf`` for the call."""
+        found = getattr(self, "found_inf", None)
+        if norm is None and getattr(self, "grad_scale", None) is None and found is None:
+            if self._scaled:
+                stats[3], stats[4] = 1.0, 0.0
+            return
+        self._scaled = True
+        inverse = self._inverse_scale(stats.device)
+        stats[3] = inverse
+        stats[4] = 0.0 if found is None else found.to(stats.device, non_blocking=True)
+        if norm is not None:
+            here = norm.to(stats.device, non_blocking=True) * inverse
+            if self.max_grad_norm is not None:
+                stats[3] *= (self.max_grad_norm / (here + 1e-6)).clamp(max=1.0).nan_to_num(0.0)
+            stats[4] += (~here.isfinite()).float()
+
+    def row(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """A group's row of the table of hyper-parameters."""
+        return (*self.hyper(group), -1.0 if group.get("maximize") else 1.0)
+
+    def _members(self) -> dict[torch.device, list[tuple[Tensor, Tensor, dict[str, Any]]]]:
+        """The parameters with a gradient, their gradients and groups, by device."""
+        split: dict[torch.device, list[tuple[Tensor, Tensor, dict[str, Any]]]] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                self._check_grad(p, p.grad)
+                split.setdefault(p.device, []).append((p, p.grad, group))
+        return split
+
+    def _check_grad(self, p: Tensor, grad: Tensor) -> None:
+        if grad.is_sparse or p.is_complex():
+            raise DtypeError(
+                self._where,
+                "grad",
+                expected="dense real gradients",
+                got="sparse" if grad.is_sparse else str(p.dtype),
+                remedy=f"{type(self).__name__} does not support "
+                f"{'sparse gradients' if grad.is_sparse else 'complex parameters'}.",
+            )
+
+    def _batch(self, device: torch.device, members: Sequence[tuple[Tensor, Tensor, Any]]) -> Batch:
+        key = (device, tuple(id(p) for p, _, _ in members))
+        batch = self._batches.pop(key, None)
+        if batch is None:
+            batch = Batch(self, [(p, group) for p, _, group in members])
+        self._batches[key] = batch
+        if len(self._batches) > 8:
+            self._batches.pop(next(iter(self._batches)))
+        return batch
+
+    def _stats_of(self, device: torch.device) -> Tensor:
+        if device not in self._stats:
+            self._stats[device] = ops.new_stats(device)
+        return self._stats[device]
+
+    def random_key(self, p: Tensor) -> tuple[int, int]:
+        """The tensor's key of stochastic rounding, and the place of its first element."""
+        if id(p) not in self._keys:
+            self._keys, position = {}, 0
+            for group in self.param_groups:
+                names = group.get("param_names")
+                for i, q in enumerate(group["params"]):
+                    name = zlib.crc32(names[i].encode()) if names else position
+                    self._keys[id(q)] = name
+                    position += 1
+        return self._keys[id(p)], shard_offset(p)
+
+    # State in and out.
+
+    def _start(self) -> None:
+        self._batches, self._stats, self._keys = {}, {}, {}
+        self._scaled = self._norm_is_global = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's own leaves out what it does not know.
+        names = ("max_grad_norm", "skip_nonfinite", "rounding", "seed", "_stats", "_where")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # From a copy or a pickle, or (with two keys) from load_state_dict.
+        if "_where" in state:
+            self._start()
+        super().__setstate__(state)
+        self._batches, self._keys = {}, {}
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch."""
+        super().add_param_group(param_group)
+        self._keys = {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch; states keep the dtype they were saved in, whatever the parameters'.
+
+        Raises:
+            ArgumentError: the state of an amsgrad optimizer.
+        """
+        if any(group.get("amsgrad") for group in state_dict.get("param_groups", [])):
+            raise ArgumentError(
+                self._where, "amsgrad", expected="False", got="True", remedy="It is not offered."
+            )
+        super().load_state_dict(state_dict)
+        saved = state_dict["state"]
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(saved_ids, params, strict=True):
+            for key, value in saved.get(index, {}).items():
+                now = self.state[p][key]
+                both = isinstance(value, Tensor) and isinstance(now, Tensor)
+                if both and now.dtype != value.dtype:
+                    self.state[p][key] = value.to(now.device, copy=True)
+        self._batches = {}

@@ -1,0 +1,184 @@
+"""``Batch``: the tensors of one call, gathered once: states, step counts and hyper-parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastft import ops
+from fastft.ops.optimizer_step import HYPER, STATE_BLOCK
+from fastft.optim._shards import like_param, local
+
+if TYPE_CHECKING:
+    from fastft.optim._base import FusedOptimizer
+
+__all__ = ["Batch"]
+
+Members = Sequence[tuple[Tensor, dict[str, Any]]]
+
+
+class Batch:
+    """Parameters of one device, what ``ops.optimizer_step`` takes of them, and their table of
+    hyper-parameters, which changes only where a group's do."""
+
+    def __init__(self, optimizer: FusedOptimizer, members: Members) -> None:
+        make_states(optimizer, members)
+        states = [optimizer.state[p] for p, _ in members]
+        keys = [optimizer.random_key(p) for p, _ in members]
+        names = optimizer.state_names[: max(optimizer.n_states(group) for _, group in members)]
+        self._orders = [_order(local(p)) for p, _ in members]
+
+        def dense(tensors: Sequence[Tensor | None]) -> list[Any]:
+            pairs = zip(tensors, self._orders, strict=True)
+            return [None if t is None else _dense(local(t), order) for t, order in pairs]
+
+        self.tensors = ops.StepTensors(
+            optimizer.rule,
+            dense([p.detach() for p, _ in members]),
+            [s["step"] for s in states],
+            [dense([s[name] for s in states]) for name in names],
+            [[s.get(absmax_name(name)) for s in states] for name in names],
+            dense([s.get("compensation") for s in states]),
+            optimizer.rounding,
+            [key for key, _ in keys],
+            [offset for _, offset in keys],
+        )
+        self.hyper = torch.zeros(len(members), len(HYPER), device=self.tensors.device)
+        self._groups = list({id(group): group for _, group in members}.values())
+        index = {id(group): i for i, group in enumerate(self._groups)}
+        self._group_of = [index[id(group)] for _, group in members]
+        self._rows: list[tuple[Any, ...]] = []
+
+    def grads(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients as the kernel takes them: the part here, laid out as the parameter."""
+        pairs = zip(grads, self._orders, strict=True)
+        return [_dense(local(g), order).contiguous() for g, order in pairs]
+
+    def set_hyper(self, optimizer: FusedOptimizer) -> None:
+        """Writes the rows where a group changed. Tensors on the device are copied there each time,
+        so that a captured graph reads what they hold when it runs."""
+        device = self.hyper.device
+        rows, moving = [], []
+        for i, group in enumerate(self._groups):
+            row = optimizer.row(group)
+            for column, value in enumerate(row):
+                if isinstance(value, Tensor) and value.device == device and device.type != "cpu":
+                    moving.append((i, column, value))
+            on_device = {column for j, column, _ in moving if j == i}
+            rows.append(tuple(0.0 if c in on_device else float(v) for c, v in enumerate(row)))
+        if rows != self._rows:
+            self._rows = rows
+            host = torch.tensor([rows[i] for i in self._group_of], dtype=torch.float32)
+            host = host.pin_memory() if device.type == "cuda" else host
+            self.hyper.copy_(host, non_blocking=True)
+        for i, column, value in moving:
+            # Members of a group are consecutive.
+            first = self._group_of.index(i)
+            self.hyper[first : first + self._group_of.count(i), column] = value
+
+
+def _order(param: Tensor) -> tuple[int, ...] | None:
+    """The order of dimensions in which a dense tensor lies in memory; None for the usual one."""
+    if param.is_contiguous():
+        return None
+    strides = param.stride()
+    order = tuple(sorted(range(param.dim()), key=lambda d: -strides[d]))
+    return order if param.permute(order).is_contiguous() else None
+
+
+def _dense(tensor: Tensor, order: tuple[int, ...] | None) -> Tensor:
+    return tensor if order is None else tensor.permute(order)
+
+
+def absmax_name(state: str) -> str:
+    """state1 -> absmax1: the key of the scales of an 8-bit state."""
+    return "absmax" + state.removeprefix("state")
+
+
+def is_eight_bit(optimizer: FusedOptimizer, p: Tensor, group: dict[str, Any]) -> bool:
+    """Whether the states of a parameter of this group are in 8 bits."""
+    return group["state_bits"] == 8 and p.numel() >= optimizer.min_8bit_size
+
+
+def make_states(optimizer: FusedOptimizer, members: Members) -> None:
+    """States of parameters that have none, in one arena; loaded ones are put where, and laid out
+    as, the parameter is."""
+    plan = []
+    for p, group in members:
+        _adopt(optimizer, p)
+        plan += [(p, *wanted) for wanted in _missing(optimizer, p, group)]
+    # One allocation for each dtype: neighbours in memory, and starts of 16 bytes.
+    totals: dict[torch.dtype, int] = {}
+    for _, _, size, dtype in plan:
+        totals[dtype] = totals.get(dtype, 0) + _padded(size)
+    arenas = {
+        dtype: torch.zeros(total, dtype=dtype, device=local(members[0][0]).device)
+        for dtype, total in totals.items()
+    }
+    used = dict.fromkeys(arenas, 0)
+    for p, key, size, dtype in plan:
+        part = arenas[dtype][used[dtype] : used[dtype] + size]
+        used[dtype] += _padded(size)
+        state = optimizer.state[p]
+        if key == "step":
+            state[key] = part.view(())
+        elif key.startswith("absmax"):
+            state[key] = part
+        else:
+            here = local(p.detach())
+            state[key] = like_param(part.as_strided(here.shape, here.stride(),
+                                                    part.storage_offset()), p)  # fmt: skip
+            if dtype != torch.uint8 and key != "compensation":
+                optimizer.fresh_state(key, local(state[key]), here)
+
+
+def _padded(size: int) -> int:
+    return -(-size // 16) * 16
+
+
+def _adopt(optimizer: FusedOptimizer, p: Tensor) -> None:
+    state = optimizer.state[p]
+    if not state:
+        return
+    here = local(p)
+    # torch's SGD counts no steps; with a buffer, the first lies behind it.
+    step = state.get("step", 1.0)
+    if not isinstance(step, Tensor) or step.dim() or step.dtype != torch.float32:
+        state["step"] = torch.tensor(float(step), device=here.device)
+    for name, value in list(state.items()):
+        if value is None:  # torch's momentum before the first step
+            del state[name]
+        elif isinstance(value, Tensor) and local(value).device != here.device:
+            state[name] = value.to(here.device)
+    for name in (*optimizer.state_names, "compensation"):
+        value = state.get(name)
+        if value is not None and value.shape == p.shape:
+            part = local(value)
+            if part.stride() != here.stride():
+                laid = torch.empty_strided(
+                    here.shape, here.stride(), dtype=part.dtype, device=here.device
+                )
+                state[name] = like_param(laid.copy_(part), p)
+
+
+def _missing(
+    optimizer: FusedOptimizer, p: Tensor, group: dict[str, Any]
+) -> list[tuple[str, int, torch.dtype]]:
+    """Key, elements and dtype of each state that is not there."""
+    numel, state = local(p).numel(), optimizer.state[p]
+    wide = torch.promote_types(p.dtype, torch.float32)
+    wanted = [("step", 1, torch.float32)]
+    for name in optimizer.state_names[: optimizer.n_states(group)]:
+        if name in state:
+            continue  # one that was loaded in another format stays in it
+        if is_eight_bit(optimizer, p, group):
+            wanted.append((name, numel, torch.uint8))
+            wanted.append((absmax_name(name), -(-numel // STATE_BLOCK), torch.float32))
+        else:
+            wanted.append((name, numel, wide))
+    if optimizer.rounding == "compensated" and p.dtype == torch.bfloat16:
+        wanted.append(("compensation", numel, torch.bfloat16))
+    return [entry for entry in wanted if entry[0] not in state]

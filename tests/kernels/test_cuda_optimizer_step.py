@@ -1,0 +1,146 @@
+"""csrc/cuda/optimizer_step.cu run on the CPU: each thread of each block, by ``cuda_on_host.h``.
+
+The compiler proves that the kernel can run; this proves what it computes, with no GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastft_kernels.multi_tensor import chunks_for
+from torch import Tensor
+
+from fastft import ops
+from tests.kernels.step_cases import BF16, F16, F32, SEED, STEP_CASES, assert_step
+
+ROOT = Path(__file__).resolve().parents[2]
+# Small chunks: many blocks' worth of borders from few elements.
+CHUNK = 512
+SCALARS = 10
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("cuda")
+    text = (ROOT / "csrc/cuda/optimizer_step.cu").read_text()
+    text = text.replace("#include <cuda_runtime.h>", '#include "cuda_on_host.h"')
+    # kernel<<<blocks, threads, 0, queue>>>(args) is no C++.
+    text, launches = re.subn(
+        r"([\w<>]+?)<<<(\w+), (\w+), 0, queue>>>\(", r"host::launch(\1, \2, \3, ", text
+    )
+    assert launches == 3
+    source, out = folder / "step.cpp", folder / "step.so"
+    source.write_text(text)
+    command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-pthread"]
+    command += [f"-I{Path(__file__).parent}", f"-I{ROOT / 'csrc/include'}"]
+    done = subprocess.run([*command, str(source), "-o", str(out)], capture_output=True, text=True)
+    if "unrecognized" in done.stderr or "barrier: No such file" in done.stderr:
+        pytest.skip(f"{compiler} knows no C++20")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return ctypes.CDLL(str(out))
+
+
+@pytest.fixture
+def step(library: ctypes.CDLL) -> Callable[..., None]:
+    def run(
+        tensors: ops.StepTensors,
+        grads: list[Tensor],
+        hyper: Tensor,
+        stats: Tensor,
+        *,
+        max_norm: float,
+        needs_norm: bool,
+        seed: int,
+    ) -> None:
+        chunks = chunks_for(tensors, grads, CHUNK, SCALARS)
+        table, _ = tensors.table(grads)
+
+        def pointer(tensor: Tensor) -> ctypes.c_void_p:
+            return ctypes.c_void_p(tensor.data_ptr())
+
+        integer, real = ctypes.c_int64, ctypes.c_float
+        status = library.fastft_optimizer_step_cuda(
+            ctypes.c_int(0), ctypes.c_int(tensors.rule_code), pointer(table), integer(len(grads)),
+            pointer(chunks.tensor), pointer(chunks.part), integer(chunks.count), integer(CHUNK),
+            pointer(chunks.partials), pointer(chunks.scalars), pointer(hyper), pointer(stats),
+            real(max_norm), ctypes.c_int(needs_norm), ctypes.c_uint64(seed), ctypes.c_void_p(None),
+        )  # fmt: skip
+        assert status == 0
+
+    return run
+
+
+# Emulated threads are slow: tensors of little more than a chunk.
+SMALL = ((1301, F32, F32), (5, BF16, BF16), (0, F32, F32), (1, F32, F32), (512, F32, F32),
+         (77, BF16, F32), (63, F16, F16), (4097, BF16, BF16))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEP_CASES)
+def test_against_float64(name: str, step: Callable[..., None]) -> None:
+    assert_step(replace(STEP_CASES[name], shapes=SMALL), step)
+
+
+@pytest.mark.parametrize("name", ["adamw-8bit-stochastic", "lion-8bit"])
+def test_the_cpu_s_own_codes_and_random_bits(name: str, step: Callable[..., None]) -> None:
+    """One seed, one run: on a CPU, on a GPU, or begun on the one and resumed on the other."""
+    gpu, cpu = (replace(STEP_CASES[name], shapes=SMALL).make() for _ in range(2))
+    options = {"max_norm": 0.0, "needs_norm": True, "seed": SEED}
+    step(gpu.tensors, gpu.grads, gpu.hyper, gpu.stats, **options)
+    ops.optimizer_step(cpu.tensors, cpu.grads, cpu.hyper, cpu.stats, backend="cpu", **options)
+    differ = total = 0
+    for lists in (lambda t: [t.params], lambda t: t.states):
+        for mine, theirs in zip(lists(gpu.tensors), lists(cpu.tensors), strict=True):
+            for a, b in zip(mine, theirs, strict=True):
+                if a.dtype in (torch.uint8, BF16):
+                    differ, total = differ + int((a != b).sum()), total + a.numel()
+    # The compilers contract other products into one rounding: a border is crossed here and there.
+    assert total > 8000
+    assert differ <= 8
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_norm_that_is_not_finite_skips_the_step(bad: float, step: Callable[..., None]) -> None:
+    state = replace(STEP_CASES["adamw-clip"], shapes=SMALL).make()
+    state.grads[0][-1] = bad
+    before = state.copy()
+    step(
+        state.tensors, state.grads, state.hyper, state.stats, max_norm=1.0, needs_norm=True, seed=0
+    )
+    assert float(state.stats[2]) == 1.0
+    assert float(state.stats[1]) == 0.0
+    for name, value in before.named().items():
+        assert torch.equal(state.named()[name], value), name
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw-8bit"])
+def test_tensors_that_start_anywhere(name: str, step: Callable[..., None]) -> None:
+    aligned = replace(STEP_CASES[name], shapes=((301, F32, F32), (50, BF16, BF16))).make()
+    odd = aligned.copy()
+    old = odd.tensors
+
+    def shift(tensors: Any) -> list[Any]:
+        return [None if t is None else torch.cat([t[:1], t])[1:] for t in tensors]
+
+    odd.tensors = ops.StepTensors(
+        old.rule, shift(old.params), old.steps, [shift(s) for s in old.states],
+        [shift(a) for a in old.absmax], keys=old.keys, offsets=old.offsets,
+    )  # fmt: skip
+    odd.grads = shift(odd.grads)
+    for state in (aligned, odd):
+        step(state.tensors, state.grads, state.hyper, state.stats, max_norm=0.0, needs_norm=True,
+             seed=0)  # fmt: skip
+    for key, value in aligned.named().items():
+        torch.testing.assert_close(odd.named()[key], value, rtol=1e-6, atol=1e-7)
