@@ -1,4 +1,8 @@
-"""AdamW with the clip of the gradients' norm: a step's time and memory for each parameter."""
+"""Optimizer steps: time, memory and launches for each parameter, beside what a copy reaches.
+
+Float32 parameters are clipped in the step: that is what people run on adapters. Parameters in
+bfloat16 are whole models, stepped without a clip, by 8-bit or bfloat16 states.
+"""
 
 from __future__ import annotations
 
@@ -10,43 +14,71 @@ import torch
 
 from .checks import compare
 from .declare import Case, Impl, Measured, Metric, Options, Step, Suite
-from .loss import needs_cuda
 
 LR, BETAS, EPS, WEIGHT_DECAY, MAX_NORM = 2e-4, (0.9, 0.999), 1e-8, 0.01, 1.0
 CHECKED_STEPS = 3
 R = 16
-# SmolLM2-135M: 30 layers of q, k, v, o, gate, up, down as (in_features, out_features).
-LAYERS = 30
-LINEARS = (
-    (576, 576),
-    (576, 192),
-    (576, 192),
-    (576, 576),
-    (576, 1536),
-    (576, 1536),
-    (1536, 576),
+# Layers, and q, k, v, o, gate, up, down as (in_features, out_features).
+SMOLLM2 = (
+    30,
+    ((576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)),
 )
+LLAMA_8B = 32, (
+    (4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336),
+    (14336, 4096),
+)  # fmt: skip
+# Bytes of a GPU that a whole model may take: bfloat16 parameters and gradients, states of the
+# largest implementation (bfloat16, twice), in as many layers as fit; 8.03B on 80 GB.
+BYTES_OF_A_MODEL = 8
 
 
-def lora_shapes(layers: int) -> list[tuple[int, ...]]:
-    """Shapes of the A and B of every linear of SmolLM2 at rank 16: 14 tensors a layer."""
-    shapes = [shape for k, n in LINEARS for shape in ((R, k), (n, R))]
-    return shapes * layers
+def lora_shapes(model: Any, layers: int | None = None) -> list[tuple[int, ...]]:
+    """Shapes of the A and B of every linear at rank 16: 14 tensors a layer."""
+    count, linears = model
+    return [s for k, n in linears for s in ((R, k), (n, R))] * (layers or count)
+
+
+def model_shapes(options: Options) -> list[tuple[int, ...]]:
+    """Weights of Llama-3-8B, as many layers as fit; of SmolLM2 on a CPU."""
+    if options.device.type != "cuda":
+        count, linears = SMOLLM2
+        return [(n, k) for k, n in linears] * (1 if options.quick else count)
+    count, linears = LLAMA_8B
+    layer = [(n, k) for k, n in linears]
+    fits = int(torch.cuda.mem_get_info()[0] * 0.9 / BYTES_OF_A_MODEL)
+    whole = [(128256, 4096)] * 2 + layer * count
+    total = sum(n * k for n, k in whole)
+    return layer if options.quick else (whole if total <= fits else layer * (fits // _size(layer)))
+
+
+def _size(shapes: Sequence[tuple[int, ...]]) -> int:
+    return sum(torch.Size(s).numel() for s in shapes)
 
 
 def cases(options: Options) -> Sequence[Case]:
-    """The adapters of SmolLM2, as they come and as one flat tensor of as many elements."""
-    shapes = lora_shapes(2 if options.quick else LAYERS)
-    total = sum(rows * columns for rows, columns in shapes)
+    """Adapters in float32 as they come and as one tensor, many small ones, a model in bfloat16."""
+    quick = 2 if options.quick else None
+    adapters = lora_shapes(SMOLLM2, quick)
+    large = lora_shapes(LLAMA_8B, quick)
+    small = [(1024,)] * (100 if options.quick else 10_000)
+    model = model_shapes(options)
+    count = f"{_size(model) / 1e9:.2f}B"
     return [
-        Case(f"lora {len(shapes)} tensors", {"shapes": shapes, "total": total, "dtype": "float32"}),
-        Case("flat 1 tensor", {"shapes": [(total,)], "total": total, "dtype": "float32"}),
+        _case(f"lora SmolLM2 {len(adapters)} tensors", adapters, "float32"),
+        _case(f"lora Llama-3-8B {len(large)} tensors", large, "float32"),
+        _case("flat 1 tensor", [(_size(adapters),)], "float32"),
+        _case(f"{len(small)} tensors of 1024", small, "float32"),
+        _case(f"model {count} bfloat16", model, "bfloat16"),
     ]
+
+
+def _case(name: str, shapes: Sequence[tuple[int, ...]], dtype: str) -> Case:
+    return Case(name, {"shapes": shapes, "total": _size(shapes), "dtype": dtype})
 
 
 @dataclass
 class Inputs:
-    """values, gradients: float32 tensors of the case's shapes (adapters train in float32)."""
+    """values, gradients: tensors of the case's shapes and dtype."""
 
     case: Case
     options: Options
@@ -55,11 +87,12 @@ class Inputs:
 
 
 def prepare(case: Case, options: Options) -> Inputs:
-    generator = torch.Generator().manual_seed(case["total"])
+    generator = torch.Generator().manual_seed(case["total"] % 2**31)
+    dtype = getattr(torch, case["dtype"])
 
     def draw(scale: float) -> list[torch.Tensor]:
         return [
-            (torch.randn(shape, generator=generator) * scale).to(options.device)
+            (torch.randn(shape, generator=generator) * scale).to(options.device, dtype)
             for shape in case["shapes"]
         ]
 
@@ -70,7 +103,8 @@ def plain(inputs: Inputs, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The change of all parameters after three steps, from the formula, in `dtype`."""
     values = torch.cat([v.flatten() for v in inputs.values]).to(dtype)
     gradient = torch.cat([g.flatten() for g in inputs.gradients]).to(dtype)
-    gradient = gradient * min(1.0, MAX_NORM / (float(gradient.double().norm()) + 1e-6))
+    if clips(inputs.case):
+        gradient = gradient * min(1.0, MAX_NORM / (float(gradient.double().norm()) + 1e-6))
     start = values.clone()
     first, second = torch.zeros_like(values), torch.zeros_like(values)
     for step in range(1, CHECKED_STEPS + 1):
@@ -82,13 +116,38 @@ def plain(inputs: Inputs, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {"change": values - start}
 
 
+def clips(case: Case) -> bool:
+    """Whether the norm of the case's gradients is clipped."""
+    return bool(case["dtype"] == "float32")
+
+
+# By how much of the way three steps with 8-bit states may differ: quanta of the states.
+EIGHT_BIT = 0.05
+
+
 def check(inputs: Inputs, step: Step) -> str | None:
-    """Compares how three steps change the parameters with the formula in float64."""
-    return compare(step.outputs(), plain(inputs, torch.float64), plain(inputs, torch.float32))
+    """Compares how three steps change float32 parameters with the formula in float64; 8-bit states
+    may differ by their quanta. In bfloat16 steps are of the size of a rounding: there the way is
+    held to the formula's on the whole."""
+    truth = plain(inputs, torch.float64)
+    ((name, change),) = step.outputs().items()
+    if not clips(inputs.case):
+        exact = truth["change"]
+        along = float((change.double() * exact).sum() / exact.square().sum())
+        return None if 0.5 < along < 1.5 else f"moves {along:.2f} times as far as the formula"
+    if name == "change":
+        return compare({name: change}, truth, plain(inputs, torch.float32))
+    exact = truth["change"]
+    off = float((change.double() - exact).norm() / exact.norm())
+    return None if off < EIGHT_BIT else f"8-bit steps are {off:.1%} off the formula's"
 
 
-def _step(inputs: Inputs, make: Callable[[list[torch.Tensor]], Callable[[], None]]) -> Step:
-    """make: parameters -> the whole step, clip included."""
+def _step(
+    inputs: Inputs,
+    make: Callable[[list[torch.Tensor]], Callable[[], None]],
+    name: str = "change",
+) -> Step:
+    """make: parameters -> the whole step, clip included; name: of the result."""
 
     def fresh() -> tuple[list[torch.Tensor], Callable[[], None]]:
         parameters = [value.clone().requires_grad_() for value in inputs.values]
@@ -104,70 +163,92 @@ def _step(inputs: Inputs, make: Callable[[list[torch.Tensor]], Callable[[], None
                 parameter.grad.copy_(gradient)
             step()
         change = [p.detach() - v for p, v in zip(parameters, inputs.values, strict=True)]
-        return {"change": torch.cat([c.flatten() for c in change])}
+        return {name: torch.cat([c.flatten() for c in change])}
 
-    # Parameters and gradients of its own: 4 bytes of each for every element.
-    return Step(fresh()[1], outputs, copies=8 * inputs.case["total"])
+    # Parameters and gradients of its own.
+    size = inputs.values[0].element_size()
+    return Step(fresh()[1], outputs, copies=2 * size * inputs.case["total"])
+
+
+def _clipped(inputs: Inputs, parameters: list[torch.Tensor], optimizer: Any) -> Callable[[], None]:
+    """A step after the clip that the optimizer itself does not know."""
+    if not clips(inputs.case):
+        return optimizer.step  # type: ignore[no-any-return]
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+        optimizer.step()
+
+    return step
+
+
+OPTIONS: dict[str, Any] = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
 
 
 def _torch_adamw(inputs: Inputs, **kind: bool) -> Step:
-    def make(parameters: list[torch.Tensor]) -> Callable[[], None]:
-        optimizer = torch.optim.AdamW(
-            parameters, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, **kind
-        )
-
-        def step() -> None:
-            torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
-            optimizer.step()
-
-        return step
-
-    return _step(inputs, make)
+    return _step(inputs, lambda p: _clipped(inputs, p, torch.optim.AdamW(p, **OPTIONS, **kind)))
 
 
 def build_fused(inputs: Inputs) -> Step:
-    """torch.optim.AdamW(fused=True) after clip_grad_norm_."""
+    """torch.optim.AdamW(fused=True), after clip_grad_norm_ in float32."""
     return _torch_adamw(inputs, fused=True)
 
 
 def build_foreach(inputs: Inputs) -> Step:
-    """torch.optim.AdamW(foreach=True) after clip_grad_norm_."""
+    """torch.optim.AdamW(foreach=True), after clip_grad_norm_ in float32."""
     return _torch_adamw(inputs, foreach=True)
 
 
 def build_bitsandbytes(inputs: Inputs) -> Step:
-    """bitsandbytes' AdamW with 32-bit states after clip_grad_norm_."""
+    """bitsandbytes' AdamW8bit, after clip_grad_norm_ in float32; states of tensors of fewer than
+    4,096 elements stay float32."""
     import bitsandbytes
 
-    def make(parameters: list[torch.Tensor]) -> Callable[[], None]:
-        optimizer = bitsandbytes.optim.AdamW32bit(
-            parameters, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY
-        )
+    return _step(
+        inputs, lambda p: _clipped(inputs, p, bitsandbytes.optim.AdamW8bit(p, **OPTIONS)), "8-bit"
+    )
 
-        def step() -> None:
-            torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
-            optimizer.step()
 
-        return step
+def build_torchao(inputs: Inputs) -> Step:
+    """torchao's AdamW8bit, after clip_grad_norm_ in float32; it compiles at its first step."""
+    from torchao.optim import AdamW8bit
 
-    return _step(inputs, make)
+    more = {"bf16_stochastic_round": not clips(inputs.case)}
+    return _step(inputs, lambda p: _clipped(inputs, p, AdamW8bit(p, **OPTIONS, **more)), "8-bit")
+
+
+def _fastft(inputs: Inputs, kind: str) -> Step:
+    from fastft import optim
+
+    # Without a clip no gradient is summed either: as the others.
+    clip = MAX_NORM if clips(inputs.case) else None
+    more = {"max_grad_norm": clip, "skip_nonfinite": clip is not None}
+    name = "8-bit" if "8bit" in kind else "change"
+    return _step(inputs, lambda p: getattr(optim, kind)(p, **OPTIONS, **more).step, name)
 
 
 def build_fastft(inputs: Inputs) -> Step:
-    """fastft.optim.AdamW, which clips in the same call."""
-    from fastft.optim import AdamW
+    """fastft.optim.AdamW with float32 states, which clips in the same call; parameters in bfloat16
+    are rounded stochastically."""
+    return _fastft(inputs, "AdamW" if clips(inputs.case) else "AdamWBF16")
 
-    def make(parameters: list[torch.Tensor]) -> Callable[[], Any]:
-        return AdamW(
-            parameters,
-            lr=LR,
-            betas=BETAS,
-            eps=EPS,
-            weight_decay=WEIGHT_DECAY,
-            max_grad_norm=MAX_NORM,
-        ).step
 
-    return _step(inputs, make)
+def build_fastft_8bit(inputs: Inputs) -> Step:
+    """fastft.optim.AdamW8bit: the same with 8-bit states."""
+    return _fastft(inputs, "AdamW8bit")
+
+
+def build_copy(inputs: Inputs) -> Step:
+    """The floor: parameters, gradients and float32 states (28 bytes) or 8-bit ones (10.06) moved as
+    a copy moves them, half read and half written."""
+    case = inputs.case
+    moved = 28 if case["dtype"] == "float32" else 10.0625
+    words = int(case["total"] * moved / 8)
+    source = torch.zeros(words, device=inputs.options.device)
+    target = torch.empty_like(source)
+    return Step(
+        lambda: target.copy_(source), lambda: plain(inputs, torch.float32), copies=8 * words
+    )
 
 
 def ns_per_param(own: Measured, by_impl: Mapping[str, Measured], case: Case) -> float | None:
@@ -184,8 +265,14 @@ def bytes_per_param(own: Measured, by_impl: Mapping[str, Measured], case: Case) 
     return None if own.peak_bytes is None else own.peak_bytes / case["total"]
 
 
+def of_copy(own: Measured, by_impl: Mapping[str, Measured], case: Case) -> float | None:
+    """How near the floor: the copy's time over the step's."""
+    copy = by_impl.get("copy")
+    return None if copy is None or own is copy else copy.median / own.median
+
+
 def tiny(case: Case) -> Case:
-    return Case(case.name, {**case.facts, "shapes": [(R, 64), (64, R)], "total": 2 * R * 64})
+    return _case(case.name, [(R, 64), (64, R)], case["dtype"])
 
 
 SUITE = Suite(
@@ -194,11 +281,15 @@ SUITE = Suite(
     impls=(
         Impl("torch-fused", build_fused),
         Impl("torch-foreach", build_foreach),
-        Impl("bitsandbytes", build_bitsandbytes, package="bitsandbytes", not_here=needs_cuda),
+        Impl("bitsandbytes", build_bitsandbytes, package="bitsandbytes"),
+        Impl("torchao", build_torchao, package="torchao"),
+        Impl("copy", build_copy),
         Impl("fastft", build_fastft),
+        Impl("fastft-8bit", build_fastft_8bit),
     ),
     metrics=(
         Metric("ns_per_param", "ns", False, ns_per_param),
+        Metric("of_copy", "fraction", True, of_copy),
         Metric("bytes_per_param", "bytes", False, bytes_per_param),
     ),
     prepare=prepare,

@@ -16,8 +16,8 @@ for Nesterov's. sign is -1 where the objective is maximised, which turns g.
 States are float32, or 8-bit codes of blocks of 256 that bitsandbytes' maps decode
 (:mod:`fastft.reference.optimizer_step`). Parameters in bfloat16 are rounded to nearest, at random
 with the probability of what is cut off (``stochastic``), or with a second bfloat16 that holds what
-was cut off (``compensated``). The random bits of an element depend on the seed, its tensor's key, its
-place in the tensor and the tensor's step alone.
+was cut off (``compensated``). The random bits of an element depend on the seed, its tensor's key,
+its place in the tensor and the tensor's step alone.
 
 Sources: Loshchilov & Hutter 2019, algorithm 2, https://arxiv.org/abs/1711.05101; Chen et al. 2023,
 https://arxiv.org/abs/2302.06675; ``torch.optim.SGD``; Defazio et al. 2024,
@@ -46,6 +46,7 @@ __all__ = [
     "Rule",
     "StepTensors",
     "dynamic_map",
+    "launcher_of",
     "new_stats",
     "optimizer_step",
 ]
@@ -145,8 +146,11 @@ class StepTensors:
     def table(self, grads: Sequence[Tensor]) -> tuple[Tensor, bool]:
         """The rows of csrc/include/fastft/optimizer.h, int64 (n, 12) on the CPU, and whether
         anything has changed since the last call."""
-        now = ([p.data_ptr() for p in self.params], [g.data_ptr() for g in grads],
-               [g.dtype for g in grads])  # fmt: skip
+        now = (
+            list(map(Tensor.data_ptr, self.params)),
+            list(map(Tensor.data_ptr, grads)),
+            [g.dtype for g in grads],
+        )
         if now == self._seen:
             return self._table, False
         self._seen = now
@@ -154,8 +158,9 @@ class StepTensors:
         eight = self.absmax[0] if self.absmax else [None] * len(self.params)
         codes = [
             _DTYPE_CODES[p.dtype] + 4 * _DTYPE_CODES[dtype] + 16 * (scale is not None)
-            + 32 * (how if p.dtype == torch.bfloat16 else 0)
-            for p, dtype, scale in zip(self.params, now[2], eight, strict=True)
+            + 32 * (how if p.dtype == torch.bfloat16 and (how != 2 or rest is not None) else 0)
+            for p, dtype, scale, rest in zip(
+                self.params, now[2], eight, self.compensation, strict=True)
         ]  # fmt: skip
         self._table[:, _PARAM] = torch.tensor(now[0])
         self._table[:, _GRAD] = torch.tensor(now[1])
@@ -215,12 +220,20 @@ def optimizer_step(
         check_dtype(_WHERE, name, tensor, (torch.float32, torch.float64))
         check_shape(_WHERE, name, tensor, shape, "shape")
         _check_contiguous(name, tensor)
-    if not count:
-        return
-    launcher = backends.select("optimizer_step", backend, **_facts(tensors))[1]
-    launcher.step(
-        tensors, list(grads), hyper, stats, max_norm=max_norm, needs_norm=needs_norm, seed=seed
-    )
+    if count:
+        launcher_of(tensors, backend).step(
+            tensors, list(grads), hyper, stats, max_norm=max_norm, needs_norm=needs_norm, seed=seed
+        )
+
+
+def launcher_of(tensors: StepTensors, backend: str | None = None) -> Any:
+    """The backend's module whose ``step`` takes these tensors, with no check of what else it is
+    given: an optimizer's gradients are what torch lets be a parameter's.
+
+    Raises:
+        BackendError: the backend asked for cannot run it.
+    """
+    return backends.select("optimizer_step", backend, **_facts(tensors))[1]
 
 
 def _facts(tensors: StepTensors) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from fastft import ops
 from fastft.errors import ArgumentError, DtypeError
 from fastft.optim._batch import Batch
-from fastft.optim._shards import global_norm, local, shard_offset
+from fastft.optim._shards import global_norm, is_sharded, shard_offset
 
 __all__ = ["FusedOptimizer", "check_hyper"]
 
@@ -167,34 +167,43 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.before_step()
-        self.apply_step(self._members())
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        groups: list[dict[str, Any]] = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    params.append(p)
+                    grads.append(p.grad)
+            groups += [group] * (len(params) - len(groups))
+        self.apply_step(params, grads, groups)
         return loss
 
     def before_step(self) -> None:
         """Runs before each step; for what changes with the count of steps."""
 
     def apply_step(
-        self, by_device: dict[torch.device, list[tuple[Tensor, Tensor, dict[str, Any]]]]
+        self, params: list[Tensor], grads: list[Tensor], groups: list[dict[str, Any]]
     ) -> None:
-        """Steps (parameter, gradient, group), whose norm is one."""
-        sharded = any(p is not local(p) for members in by_device.values() for p, _, _ in members)
-        together = not sharded and len(by_device) <= 1
+        """Steps parameters, whose norm is one; groups are those of the parameters."""
+        parts = _by_device(params, grads, groups)
         norm = None
-        if not together and (self.max_grad_norm is not None or self.skip_nonfinite):
-            norm = global_norm([g for members in by_device.values() for _, g, _ in members])
+        measures = self.max_grad_norm is not None or self.skip_nonfinite
+        if measures and (len(parts) > 1 or any(is_sharded(p) for p in params)):
+            norm = global_norm(grads)
         self._norm_is_global = norm is not None
-        for device, members in by_device.items():
-            batch = self._batch(device, members)
+        for device, own_params, own_grads, own_groups in parts:
+            batch = self._batch(device, own_params, own_groups)
             batch.set_hyper(self)
             stats = self._stats_of(device)
             self._scale(stats, norm)
-            ops.optimizer_step(
+            batch.launcher.step(
                 batch.tensors,
-                batch.grads([g for _, g, _ in members]),
+                batch.grads(own_grads, self),
                 batch.hyper,
                 stats,
                 max_norm=(self.max_grad_norm or 0.0) if norm is None else 0.0,
-                needs_norm=norm is None and bool(self.max_grad_norm or self.skip_nonfinite),
+                needs_norm=norm is None and measures,
                 seed=self.seed,
             )
             if norm is not None:
@@ -226,33 +235,26 @@ class FusedOptimizer(torch.optim.Optimizer):
         """A group's row of the table of hyper-parameters."""
         return (*self.hyper(group), -1.0 if group.get("maximize") else 1.0)
 
-    def _members(self) -> dict[torch.device, list[tuple[Tensor, Tensor, dict[str, Any]]]]:
-        """The parameters with a gradient, their gradients and groups, by device."""
-        split: dict[torch.device, list[tuple[Tensor, Tensor, dict[str, Any]]]] = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                self._check_grad(p, p.grad)
-                split.setdefault(p.device, []).append((p, p.grad, group))
-        return split
-
-    def _check_grad(self, p: Tensor, grad: Tensor) -> None:
-        if grad.is_sparse or p.is_complex():
+    def refuse(self, p: Tensor, grad: Tensor) -> None:
+        """Raises for parameters and gradients that no rule is defined for."""
+        if grad.layout is not torch.strided or p.is_complex():
+            dense = grad.layout is torch.strided
             raise DtypeError(
                 self._where,
                 "grad",
                 expected="dense real gradients",
-                got="sparse" if grad.is_sparse else str(p.dtype),
+                got=str(p.dtype) if dense else "sparse",
                 remedy=f"{type(self).__name__} does not support "
-                f"{'sparse gradients' if grad.is_sparse else 'complex parameters'}.",
+                f"{'complex parameters' if dense else 'sparse gradients'}.",
             )
 
-    def _batch(self, device: torch.device, members: Sequence[tuple[Tensor, Tensor, Any]]) -> Batch:
-        key = (device, tuple(id(p) for p, _, _ in members))
+    def _batch(
+        self, device: torch.device, params: list[Tensor], groups: list[dict[str, Any]]
+    ) -> Batch:
+        key = (device, tuple(map(id, params)))
         batch = self._batches.pop(key, None)
-        if batch is None:
-            batch = Batch(self, [(p, group) for p, _, group in members])
+        if batch is None or batch.has_moved():
+            batch = Batch(self, list(zip(params, groups, strict=True)))
         self._batches[key] = batch
         if len(self._batches) > 8:
             self._batches.pop(next(iter(self._batches)))
@@ -322,3 +324,17 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if both and now.dtype != value.dtype:
                     self.state[p][key] = value.to(now.device, copy=True)
         self._batches = {}
+
+
+def _by_device(
+    params: list[Tensor], grads: list[Tensor], groups: list[dict[str, Any]]
+) -> list[tuple[torch.device, list[Tensor], list[Tensor], list[dict[str, Any]]]]:
+    if len(set(map(Tensor.get_device, params))) <= 1:
+        return [(params[0].device, params, grads, groups)] if params else []
+    split: dict[torch.device, tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]] = {}
+    for p, g, group in zip(params, grads, groups, strict=True):
+        own = split.setdefault(p.device, ([], [], []))
+        own[0].append(p)
+        own[1].append(g)
+        own[2].append(group)
+    return [(device, *values) for device, values in split.items()]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastft import ops
-from fastft.ops.optimizer_step import HYPER, STATE_BLOCK
+from fastft.ops.optimizer_step import HYPER, STATE_BLOCK, launcher_of
 from fastft.optim._shards import like_param, local
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ class Batch:
     hyper-parameters, which changes only where a group's do."""
 
     def __init__(self, optimizer: FusedOptimizer, members: Members) -> None:
+        for p, _ in members:
+            optimizer.refuse(p, p if p.grad is None else p.grad)
         make_states(optimizer, members)
         states = [optimizer.state[p] for p, _ in members]
         keys = [optimizer.random_key(p) for p, _ in members]
@@ -35,9 +37,13 @@ class Batch:
             pairs = zip(tensors, self._orders, strict=True)
             return [None if t is None else _dense(local(t), order) for t, order in pairs]
 
+        # Parameters go in themselves where they can: where their data moves, the table follows.
+        params = dense([p for p, _ in members])
+        views = [(p, v) for (p, _), v in zip(members, params, strict=True) if v is not p]
+        self._views = [(p, local(p).data_ptr()) for p, _ in views]
         self.tensors = ops.StepTensors(
             optimizer.rule,
-            dense([p.detach() for p, _ in members]),
+            params,
             [s["step"] for s in states],
             [dense([s[name] for s in states]) for name in names],
             [[s.get(absmax_name(name)) for s in states] for name in names],
@@ -46,14 +52,27 @@ class Batch:
             [key for key, _ in keys],
             [offset for _, offset in keys],
         )
+        self.launcher = launcher_of(self.tensors)
         self.hyper = torch.zeros(len(members), len(HYPER), device=self.tensors.device)
         self._groups = list({id(group): group for _, group in members}.values())
         index = {id(group): i for i, group in enumerate(self._groups)}
         self._group_of = [index[id(group)] for _, group in members]
         self._rows: list[tuple[Any, ...]] = []
 
-    def grads(self, grads: Sequence[Tensor]) -> list[Tensor]:
+    def has_moved(self) -> bool:
+        """Whether a parameter of which a view is held has got other memory."""
+        return any(local(p).data_ptr() != address for p, address in self._views)
+
+    def grads(self, grads: list[Tensor], optimizer: FusedOptimizer) -> list[Tensor]:
         """Gradients as the kernel takes them: the part here, laid out as the parameter."""
+        if not self._views:
+            try:
+                if all(map(Tensor.is_contiguous, grads)):
+                    return grads
+            except RuntimeError:
+                pass  # a sparse one, which is refused below
+        for p, g in zip(self.tensors.params, grads, strict=True):
+            optimizer.refuse(p, g)
         pairs = zip(grads, self._orders, strict=True)
         return [_dense(local(g), order).contiguous() for g, order in pairs]
 

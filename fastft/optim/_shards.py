@@ -8,22 +8,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["global_norm", "like_param", "local", "shard_offset"]
+__all__ = ["global_norm", "is_sharded", "like_param", "local", "shard_offset"]
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
-    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return type(tensor) not in _PLAIN and hasattr(tensor, "placements")
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a DTensor that is here; any other tensor as it is."""
-    return tensor.to_local() if _is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def like_param(part: Tensor, param: Tensor) -> Tensor:
     """``part``, made for the local part of ``param``, as a DTensor where that is one: so that
     torch.distributed.checkpoint saves and re-shards it with the parameter."""
-    if not _is_dtensor(param):
+    if not is_sharded(param):
         return part
     from torch.distributed.tensor import DTensor
 
@@ -36,7 +40,7 @@ def like_param(part: Tensor, param: Tensor) -> Tensor:
 def shard_offset(param: Tensor) -> int:
     """Where the first element of the part here lies in the whole parameter; exact for parameters
     sharded along their first dimension, as FSDP2 does, else distinct for each shard."""
-    if not _is_dtensor(param):
+    if not is_sharded(param):
         return 0
     from torch.distributed.tensor import Shard
 
@@ -74,7 +78,7 @@ def global_norm(grads: Sequence[Tensor]) -> Tensor:
 
 
 def _sharding_groups(grad: Tensor) -> list[object]:
-    if not _is_dtensor(grad):
+    if not is_sharded(grad):
         return []
     from torch.distributed.tensor import Shard
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.testing._internal import common_optimizers
 
-from fastft import ops, optim
+from fastft import optim
+from fastft.cpu import optimizer_step as cpu
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 SHAPES = [(3,), (1000, 17), (1,), (0,), (5, 5), (40001,)]
@@ -250,15 +251,29 @@ def test_one_call_a_step_and_tables_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     mine, theirs = _models()
     optimizer = optim.AdamW(mine)
     calls: list[Any] = []
-    original = ops.optimizer_step
-    monkeypatch.setattr(
-        ops, "optimizer_step", lambda t, *a, **k: calls.append(t) or original(t, *a, **k)
-    )
+    original = cpu.step
+    monkeypatch.setattr(cpu, "step", lambda t, *a, **k: calls.append(t) or original(t, *a, **k))
     for _ in range(3):
         _gradients(mine, theirs)
         optimizer.step()
     assert [len(t.params) for t in calls] == [len(SHAPES)] * 3
     assert calls[0] is calls[1] is calls[2]
+
+
+def test_parameters_whose_memory_moves_are_followed() -> None:
+    """As FSDP, model.to() and p.data = ... do."""
+    mine, theirs = _models()
+    mine.append(torch.randn(6, 4).t().requires_grad_())
+    theirs.append(mine[-1].detach().clone().requires_grad_())
+    fused, plain = optim.AdamW(mine, lr=0.1), torch.optim.AdamW(theirs, lr=0.1)
+    for step in range(4):
+        _gradients(mine, theirs)
+        fused.step()
+        plain.step()
+        if step == 1:
+            for p in mine:
+                p.data = p.data.clone()
+    _same(mine, theirs)
 
 
 def test_states_are_neighbours_in_one_arena() -> None:
