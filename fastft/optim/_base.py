@@ -19,6 +19,10 @@ __all__ = ["FusedOptimizer", "check_hyper"]
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 
+class RefusedError(DtypeError, RuntimeError):
+    """Sparse or complex: torch's optimizers raise a RuntimeError, some of ours a TypeError."""
+
+
 def check_hyper(where: str, values: dict[str, Any]) -> None:
     """Hyper-parameters in range: betas and momenta in [0, 1), all else non-negative.
 
@@ -186,28 +190,47 @@ class FusedOptimizer(torch.optim.Optimizer):
         self, params: list[Tensor], grads: list[Tensor], groups: list[dict[str, Any]]
     ) -> None:
         """Steps parameters, whose norm is one; groups are those of the parameters."""
-        parts = _by_device(params, grads, groups)
         norm = None
+        several = len(set(map(Tensor.get_device, params))) > 1
         measures = self.max_grad_norm is not None or self.skip_nonfinite
-        if measures and (len(parts) > 1 or any(is_sharded(p) for p in params)):
+        if measures and (several or any(is_sharded(p) for p in params)):
             norm = global_norm(grads)
         self._norm_is_global = norm is not None
-        for device, own_params, own_grads, own_groups in parts:
-            batch = self._batch(device, own_params, own_groups)
-            batch.set_hyper(self)
-            stats = self._stats_of(device)
-            self._scale(stats, norm)
-            batch.launcher.step(
-                batch.tensors,
-                batch.grads(own_grads, self),
-                batch.hyper,
-                stats,
-                max_norm=(self.max_grad_norm or 0.0) if norm is None else 0.0,
-                needs_norm=norm is None and measures,
-                seed=self.seed,
-            )
+        for device, part in _by_device(params, grads, groups):
+            self._scale(self._stats_of(device), norm)
+            self._run(device, *part, norm is None and measures)
             if norm is not None:
-                stats[0] = norm.to(device) * self._inverse_scale(device)
+                self._stats_of(device)[0] = norm.to(device) * self._inverse_scale(device)
+
+    def write(
+        self, params: list[Tensor], grads: list[Tensor], groups: list[dict[str, Any]]
+    ) -> None:
+        """The step without a look at norms or scales, which the caller has applied."""
+        for device, part in _by_device(params, grads, groups):
+            self._stats_of(device)[3:5] = torch.tensor([1.0, 0.0])
+            norm = self._stats_of(device)[0].clone()
+            self._run(device, *part, False)
+            self._stats_of(device)[0] = norm
+
+    def _run(
+        self,
+        device: torch.device,
+        params: list[Tensor],
+        grads: list[Tensor],
+        groups: list[dict[str, Any]],
+        needs_norm: bool,
+    ) -> None:
+        batch = self._batch(device, params, groups)
+        batch.set_hyper(self)
+        batch.launcher.step(
+            batch.tensors,
+            batch.grads(grads, self),
+            batch.hyper,
+            self._stats_of(device),
+            max_norm=(self.max_grad_norm or 0.0) if needs_norm else 0.0,
+            needs_norm=needs_norm,
+            seed=self.seed,
+        )
 
     def _inverse_scale(self, device: torch.device) -> Tensor | float:
         scale = getattr(self, "grad_scale", None)
@@ -239,7 +262,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Raises for parameters and gradients that no rule is defined for."""
         if grad.layout is not torch.strided or p.is_complex():
             dense = grad.layout is torch.strided
-            raise DtypeError(
+            raise RefusedError(
                 self._where,
                 "grad",
                 expected="dense real gradients",
@@ -326,15 +349,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._batches = {}
 
 
+_Part = tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]
+
+
 def _by_device(
     params: list[Tensor], grads: list[Tensor], groups: list[dict[str, Any]]
-) -> list[tuple[torch.device, list[Tensor], list[Tensor], list[dict[str, Any]]]]:
+) -> list[tuple[torch.device, _Part]]:
     if len(set(map(Tensor.get_device, params))) <= 1:
-        return [(params[0].device, params, grads, groups)] if params else []
-    split: dict[torch.device, tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]] = {}
+        return [(params[0].device, (params, grads, groups))] if params else []
+    split: dict[torch.device, _Part] = {}
     for p, g, group in zip(params, grads, groups, strict=True):
         own = split.setdefault(p.device, ([], [], []))
         own[0].append(p)
         own[1].append(g)
         own[2].append(group)
-    return [(device, *values) for device, values in split.items()]
+    return list(split.items())

@@ -61,8 +61,11 @@ def shard_offset(param: Tensor) -> int:
 
 
 def global_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The norm of all gradients, 0-dim float32, over devices and shards; nothing waits for it."""
-    norms = [torch.linalg.vector_norm(local(g), dtype=torch.float32) for g in grads]
+    """The norm of all gradients, 0-dim, over devices and shards; nothing waits for it."""
+    norms = [
+        torch.linalg.vector_norm(local(g), dtype=torch.promote_types(g.dtype, torch.float32))
+        for g in grads
+    ]
     sums: dict[tuple[object, ...], tuple[Tensor, list[object]]] = {}
     for g, norm in zip(grads, norms, strict=True):
         groups = _sharding_groups(g)
@@ -73,7 +76,7 @@ def global_norm(grads: Sequence[Tensor]) -> Tensor:
     for square, groups in sums.values():
         for group in groups:
             torch.distributed.all_reduce(square, group=group)  # type: ignore[arg-type]
-        total = square if total is None else total + square.to(total.device)
+        total = square if total is None else total + square.to(total.device, total.dtype)
     return total.sqrt() if total is not None else torch.zeros(())
 
 
