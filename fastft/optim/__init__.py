@@ -8,6 +8,7 @@ from fastft.optim.adamw import AdamW, AdamW8bit, AdamWBF16
 from fastft.optim.groups import param_groups
 from fastft.optim.lion import Lion, Lion8bit
 from fastft.optim.muon import Muon
+from fastft.optim.release import StepInBackward
 from fastft.optim.schedule_free import ScheduleFreeAdamW
 from fastft.optim.sgd import SGD
 
@@ -22,5 +23,6 @@ __all__ = [
     "Lion8bit",
     "Muon",
     "ScheduleFreeAdamW",
+    "StepInBackward",
     "param_groups",
 ]

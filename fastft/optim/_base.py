@@ -83,6 +83,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     rule: ClassVar[str]
     state_names: ClassVar[tuple[str, ...]]
     min_8bit_size = 4096
+    # Sets of parameters whose tables are kept; a set is those that had gradients together.
+    kept_batches = 8
     _batches: dict[Any, Batch]
     _stats: dict[torch.device, Tensor]
     _keys: dict[int, int]
@@ -170,7 +172,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.before_step()
         params: list[Tensor] = []
         grads: list[Tensor] = []
         groups: list[dict[str, Any]] = []
@@ -180,7 +181,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                     params.append(p)
                     grads.append(p.grad)
             groups += [group] * (len(params) - len(groups))
-        self.apply_step(params, grads, groups)
+        if params:
+            self.before_step()
+            self.apply_step(params, grads, groups)
         return loss
 
     def before_step(self) -> None:
@@ -207,10 +210,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     ) -> None:
         """The step without a look at norms or scales, which the caller has applied."""
         for device, part in _by_device(params, grads, groups):
-            self._stats_of(device)[3:5] = torch.tensor([1.0, 0.0])
-            norm = self._stats_of(device)[0].clone()
+            stats = self._stats_of(device)
+            stats[3], stats[4] = 1.0, 0.0
+            norm = stats[0].clone()
             self._run(device, *part, False)
-            self._stats_of(device)[0] = norm
+            stats[0] = norm
 
     def _run(
         self,
@@ -279,7 +283,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if batch is None or batch.has_moved():
             batch = Batch(self, list(zip(params, groups, strict=True)))
         self._batches[key] = batch
-        if len(self._batches) > 8:
+        if len(self._batches) > self.kept_batches:
             self._batches.pop(next(iter(self._batches)))
         return batch
 
