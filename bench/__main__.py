@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import adapters, block, curves, e2e, experts, layer, lora, loss, optim, ways
+from . import adapters, block, curves, e2e, experts, full, layer, lora, loss, optim, ways
 from .declare import Options, Suite
 from .records import Record, pick_dtype
 from .report import show
@@ -30,9 +30,9 @@ SUITES: dict[str, Suite] = {
     )
 }
 # Suites that run a model, each in its own way.
-WHOLE = {e2e.NAME: e2e.run, curves.NAME: curves.run}
-ROUNDS = {e2e.NAME: 3, curves.NAME: 1}
-STEPS = {e2e.NAME: 2, curves.NAME: 100}
+WHOLE = {e2e.NAME: e2e.run, curves.NAME: curves.run, full.NAME: full.run}
+ROUNDS = {e2e.NAME: 3, curves.NAME: 1, full.NAME: 1}
+STEPS = {e2e.NAME: 2, curves.NAME: 100, full.NAME: 200}
 DEFAULT_ROUNDS = 7
 
 
@@ -51,7 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="default", help="e2e: a folder, or 'random'")
     parser.add_argument("--batch", type=int, help="e2e: sequences of a step (4)")
     parser.add_argument("--tokens", type=int, help="e2e: tokens of a sequence (512)")
-    parser.add_argument("--steps", type=int, help="steps (e2e: 2 timed; curves: 100)")
+    parser.add_argument("--steps", type=int, help="steps (e2e: 2 timed; curves: 100; full: 200)")
     parser.add_argument("--no-optimizer", action="store_true", help="e2e: leave AdamW out")
     found = parser.parse_args(arguments)
     for name in ("rounds", "batch", "tokens", "steps"):

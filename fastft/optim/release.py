@@ -32,18 +32,18 @@ class StepInBackward:
         release.step(closure)               # with optimizer.max_grad_norm
 
     Clipping by the global norm takes the norm before anything is stepped. ``step(closure)`` is
-    exact: it calls the closure, which must compute a loss and run its backward, twice from the same random
-    state: once for the norm, gradients going as they come, and once to step by the clipped ones.
-    That costs another forward and backward. Where gradients are held by accumulation already, it
-    runs once, holds those too and takes an ordinary step.
+    exact: it calls the closure, which must compute a loss and run its backward, twice from the same
+    random state: once for the norm, gradients going as they come, and once to step by the clipped
+    ones. That costs another forward and backward. Where gradients are held by accumulation already,
+    it runs once, holds those too and takes an ordinary step.
 
     Args:
         optimizer: one of fastft's that works element by element, on whole tensors.
 
     Without ``max_grad_norm`` a parameter whose own gradient is not finite is left as it is, the
-    others having stepped already; it is counted in ``skipped_steps``. Hooks survive
-    activation checkpointing; a parameter that gets a second gradient before ``optimizer.step()``, as
-    a shared one does under reentrant checkpointing, raises.
+    others having stepped already; it is counted in ``skipped_steps``. Hooks survive activation
+    checkpointing; a parameter that gets a second gradient before ``optimizer.step()``, as a shared
+    one does under reentrant checkpointing, raises.
 
     Raises:
         ArgumentError: another optimizer; a backward outside ``step`` although ``max_grad_norm`` is

@@ -53,7 +53,8 @@ class TrainConfig:
         completion_only_loss: no loss on the prompt.
     Schedule and optimizer (names of ``transformers.TrainingArguments``); ``max_steps`` above 0
         overrides ``num_train_epochs``; ``warmup_steps`` below 1 is a fraction of all steps;
-        ``eval_steps`` and ``save_steps`` of 0 mean "at the end only".
+        ``eval_steps`` and ``save_steps`` of 0 mean "at the end only". ``optim``: of
+        ``fastft.optim``; 8-bit states take a quarter of the memory, Lion half.
     Numerics:
         dtype: dtype of the frozen model. ``auto`` is bfloat16 where the machine computes it
             natively, else float32. Adapters stay float32.
@@ -102,6 +103,7 @@ class TrainConfig:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+    optim: Literal["AdamW", "AdamW8bit", "Lion", "Lion8bit"] = "AdamW"
 
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
     autocast: bool = False
@@ -144,6 +146,9 @@ class TrainConfig:
         ratio = self.loraplus_lr_ratio
         self._require("loraplus_lr_ratio", ratio is None or ratio >= 1, "1 or more, or null")
         self._require("eval_fraction", 0 <= self.eval_fraction < 1, "a value in [0, 1)")
+        self._require(
+            "optim", self.fused or self.optim == "AdamW", "AdamW where fused is false: torch's own"
+        )
         self._require("seed", 0 <= self.seed < 2**32, "a value in [0, 2**32)")
         self._require(
             "max_steps",

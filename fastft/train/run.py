@@ -262,13 +262,14 @@ def optimizer_options(cfg: TrainConfig) -> tuple[type, dict[str, Any]]:
     """The fused optimizer, in the form the Trainer takes."""
     import fastft.optim
 
-    kwargs = {
+    kwargs: dict[str, Any] = {
         "lr": cfg.learning_rate,
         "betas": (cfg.adam_beta1, cfg.adam_beta2),
-        "eps": cfg.adam_epsilon,
         "max_grad_norm": cfg.max_grad_norm or None,
     }
-    return fastft.optim.AdamW, kwargs
+    if cfg.optim.startswith("AdamW"):
+        kwargs["eps"] = cfg.adam_epsilon
+    return getattr(fastft.optim, cfg.optim), kwargs
 
 
 def training_arguments(cfg: TrainConfig, evaluates: bool) -> TrainingArguments:

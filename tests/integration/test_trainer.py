@@ -153,6 +153,38 @@ def test_trainer_with_our_optimizer(tmp_path: Path, tokenizer: PreTrainedTokeniz
     assert_follows(losses(trainer), theirs, truth)
 
 
+@pytest.mark.parametrize("door", ["optimizer_cls_and_kwargs", "optimizers"])
+@pytest.mark.parametrize("name", ["AdamW8bit", "Lion"])
+def test_trainer_with_any_of_our_optimizers(
+    name: str, door: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Through either door of the Trainer, saved and resumed."""
+    from fastft import optim
+
+    kind, lr = getattr(optim, name), {"AdamW8bit": 1e-2, "Lion": 2e-3}[name]
+
+    def trainer(folder: str) -> Trainer:
+        model = fastft.accelerate(tiny.peft_model("llama"))
+        given: dict[str, Any] = {door: (kind, {"lr": lr, "max_grad_norm": 1.0})}
+        if door == "optimizers":
+            made = kind(optim.param_groups(model, lr, loraplus_ratio=2.0), max_grad_norm=1.0)
+            given = {door: (made, None)}
+        changed = arguments(
+            tmp_path / folder, max_grad_norm=0.0, save_strategy="steps", save_steps=3
+        )
+        return Trainer(
+            model=model, args=TrainingArguments(**changed), train_dataset=tokenized(tokenizer),
+            **given,
+        )  # fmt: skip
+
+    whole, resumed = trainer("whole"), trainer("again")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert float(losses(whole)[-1]) < float(losses(whole)[0])
+    last = (losses(whole)[-1], losses(resumed)[-1])
+    assert float(last[1]) == pytest.approx(float(last[0]), rel=1e-3)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_resume(dropout: float, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """A run resumed from the checkpoint of its third step goes on as the one that did not stop.
