@@ -70,6 +70,8 @@ class StepInBackward:
                     raise ArgumentError(
                         _WHERE, "optimizer", expected="whole parameters", got="sharded ones"
                     )
+                if not p.requires_grad:
+                    continue
                 self._group[id(p)] = group
                 self._handles.append(p.register_post_accumulate_grad_hook(self._ready))
         # Each parameter is a set of its own.
