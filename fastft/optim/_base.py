@@ -10,52 +10,15 @@ import torch
 from torch import Tensor
 
 from fastft import ops
-from fastft.errors import ArgumentError, DtypeError
+from fastft.errors import ArgumentError
 from fastft.optim._batch import Batch
+from fastft.optim._flat import Flat, flatten
+from fastft.optim._hyper import RefusedError, check_hyper
 from fastft.optim._shards import global_norm, is_sharded, shard_offset
 
-__all__ = ["FusedOptimizer", "check_hyper"]
+__all__ = ["FusedOptimizer"]
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
-
-
-class RefusedError(DtypeError, RuntimeError):
-    """Sparse or complex: torch's optimizers raise a RuntimeError, some of ours a TypeError."""
-
-
-def check_hyper(where: str, values: dict[str, Any]) -> None:
-    """Hyper-parameters in range: betas and momenta in [0, 1), all else non-negative.
-
-    Raises:
-        ArgumentError: with torch's words in its text, which callers may look for.
-    """
-    for name, value in values.items():
-        if name == "betas":
-            tensors = [isinstance(b, Tensor) for b in value]
-            if any(tensors) and not all(tensors):
-                raise ArgumentError(
-                    where, name, expected="both floats or both Tensors", got=repr(value),
-                    remedy="betas must be either both floats or both Tensors.",
-                )  # fmt: skip
-            for i, beta in enumerate(value):
-                if not 0 <= beta < 1:
-                    raise ArgumentError(
-                        where, name, expected="two numbers in [0, 1)", got=repr(value),
-                        remedy=f"Invalid beta parameter at index {i}: {beta}.",
-                    )  # fmt: skip
-            continue
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ArgumentError(
-                    where, name, expected="one number", got=f"shape {tuple(value.shape)}",
-                    remedy=f"Tensor {name} must be 1-element.",
-                )  # fmt: skip
-            continue
-        if not value >= 0:
-            word = {"lr": "learning rate", "eps": "epsilon value"}.get(name, f"{name} value")
-            raise ArgumentError(
-                where, name, expected=">= 0", got=repr(value), remedy=f"Invalid {word}: {value}."
-            )
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -75,6 +38,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         seed: of stochastic rounding. An element's bits depend on it, on the parameter's name (if
             the optimizer is given named parameters, else its position), on the element's place in
             the whole parameter and on the parameter's step alone.
+        flat: lay the parameters of each group, their gradients and their states out as views of one
+            buffer each, so that step, clip and ``zero_grad`` are one pass whatever their number.
+            Gradients are then zeroed and not dropped; a parameter without one steps by a gradient
+            of zero. Not for stochastic rounding, whose bits go by parameter, nor for shards.
 
     ``foreach``, ``fused`` and ``capturable`` are accepted and change nothing: all steps run on the
     device in one call, never wait for it, and can be captured in a CUDA graph.
@@ -88,6 +55,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _batches: dict[Any, Batch]
     _stats: dict[torch.device, Tensor]
     _keys: dict[int, int]
+    _flats: list[Flat]
     _scaled: bool
     _norm_is_global: bool
     # GradScaler hands its scale over instead of unscaling and asking.
@@ -103,6 +71,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         state_bits: int = 32,
         rounding: str = "nearest",
         seed: int = 0,
+        flat: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
@@ -116,6 +85,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             ("state_bits", state_bits, state_bits in (8, 32), "8 or 32"),
             ("rounding", rounding, rounding in ROUNDINGS, " or ".join(ROUNDINGS)),
             ("differentiable", differentiable, not differentiable, "False"),
+            ("flat", flat, not flat or rounding != "stochastic", "False with stochastic rounding"),
         ):
             if not valid:
                 raise ArgumentError(where, name, expected=expected, got=repr(value))
@@ -130,7 +100,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     "foreach=True, in torch; here leave foreach out.",
                 )  # fmt: skip
         self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
-        self.rounding, self.seed = rounding, seed
+        self.rounding, self.seed, self.flat = rounding, seed, flat
         self._start()
         # torch moves "step" to the device when it loads groups that say they are capturable.
         flags = {"foreach": foreach, "fused": fused, "capturable": capturable}
@@ -175,7 +145,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         params: list[Tensor] = []
         grads: list[Tensor] = []
         groups: list[dict[str, Any]] = []
-        for group in self.param_groups:
+        for flat in self._flat_parts():
+            flat.gather()
+            params.append(flat.values)
+            grads.append(flat.grads)
+            groups.append(flat.group)
+        for group in self.param_groups if not self.flat else ():
             for p in group["params"]:
                 if p.grad is not None:
                     params.append(p)
@@ -185,6 +160,27 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.before_step()
             self.apply_step(params, grads, groups)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; in flat mode gradients are zeroed in one pass."""
+        if not self.flat:
+            return super().zero_grad(set_to_none)
+        for flat in self._flat_parts():
+            flat.zero()
+        return None
+
+    def _flat_parts(self) -> list[Flat]:
+        if self.flat and not (self._flats and all(f.is_current() for f in self._flats)):
+            self._flats = flatten(self)
+            self._batches = {}
+        return self._flats
+
+    def state_of(self, p: Tensor) -> dict[str, Any]:
+        """The state of a parameter, or of a flat buffer of several."""
+        for flat in self._flats:
+            if flat.values is p:
+                return flat.state
+        return self.state[p]
 
     def before_step(self) -> None:
         """Runs before each step; for what changes with the count of steps."""
@@ -294,6 +290,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def random_key(self, p: Tensor) -> tuple[int, int]:
         """The tensor's key of stochastic rounding, and the place of its first element."""
+        if any(flat.values is p for flat in self._flats):
+            return 0, 0  # nothing is rounded at random
         if id(p) not in self._keys:
             self._keys, position = {}, 0
             for group in self.param_groups:
@@ -307,12 +305,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     # State in and out.
 
     def _start(self) -> None:
-        self._batches, self._stats, self._keys = {}, {}, {}
+        self._batches, self._stats, self._keys, self._flats = {}, {}, {}, []
         self._scaled = self._norm_is_global = False
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own leaves out what it does not know.
-        names = ("max_grad_norm", "skip_nonfinite", "rounding", "seed", "_stats", "_where")
+        names = ("max_grad_norm", "skip_nonfinite", "rounding", "seed", "flat", "_stats", "_where")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -320,7 +318,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if "_where" in state:
             self._start()
         super().__setstate__(state)
-        self._batches, self._keys = {}, {}
+        self._batches, self._keys, self._flats = {}, {}, []
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -328,7 +326,17 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch."""
         super().add_param_group(param_group)
-        self._keys = {}
+        self._keys, self._flats = {}, []
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch. Step counts that flat parameters share are each one's own in it."""
+        state_dict = super().state_dict()
+        if self.flat:
+            state_dict["state"] = {
+                index: {**state, "step": state["step"].clone()}
+                for index, state in state_dict["state"].items()
+            }
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; states keep the dtype they were saved in, whatever the parameters'.
@@ -350,7 +358,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 both = isinstance(value, Tensor) and isinstance(now, Tensor)
                 if both and now.dtype != value.dtype:
                     self.state[p][key] = value.to(now.device, copy=True)
-        self._batches = {}
+        self._batches, self._flats = {}, []
 
 
 _Part = tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]

@@ -28,7 +28,7 @@ class Batch:
         for p, _ in members:
             optimizer.refuse(p, p if p.grad is None else p.grad)
         make_states(optimizer, members)
-        states = [optimizer.state[p] for p, _ in members]
+        states = [optimizer.state_of(p) for p, _ in members]
         keys = [optimizer.random_key(p) for p, _ in members]
         names = optimizer.state_names[: max(optimizer.n_states(group) for _, group in members)]
         self._orders = [_order(local(p)) for p, _ in members]
@@ -141,7 +141,7 @@ def make_states(optimizer: FusedOptimizer, members: Members) -> None:
     for p, key, size, dtype in plan:
         part = arenas[dtype][used[dtype] : used[dtype] + size]
         used[dtype] += _padded(size)
-        state = optimizer.state[p]
+        state = optimizer.state_of(p)
         if key == "step":
             state[key] = part.view(())
         elif key.startswith("absmax"):
@@ -159,7 +159,7 @@ def _padded(size: int) -> int:
 
 
 def _adopt(optimizer: FusedOptimizer, p: Tensor) -> None:
-    state = optimizer.state[p]
+    state = optimizer.state_of(p)
     if not state:
         return
     here = local(p)
@@ -187,7 +187,7 @@ def _missing(
     optimizer: FusedOptimizer, p: Tensor, group: dict[str, Any]
 ) -> list[tuple[str, int, torch.dtype]]:
     """Key, elements and dtype of each state that is not there."""
-    numel, state = local(p).numel(), optimizer.state[p]
+    numel, state = local(p).numel(), optimizer.state_of(p)
     wide = torch.promote_types(p.dtype, torch.float32)
     wanted = [("step", 1, torch.float32)]
     for name in optimizer.state_names[: optimizer.n_states(group)]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.errors import ArgumentError
 from fastft.optim._base import FusedOptimizer
 from fastft.optim._shards import global_norm, is_sharded
 
@@ -21,6 +22,13 @@ class MatrixOptimizer(FusedOptimizer):
 
     rule = "sgd"
     state_names = ()
+
+    def __init__(self, params: Any, defaults: dict[str, Any], **options: Any) -> None:
+        super().__init__(params, defaults, **options)
+        if self.flat:
+            raise ArgumentError(
+                self._where, "flat", expected="False", got="True", remedy="Matrices stay whole."
+            )
 
     def updates(
         self, params: list[Tensor], grads: list[Tensor], groups: list[dict[str, Any]]
@@ -43,8 +51,6 @@ class MatrixOptimizer(FusedOptimizer):
         for p, g in zip(params, grads, strict=True):
             self.refuse(p, g)
             if is_sharded(p):
-                from fastft.errors import ArgumentError
-
                 raise ArgumentError(
                     self._where, "params", expected="whole tensors", got="a sharded one",
                     remedy="Keep these parameters out of FSDP, or use AdamW.",

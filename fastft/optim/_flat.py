@@ -1,0 +1,112 @@
+"""Flat mode: parameters, gradients and states of a group in one buffer each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastft.ops.optimizer_step import STATE_BLOCK
+from fastft.optim._batch import absmax_name, is_eight_bit
+
+if TYPE_CHECKING:
+    from fastft.optim._base import FusedOptimizer
+
+__all__ = ["Flat", "flatten"]
+
+
+class Flat:
+    """Parameters of one group, device, dtype and kind of state as views of one buffer.
+
+    Each starts at a multiple of 256 elements, so that blocks of 8-bit states are its own. What lies
+    between is zero, has zero gradients and stays zero.
+    """
+
+    def __init__(self, optimizer: FusedOptimizer, group: dict[str, Any], params: list[Tensor]):
+        self.group, self.params = group, params
+        sizes = [-(-p.numel() // STATE_BLOCK) * STATE_BLOCK for p in params]
+        total, first = sum(sizes), params[0]
+        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self.values = torch.zeros(total, dtype=first.dtype, device=first.device)
+        self.grads = torch.zeros_like(self.values)
+        self.views = [self._view(self.grads, i) for i in range(len(params))]
+        for i, p in enumerate(params):
+            own = self._view(self.values, i)
+            own.copy_(p.detach())
+            p.data = own
+        self.addresses = [p.data_ptr() for p in params]
+        self.gather()
+        self.state = self._states(optimizer, total)
+
+    def _view(self, buffer: Tensor, i: int) -> Tensor:
+        p, start = self.params[i], self.starts[i]
+        return buffer[start : start + p.numel()].view(p.shape)
+
+    def _states(self, optimizer: FusedOptimizer, total: int) -> dict[str, Tensor]:
+        """Buffers of the states, of which each parameter's state holds its views; states that are
+        there already move in."""
+        first, device = self.params[0], self.values.device
+        eight = is_eight_bit(optimizer, first, self.group)
+        wide = torch.promote_types(first.dtype, torch.float32)
+        names = optimizer.state_names[: optimizer.n_states(self.group)]
+        kinds = dict.fromkeys(names, (torch.uint8 if eight else wide, 1))
+        if eight:
+            kinds |= {absmax_name(name): (torch.float32, STATE_BLOCK) for name in names}
+        if optimizer.rounding == "compensated" and first.dtype == torch.bfloat16:
+            kinds["compensation"] = (torch.bfloat16, 1)
+        buffers = {
+            key: torch.zeros(total // share, dtype=dtype, device=device)
+            for key, (dtype, share) in kinds.items()
+        }
+        old = [optimizer.state[p] for p in self.params]
+        counts = [float(state["step"]) for state in old if "step" in state]
+        step = torch.full((), max(counts, default=0.0), device=device)
+        for i, (p, state) in enumerate(zip(self.params, old, strict=True)):
+            for key, buffer in buffers.items():
+                share = kinds[key][1]
+                start, size = self.starts[i] // share, -(-p.numel() // share)
+                part = buffer[start : start + size]
+                view = part.view(p.shape) if share == 1 else part
+                if state.get(key) is not None:
+                    view.copy_(state[key])
+                elif key in names and not eight:
+                    optimizer.fresh_state(key, view, p.detach())
+                state[key] = view
+            state["step"] = step
+        return {"step": step, **buffers}
+
+    def is_current(self) -> bool:
+        """Whether the parameters still are the views that they were made."""
+        return [p.data_ptr() for p in self.params] == self.addresses
+
+    def gather(self) -> None:
+        """Gradients that lie elsewhere move in; a parameter without one has a gradient of zero."""
+        for p, view in zip(self.params, self.views, strict=True):
+            grad = p.grad
+            if grad is view:
+                continue
+            if grad is None:
+                view.zero_()
+            elif grad.data_ptr() != view.data_ptr():
+                view.copy_(grad)
+            p.grad = view
+
+    def zero(self) -> None:
+        """All gradients to zero, in one pass."""
+        self.grads.zero_()
+        for p, view in zip(self.params, self.views, strict=True):
+            if p.grad is not view:
+                p.grad = view
+
+
+def flatten(optimizer: FusedOptimizer) -> list[Flat]:
+    """The parameters of an optimizer that require gradients, made flat."""
+    found: dict[tuple[Any, ...], tuple[dict[str, Any], list[Tensor]]] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            if p.requires_grad:
+                optimizer.refuse(p, p if p.grad is None else p.grad)
+                key = (index, p.device, p.dtype, is_eight_bit(optimizer, p, group))
+                found.setdefault(key, (group, []))[1].append(p)
+    return [Flat(optimizer, group, params) for group, params in found.values()]

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastft import optim
+
+KINDS: dict[str, Any] = {
+    "AdamW": (optim.AdamW, {}),
+    "AdamW8bit": (optim.AdamW8bit, {"rounding": "nearest", "min_8bit_size": 300}),
+    "Lion": (optim.Lion, {}),
+    "SGD": (optim.SGD, {"momentum": 0.9}),
+    "ScheduleFreeAdamW": (optim.ScheduleFreeAdamW, {}),
+    "kahan": (optim.AdamWBF16, {"kahan": True}),
+}
+
+
+def _models(kind: str, count: int = 2) -> list[nn.Module]:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if kind == "kahan" else torch.float32
+    model = nn.Sequential(nn.Linear(20, 33), nn.Tanh(), nn.Linear(33, 7)).to(dtype)
+    return [copy.deepcopy(model) for _ in range(count)]
+
+
+def _make(kind: str, model: nn.Module, **more: Any) -> Any:
+    make, options = KINDS[kind]
+    first, *rest = model.parameters()
+    groups = [{"params": [first], "lr": 2e-2}, {"params": rest}]
+    return make(groups, lr=1e-2, max_grad_norm=0.5, **options, **more)
+
+
+def _step(model: nn.Module, optimizer: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, 20, generator=generator).to(next(model.parameters()).dtype)
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
+
+
+def _same(one: nn.Module, two: nn.Module) -> None:
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_are_those_of_the_parameters_apart(kind: str) -> None:
+    one, two = _models(kind)
+    plain, flat = _make(kind, one), _make(kind, two, flat=True)
+    for step in range(4):
+        _step(one, plain, step)
+        _step(two, flat, step)
+    _same(one, two)
+    assert flat.grad_norm.item() == pytest.approx(plain.grad_norm.item(), rel=1e-2)
+    storages = {p.untyped_storage().data_ptr() for p in two[2].parameters()}
+    assert len(storages) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dicts_are_the_same_either_way(kind: str) -> None:
+    one, two = _models(kind)
+    plain, flat = _make(kind, one), _make(kind, two, flat=True)
+    _step(one, plain, 0)
+    _step(two, flat, 0)
+    to_flat, to_plain = copy.deepcopy(plain.state_dict()), copy.deepcopy(flat.state_dict())
+    assert to_flat["state"].keys() == to_plain["state"].keys()
+    assert all(to_flat["state"][i].keys() == to_plain["state"][i].keys() for i in range(4))
+    plain.load_state_dict(to_plain)
+    flat.load_state_dict(to_flat)
+    for step in (1, 2):
+        _step(one, plain, step)
+        _step(two, flat, step)
+    _same(one, two)
+
+
+def test_addresses_stay_and_gradients_from_elsewhere_move_in() -> None:
+    (model,) = _models("AdamW", 1)
+    optimizer = _make("AdamW", model, flat=True)
+    _step(model, optimizer, 0)
+    before = [(p.data_ptr(), p.grad.data_ptr()) for p in model.parameters()]  # type: ignore[union-attr]
+    _step(model, optimizer, 1)
+    assert [(p.data_ptr(), p.grad.data_ptr()) for p in model.parameters()] == before  # type: ignore[union-attr]
+    twin = copy.deepcopy(model)
+    other = torch.optim.AdamW(twin.parameters(), lr=1e-2)
+    model.zero_grad()  # sets to None, past the optimizer
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert [(p.data_ptr(), p.grad.data_ptr()) for p in model.parameters()] == before  # type: ignore[union-attr]
+    del other
+
+
+def test_moved_parameters_are_laid_out_again() -> None:
+    one, two = _models("AdamW")
+    plain, flat = _make("AdamW", one), _make("AdamW", two, flat=True)
+    for step in range(3):
+        _step(one, plain, step)
+        _step(two, flat, step)
+        for p in two.parameters():
+            p.data = p.data.clone()
+    _same(one, two)
+
+
+def test_copies_go_on() -> None:
+    (model,) = _models("AdamW", 1)
+    optimizer = _make("AdamW", model, flat=True)
+    _step(model, optimizer, 0)
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    _step(model, optimizer, 1)
+    _step(twin_model, twin, 1)
+    _same(model, twin_model)
+
+
+def test_peft_saves_flat_adapters(tmp_path: Any) -> None:
+    from safetensors.torch import load_file
+
+    from tests.integration import tiny
+
+    model = tiny.peft_model("llama")
+    optimizer = optim.AdamW(model.parameters(), lr=1e-2, flat=True)
+    model(**tiny.inputs("llama")).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(saved) == len(trained)
+    for name, value in saved.items():
+        own: Tensor = trained[name.replace(".weight", ".default.weight")]
+        assert torch.equal(value, own)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda p: optim.AdamWBF16(p, flat=True),
+        lambda p: optim.Muon(p, flat=True),
+        lambda p: optim.Adafactor(p, flat=True),
+    ],
+)
+def test_refused(build: Any) -> None:
+    with pytest.raises(ValueError, match="flat"):
+        build([torch.zeros(2, 2, requires_grad=True)])
