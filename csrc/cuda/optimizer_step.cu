@@ -15,8 +15,9 @@ namespace {
 
 using namespace fastft;
 
-constexpr int kThreads = 256;
-constexpr int kPrepareThreads = 1024;
+constexpr int kThreads = 128;
+constexpr int kPrepareThreads = 512;
+constexpr int kUpdateBlocks = 5;  // of a multiprocessor: 96 registers, of which 80 spill
 constexpr int kLane = 8;  // elements of a lane
 static_assert(kLane * 32 == kStateBlock, "a warp holds the block of an 8-bit state");
 
@@ -228,7 +229,7 @@ __device__ void store_stochastic(const float (&values)[kLane], const StepTensor&
 }
 
 template <typename Rule>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks)
     update_kernel(Tables tables, const StepScalars* scalars, const float* stats, uint64_t seed) {
   if (stats[5] == 0.0f) return;
   const int64_t index = tables.chunk_tensor[blockIdx.x];
