@@ -18,7 +18,7 @@ using namespace fastft;
 constexpr int kThreads = 128;
 constexpr int kPrepareThreads = 512;
 constexpr int kUpdateBlocks = 5;  // of a multiprocessor: 96 registers, of which 80 spill
-constexpr int kLane = 8;  // elements of a lane
+constexpr int kLane = 8;          // elements of a lane
 static_assert(kLane * 32 == kStateBlock, "a warp holds the block of an 8-bit state");
 
 struct Tables {
