@@ -274,9 +274,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _batch(
         self, device: torch.device, params: list[Tensor], groups: list[dict[str, Any]]
     ) -> Batch:
-        key = (device, tuple(map(id, params)))
+        key = (device, self.n_states(groups[0]), tuple(map(id, params)))
         batch = self._batches.pop(key, None)
-        if batch is None or batch.has_moved():
+        if batch is None or batch.has_moved(self.state_of(params[0])):
             batch = Batch(self, list(zip(params, groups, strict=True)))
         self._batches[key] = batch
         if len(self._batches) > self.kept_batches:

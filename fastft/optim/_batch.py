@@ -59,8 +59,11 @@ class Batch:
         self._group_of = [index[id(group)] for _, group in members]
         self._rows: list[tuple[Any, ...]] = []
 
-    def has_moved(self) -> bool:
-        """Whether a parameter of which a view is held has got other memory."""
+    def has_moved(self, state: dict[str, Any]) -> bool:
+        """Whether a parameter of which a view is held has got other memory, or the states (that of
+        the first is given) are others, as after ``optimizer.state.clear()``."""
+        if state.get("step") is not self.tensors.steps[0]:
+            return True
         return any(local(p).data_ptr() != address for p, address in self._views)
 
     def grads(self, grads: list[Tensor], optimizer: FusedOptimizer) -> list[Tensor]:

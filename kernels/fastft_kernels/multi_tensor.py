@@ -80,9 +80,17 @@ def _build(tensors: Any, dtypes: Sequence[torch.dtype], chunk: int, n_scalars: i
 def table_for(tensors: Any, grads: Sequence[Tensor]) -> Tensor:
     """The table of addresses on the tensors' device, copied where anything has changed."""
     host, changed = tensors.table(grads)
-    if changed or "table" not in tensors.launcher_tables:
-        tensors.launcher_tables["table"] = upload(host, tensors.device)
-    return tensors.launcher_tables["table"]
+    tables = tensors.launcher_tables
+    if changed or "table" not in tables:
+        captured = tensors.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if captured:
+            # A graph copies from this memory, to that, whenever it is replayed: both stay.
+            host = host.pin_memory()
+            tables["table"] = host.to(tensors.device, non_blocking=True)
+            tables.setdefault("captured", []).append((host, tables["table"]))
+        else:
+            tables["table"] = upload(host, tensors.device)
+    return tables["table"]
 
 
 def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:

