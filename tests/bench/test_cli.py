@@ -27,7 +27,7 @@ def test_a_run_writes_its_json(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["optim.json"]
     numbers = {(r["case"], r["impl"], r["metric"]): r["value"] for r in lines}
     assert len(numbers) == len(lines)
-    for case in ("lora 28 tensors", "flat 1 tensor"):
+    for case in ("lora SmolLM2 28 tensors", "flat 1 tensor"):
         for impl in ("torch-fused", "fastft"):
             assert numbers[case, impl, "ns_per_param"] > 0
             # Two float32 moments; what else there is, is small beside them.

@@ -161,6 +161,6 @@ def test_a_layer_that_falls_back_is_no_fastft(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_optim_cases_are_those_of_smollm2() -> None:
-    shapes = optim.lora_shapes(optim.LAYERS)
+    shapes = optim.lora_shapes(optim.SMOLLM2)
     assert len(shapes) == 420
     assert sum(rows * columns for rows, columns in shapes) == 4_884_480
