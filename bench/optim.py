@@ -27,9 +27,9 @@ LLAMA_8B = 32, (
     (4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336),
     (14336, 4096),
 )  # fmt: skip
-# Bytes of a GPU that a whole model may take: bfloat16 parameters and gradients, states of the
-# largest implementation (bfloat16, twice), in as many layers as fit; 8.03B on 80 GB.
-BYTES_OF_A_MODEL = 8
+# Bytes of a GPU that a parameter takes: implementations lie beside each other, each with its own
+# parameters, gradients and states. As many layers as fit.
+BYTES_OF_A_MODEL = 24
 
 
 def lora_shapes(model: Any, layers: int | None = None) -> list[tuple[int, ...]]:

@@ -167,6 +167,10 @@ class StepTensors:
         self._table[:, _CODES] = torch.tensor(codes)
         return self._table, True
 
+    def forget(self) -> None:
+        """The next call of ``table`` says that it has changed."""
+        self._seen = None
+
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
@@ -217,9 +221,11 @@ def optimizer_step(
     count = len(tensors.params)
     for name, tensor, shape in (("hyper", hyper, (count, len(HYPER))), ("stats", stats, (6,))):
         check_tensor(_WHERE, name, tensor)
-        check_dtype(_WHERE, name, tensor, (torch.float32, torch.float64))
+        check_dtype(_WHERE, name, tensor, (torch.float32,))
         check_shape(_WHERE, name, tensor, shape, "shape")
         _check_contiguous(name, tensor)
+        if count:
+            check_device(_WHERE, name, tensor, tensors.device)
     if count:
         launcher_of(tensors, backend).step(
             tensors, list(grads), hyper, stats, max_norm=max_norm, needs_norm=needs_norm, seed=seed
@@ -312,8 +318,9 @@ def _check_grads(tensors: StepTensors, grads: Sequence[Tensor]) -> None:
     for p, g in zip(tensors.params, grads, strict=True):
         if g.layout is not torch.strided:
             raise DtypeError(_WHERE, "grads", expected="dense gradients", got=str(g.layout))
-        if g.dtype not in _DTYPE_CODES:
-            check_dtype(_WHERE, "grads", g, _FLOATS)
+        if g.dtype not in _DTYPE_CODES or (g.dtype == torch.float64) != (p.dtype == torch.float64):
+            wide = p.dtype == torch.float64
+            check_dtype(_WHERE, "grads", g, (torch.float64,) if wide else _FLOATS[:3])
         if g.shape != p.shape:
             check_shape(_WHERE, "grads", g, tuple(p.shape), "the parameter's shape")
         if g.device != device:

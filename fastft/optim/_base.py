@@ -14,7 +14,7 @@ from fastft.errors import ArgumentError
 from fastft.optim._batch import Batch
 from fastft.optim._flat import Flat, flatten
 from fastft.optim._hyper import RefusedError, check_hyper
-from fastft.optim._shards import global_norm, is_sharded, shard_offset
+from fastft.optim._shards import aligned, global_norm, is_sharded, shard_offset
 
 __all__ = ["FusedOptimizer"]
 
@@ -52,11 +52,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     min_8bit_size = 4096
     # Sets of parameters whose tables are kept; a set is those that had gradients together.
     kept_batches = 8
+    # Defaults that check_hyper does not know.
+    _more: dict[str, Any] = {}  # noqa: RUF012
     _batches: dict[Any, Batch]
     _stats: dict[torch.device, Tensor]
     _keys: dict[int, int]
     _flats: list[Flat]
-    _scaled: bool
     _norm_is_global: bool
     # GradScaler hands its scale over instead of unscaling and asking.
     _step_supports_amp_scaling = True
@@ -83,6 +84,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name, value, valid, expected in (
             ("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0, "> 0"),
             ("state_bits", state_bits, state_bits in (8, 32), "8 or 32"),
+            ("state_bits", state_bits, state_bits == 32 or "state1" in self.state_names, "32"),
             ("rounding", rounding, rounding in ROUNDINGS, " or ".join(ROUNDINGS)),
             ("differentiable", differentiable, not differentiable, "False"),
             ("flat", flat, not flat or rounding != "stochastic", "False with stochastic rounding"),
@@ -170,7 +172,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         return None
 
     def _flat_parts(self) -> list[Flat]:
-        if self.flat and not (self._flats and all(f.is_current() for f in self._flats)):
+        if not self.flat:
+            return []
+        trained = {id(p) for g in self.param_groups for p in g["params"] if p.requires_grad}
+        held = {id(p) for f in self._flats for p in f.params}
+        if trained != held or not all(f.is_current() for f in self._flats):
             self._flats = flatten(self)
             self._batches = {}
         return self._flats
@@ -189,6 +195,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self, params: list[Tensor], grads: list[Tensor], groups: list[dict[str, Any]]
     ) -> None:
         """Steps parameters, whose norm is one; groups are those of the parameters."""
+        grads = [aligned(g, p) for p, g in zip(params, grads, strict=True)]
         norm = None
         several = len(set(map(Tensor.get_device, params))) > 1
         measures = self.max_grad_norm is not None or self.skip_nonfinite
@@ -241,10 +248,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         scaler found infinities. GradScaler sets ``grad_scale`` and ``found_inf`` for the call."""
         found = getattr(self, "found_inf", None)
         if norm is None and getattr(self, "grad_scale", None) is None and found is None:
-            if self._scaled:
+            if self._scaled.pop(stats.device, True):
                 stats[3], stats[4] = 1.0, 0.0
+                self._scaled[stats.device] = False
             return
-        self._scaled = True
+        self._scaled[stats.device] = True
         inverse = self._inverse_scale(stats.device)
         stats[3] = inverse
         stats[4] = 0.0 if found is None else found.to(stats.device, non_blocking=True)
@@ -274,9 +282,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _batch(
         self, device: torch.device, params: list[Tensor], groups: list[dict[str, Any]]
     ) -> Batch:
-        key = (device, self.n_states(groups[0]), tuple(map(id, params)))
+        key = (device, self.n_states(groups[0]), tuple(map(id, params)), tuple(map(id, groups)))
         batch = self._batches.pop(key, None)
-        if batch is None or batch.has_moved(self.state_of(params[0])):
+        if batch is None or batch.is_stale(self, params):
             batch = Batch(self, list(zip(params, groups, strict=True)))
         self._batches[key] = batch
         if len(self._batches) > self.kept_batches:
@@ -306,12 +314,14 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _start(self) -> None:
         self._batches, self._stats, self._keys, self._flats = {}, {}, {}, []
-        self._scaled = self._norm_is_global = False
+        self._scaled: dict[torch.device, bool] = {}
+        self._norm_is_global = False
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own leaves out what it does not know.
         names = ("max_grad_norm", "skip_nonfinite", "rounding", "seed", "flat", "_stats", "_where")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+        own = {name: getattr(self, name) for name in names}
+        return {**super().__getstate__(), **own, "_more": self._more}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # From a copy or a pickle, or (with two keys) from load_state_dict.
@@ -348,15 +358,21 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ArgumentError(
                 self._where, "amsgrad", expected="False", got="True", remedy="It is not offered."
             )
-        super().load_state_dict(state_dict)
-        saved = state_dict["state"]
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        # What hooks have made of it; this one is the last.
+        seen = [state_dict]
+        handle = self.register_load_state_dict_pre_hook(lambda _, own: seen.append(own))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        saved = seen[-1]["state"]
+        saved_ids = [i for group in seen[-1]["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(saved_ids, params, strict=True):
             for key, value in saved.get(index, {}).items():
                 now = self.state[p][key]
                 both = isinstance(value, Tensor) and isinstance(now, Tensor)
-                if both and now.dtype != value.dtype:
+                if both and (now.dtype != value.dtype or key == "step"):
                     self.state[p][key] = value.to(now.device, copy=True)
         self._batches, self._flats = {}, []
 

@@ -54,17 +54,25 @@ class Batch:
         )
         self.launcher = launcher_of(self.tensors)
         self.hyper = torch.zeros(len(members), len(HYPER), device=self.tensors.device)
+        self._facts = [(p.dtype, p.numel()) for p, _ in members]
+        self._held = {name: [s.get(name) for s in states] for name in ("step", *names)}
         self._groups = list({id(group): group for _, group in members}.values())
         index = {id(group): i for i, group in enumerate(self._groups)}
         self._group_of = [index[id(group)] for _, group in members]
         self._rows: list[tuple[Any, ...]] = []
 
-    def has_moved(self, state: dict[str, Any]) -> bool:
-        """Whether a parameter of which a view is held has got other memory, or the states (that of
-        the first is given) are others, as after ``optimizer.state.clear()``."""
-        if state.get("step") is not self.tensors.steps[0]:
+    def is_stale(self, optimizer: FusedOptimizer, params: list[Tensor]) -> bool:
+        """Whether parameters have another size or dtype, views of them other memory, or their
+        states were replaced."""
+        if [(p.dtype, p.numel()) for p in params] != self._facts:
             return True
-        return any(local(p).data_ptr() != address for p, address in self._views)
+        if any(local(p).data_ptr() != address for p, address in self._views):
+            return True
+        states = [optimizer.state_of(p) for p in params]
+        return not all(
+            all(state.get(name) is own for state, own in zip(states, held, strict=True))
+            for name, held in self._held.items()
+        )
 
     def grads(self, grads: list[Tensor], optimizer: FusedOptimizer) -> list[Tensor]:
         """Gradients as the kernel takes them: the part here, laid out as the parameter."""
@@ -96,6 +104,8 @@ class Batch:
             host = torch.tensor([rows[i] for i in self._group_of], dtype=torch.float32)
             host = host.pin_memory() if device.type == "cuda" else host
             self.hyper.copy_(host, non_blocking=True)
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                self._rows = []  # written when the graph runs, not yet
         for i, column, value in moving:
             # Members of a group are consecutive.
             first = self._group_of.index(i)
@@ -175,6 +185,11 @@ def _adopt(optimizer: FusedOptimizer, p: Tensor) -> None:
             del state[name]
         elif isinstance(value, Tensor) and local(value).device != here.device:
             state[name] = value.to(here.device)
+    wide = torch.promote_types(p.dtype, torch.float32)
+    for name in optimizer.state_names:
+        value = state.get(name)
+        if value is not None and value.dtype not in (wide, torch.uint8):
+            state[name] = value.to(wide)  # torch keeps them in the parameters' dtype
     for name in (*optimizer.state_names, "compensation"):
         value = state.get(name)
         if value is not None and value.shape == p.shape:

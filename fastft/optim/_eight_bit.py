@@ -10,6 +10,7 @@ from torch import Tensor
 from fastft.errors import ArgumentError
 from fastft.ops.optimizer_step import dynamic_map
 from fastft.optim._base import FusedOptimizer
+from fastft.optim._shards import is_sharded
 
 __all__ = ["EightBitStates"]
 
@@ -33,6 +34,11 @@ class EightBitStates(FusedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's, with what bitsandbytes' optimizers expect in theirs: step counts as numbers and
         the maps of the codes. Reads the step counts off the device."""
+        if any(is_sharded(p) for group in self.param_groups for p in group["params"]):
+            raise ArgumentError(
+                self._where, "state_dict", expected="whole parameters", got="sharded ones",
+                remedy="8-bit states of shards cannot be saved; use AdamW or Lion under FSDP2.",
+            )  # fmt: skip
         state_dict = super().state_dict()
         steps = [s["step"] for s in state_dict["state"].values() if isinstance(s["step"], Tensor)]
         numbers = iter(torch.stack([s.cpu() for s in steps]).tolist() if steps else ())
@@ -46,7 +52,7 @@ class EightBitStates(FusedOptimizer):
             for number, is_signed in signed.items():
                 if f"absmax{number}" in state:
                     device = state[f"absmax{number}"].device
-                    state[f"qmap{number}"] = dynamic_map(is_signed).to(device)
+                    state[f"qmap{number}"] = dynamic_map(is_signed).to(device, copy=True)
             state_dict["state"][index] = state
         return state_dict
 
@@ -61,6 +67,9 @@ class EightBitStates(FusedOptimizer):
             state = dict(own)
             state.update(state.pop(_NESTED, {}))
             self._check_maps(state)
+            for theirs, ours in (("exp_avg", "state1"), ("exp_avg_sq", "state2")):
+                if theirs in state:  # of an optimizer with float32 states, which they stay
+                    state[ours] = state.pop(theirs)
             flat["state"][index] = {k: v for k, v in state.items() if not k.startswith("qmap")}
         super().load_state_dict(flat)
 

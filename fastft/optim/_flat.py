@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastft.errors import ArgumentError
 from fastft.ops.optimizer_step import STATE_BLOCK
 from fastft.optim._batch import absmax_name, is_eight_bit
+from fastft.optim._shards import is_sharded
 
 if TYPE_CHECKING:
     from fastft.optim._base import FusedOptimizer
@@ -47,7 +49,7 @@ class Flat:
         """Buffers of the states, of which each parameter's state holds its views; states that are
         there already move in."""
         first, device = self.params[0], self.values.device
-        eight = is_eight_bit(optimizer, first, self.group)
+        eight = _is_eight_bit(optimizer, first, self.group)
         wide = torch.promote_types(first.dtype, torch.float32)
         names = optimizer.state_names[: optimizer.n_states(self.group)]
         kinds = dict.fromkeys(names, (torch.uint8 if eight else wide, 1))
@@ -100,6 +102,13 @@ class Flat:
                 p.grad = view
 
 
+def _is_eight_bit(optimizer: FusedOptimizer, p: Tensor, group: dict[str, Any]) -> bool:
+    """A state that is there stays in its format."""
+    names = optimizer.state_names
+    found = optimizer.state[p].get(names[0]) if names else None
+    return is_eight_bit(optimizer, p, group) if found is None else found.dtype == torch.uint8
+
+
 def flatten(optimizer: FusedOptimizer) -> list[Flat]:
     """The parameters of an optimizer that require gradients, made flat."""
     found: dict[tuple[Any, ...], tuple[dict[str, Any], list[Tensor]]] = {}
@@ -107,6 +116,11 @@ def flatten(optimizer: FusedOptimizer) -> list[Flat]:
         for p in group["params"]:
             if p.requires_grad:
                 optimizer.refuse(p, p if p.grad is None else p.grad)
-                key = (index, p.device, p.dtype, is_eight_bit(optimizer, p, group))
+                if is_sharded(p):
+                    raise ArgumentError(
+                        "fastft.optim", "flat", expected="whole parameters", got="sharded ones"
+                    )
+                taken = float(optimizer.state[p].get("step", 0.0))
+                key = (index, p.device, p.dtype, _is_eight_bit(optimizer, p, group), taken)
                 found.setdefault(key, (group, []))[1].append(p)
     return [Flat(optimizer, group, params) for group, params in found.values()]

@@ -17,18 +17,20 @@ __all__ = ["MatrixOptimizer"]
 class MatrixOptimizer(FusedOptimizer):
     """Makes an update U of each gradient and writes p <- p - lr (U + wd p) over all tensors at
     once, rounding as the base does. With a clip, or a check of the norm, the host waits for the
-    norm once a step. The norm is over all parameters; those on several devices or sharded are
-    refused, for their rows and columns lie apart."""
+    norm once a step. The norm is over all parameters; sharded ones are refused, for their rows
+    and columns lie apart."""
 
     rule = "sgd"
     state_names = ()
 
     def __init__(self, params: Any, defaults: dict[str, Any], **options: Any) -> None:
         super().__init__(params, defaults, **options)
-        if self.flat:
-            raise ArgumentError(
-                self._where, "flat", expected="False", got="True", remedy="Matrices stay whole."
-            )
+        for name in ("flat", "capturable"):
+            if options.get(name):
+                raise ArgumentError(
+                    self._where, name, expected="False", got="True",
+                    remedy="Matrices stay whole, and the host waits for their norm.",
+                )  # fmt: skip
 
     def updates(
         self, params: list[Tensor], grads: list[Tensor], groups: list[dict[str, Any]]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["global_norm", "is_sharded", "like_param", "local", "shard_offset"]
+__all__ = ["aligned", "global_norm", "is_sharded", "like_param", "local", "shard_offset"]
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -22,6 +23,13 @@ def is_sharded(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """The part of a DTensor that is here; any other tensor as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def aligned(grad: Tensor, param: Tensor) -> Tensor:
+    """A gradient sharded as its parameter is: tensor parallelism leaves sums yet to be made."""
+    if not is_sharded(param) or grad.placements == param.placements:  # type: ignore[attr-defined]
+        return grad
+    return grad.redistribute(placements=param.placements)  # type: ignore[attr-defined,no-any-return]
 
 
 def like_param(part: Tensor, param: Tensor) -> Tensor:
@@ -42,15 +50,13 @@ def shard_offset(param: Tensor) -> int:
     sharded along their first dimension, as FSDP2 does, else distinct for each shard."""
     if not is_sharded(param):
         return 0
-    from torch.distributed.tensor import Shard
-
     offset, rows = 0, param.shape[0] if param.dim() else 1
     row = math.prod(param.shape[1:])
     for dim, placement in enumerate(param.placements):  # type: ignore[attr-defined]
-        if not isinstance(placement, Shard):
+        if not _splits(placement):
             continue
         rank = param.device_mesh.get_local_rank(dim)  # type: ignore[attr-defined]
-        if placement.dim != 0:
+        if placement.dim != 0 or type(placement).__name__ != "Shard":
             offset += rank * param.numel()
             continue
         # torch.chunk's rule: all parts but the last are of ceil(rows / parts).
@@ -83,10 +89,13 @@ def global_norm(grads: Sequence[Tensor]) -> Tensor:
 def _sharding_groups(grad: Tensor) -> list[object]:
     if not is_sharded(grad):
         return []
-    from torch.distributed.tensor import Shard
-
     return [
         grad.device_mesh.get_group(dim)  # type: ignore[attr-defined]
         for dim, placement in enumerate(grad.placements)  # type: ignore[attr-defined]
-        if isinstance(placement, Shard)
+        if _splits(placement)
     ]
+
+
+def _splits(placement: Any) -> bool:
+    """Whether a placement cuts a tensor up: Shard, and FSDP2's own kind over tensor parallelism."""
+    return not placement.is_replicate() and not placement.is_partial()

@@ -32,9 +32,9 @@ def param_groups(
         model: any torch model, PEFT's included.
         lr: of the last layer's parameters, and of all without ``layer_decay``.
         weight_decay: of the parameters that decay.
-        layer_decay: lr of block i of n is lr * layer_decay^(n - i); what comes before the blocks
-            (embeddings) has one factor more, what comes after them none. Blocks are the longest
-            ``ModuleList`` of the model.
+        layer_decay: lr of block i of n is lr * layer_decay^(n - i); matrices that the model names
+            before its blocks (embeddings) have one factor more, all else none. Blocks are those of
+            each ``ModuleList`` that lies in no other, as an encoder's and a decoder's.
         no_decay: True for parameters of one dimension (biases, norms); or patterns of names, as
             ``fnmatch`` takes them.
         loraplus_ratio: lr of LoRA's B over that of A (LoRA+, Hayou et al. 2024,
@@ -109,21 +109,28 @@ def _layer_factors(
 ) -> dict[str, float]:
     if layer_decay is None:
         return dict.fromkeys(names, 1.0)
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    path, blocks = max(lists, key=lambda entry: len(entry[1]), default=("", nn.ModuleList()))
-    if len(blocks) < 2:
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    # Stacks of blocks: not the lists within a block, as experts are.
+    stacks = {
+        name + ".": len(blocks)
+        for name, blocks in lists
+        if len(blocks) > 1 and not any(name.startswith(other + ".") for other, _ in lists)
+    }
+    order = {name: (i, p.dim()) for i, (name, p) in enumerate(model.named_parameters())}
+    inside = [name for name in order if name.startswith(tuple(stacks))]
+    if not stacks or not inside:
         raise ArgumentError(
             _WHERE, "layer_decay", expected="a model with a ModuleList of blocks", got="none"
         )
-    order = [name for name, _ in model.named_parameters()]
-    prefix = path + "."
-    first = min(i for i, name in enumerate(order) if name.startswith(prefix))
-    place = {name: i for i, name in enumerate(order)}
+    first, deepest = order[inside[0]][0], max(stacks.values())
     factors = {}
     for name in names:
-        if name.startswith(prefix):
+        prefix = next((p for p in stacks if name.startswith(p)), None)
+        place, dims = order[name]
+        if prefix is not None:
             index = int(name[len(prefix) :].split(".")[0])
-            factors[name] = layer_decay ** (len(blocks) - 1 - index)
+            factors[name] = layer_decay ** (stacks[prefix] - 1 - index)
         else:
-            factors[name] = layer_decay ** len(blocks) if place[name] < first else 1.0
+            # Embeddings come before the blocks; a last norm may too, by its place in the model.
+            factors[name] = layer_decay**deepest if place < first and dims > 1 else 1.0
     return factors

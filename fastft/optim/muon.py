@@ -15,6 +15,7 @@ from fastft.optim._matrix import MatrixOptimizer
 __all__ = ["Muon", "orthogonalize"]
 
 _WHERE = "fastft.optim.Muon"
+_GRAM_STEPS = 5
 ADJUSTMENTS = ("original", "match_rms_adamw")
 
 
@@ -155,12 +156,14 @@ def orthogonalize(
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
     rows, columns = x.shape[1:]
     if 2 * rows <= columns:
-        gram = x @ x.mT
-        total = eye = torch.eye(rows, dtype=x.dtype, device=x.device).expand_as(gram)
-        for _ in range(steps):
-            q = a * eye + b * gram + c * (gram @ gram)
-            total, gram = q @ total, q @ gram @ q
-        x = total @ x
+        eye = torch.eye(rows, dtype=x.dtype, device=x.device).expand(len(x), rows, rows)
+        # What rounding leaves of a singular G's zeros grows by a^2 a step: begin anew after a few.
+        for first in range(0, steps, _GRAM_STEPS):
+            gram, total = x @ x.mT, eye
+            for _ in range(min(_GRAM_STEPS, steps - first)):
+                q = a * eye + b * gram + c * (gram @ gram)
+                total, gram = q @ total, q @ gram @ q
+            x = total @ x
     else:
         y = x.to(torch.bfloat16)
         for _ in range(steps):

@@ -56,6 +56,16 @@ class StepInBackward:
                 _WHERE, "optimizer", expected="one of fastft.optim, but Muon and Adafactor",
                 got=type(optimizer).__name__,
             )  # fmt: skip
+        if optimizer.flat or (
+            torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+            and torch.distributed.get_world_size() > 1
+        ):
+            raise ArgumentError(
+                _WHERE, "optimizer", expected="parameters apart, in one process",
+                got="flat ones" if optimizer.flat else "several processes",
+                remedy="Gradients are stepped by before they are flat, or reduced.",
+            )  # fmt: skip
         self.optimizer = optimizer
         self._mode = "step"
         self._begun = False
@@ -82,7 +92,7 @@ class StepInBackward:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        del self.optimizer.kept_batches
+        self.optimizer.__dict__.pop("kept_batches", None)
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -111,7 +121,7 @@ class StepInBackward:
             return loss
         self._squares = {}
         state = _random_state()
-        self._run("norm", closure)
+        loss = self._run("norm", closure)
         device = params[0].device
         norm = sum((s.to(device) for s in self._squares.values()), torch.zeros((), device=device))
         norm = norm.sqrt().float()
@@ -123,8 +133,7 @@ class StepInBackward:
             for own in {p.device for p in params}:
                 optimizer._stats_of(own)[2] += 1
             optimizer.step()
-            return None
-        self._done.clear()
+            return loss
         self._scale = (optimizer.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         _set_random_state(state)
         try:
@@ -140,8 +149,26 @@ class StepInBackward:
             return closure()
         finally:
             self._mode = before
+            self._done.clear()
+
+    def _begin(self) -> None:
+        self._begun = True
+        now = {id(p): g for g in self.optimizer.param_groups for p in g["params"]
+               if p.requires_grad}  # fmt: skip
+        if now.keys() != self._group.keys():
+            raise ArgumentError(
+                _WHERE, "optimizer", expected="the parameters it had", got="others",
+                remedy="Make another StepInBackward after adding or freezing parameters.",
+            )  # fmt: skip
+        self._group = now
+        self.optimizer.before_step()
 
     def _end(self, *_: Any) -> None:
+        if getattr(self.optimizer, "grad_scale", None) is not None:
+            raise ArgumentError(
+                _WHERE, "step", expected="no GradScaler", got="one",
+                remedy="Gradients were stepped by in the backward, scale and all; use bfloat16.",
+            )  # fmt: skip
         self._begun = False
         self._done.clear()
 
@@ -169,8 +196,8 @@ class StepInBackward:
             p.grad = None
             return
         if not self._begun:
-            optimizer.before_step()
-            self._begun = True
+            self._begin()
+            group = self._group[id(p)]
         if self._scale is not None:
             stats = optimizer._stats_of(p.device)
             norm = stats[0].clone()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.errors import ArgumentError
 from fastft.optim._base import FusedOptimizer
 
 __all__ = ["ScheduleFreeAdamW"]
@@ -52,6 +53,13 @@ class ScheduleFreeAdamW(FusedOptimizer):
         maximize: bool = False,
         **options: Any,
     ) -> None:
+        for name, wrong in (("betas", not betas[0] > 0), ("capturable", options.get("capturable"))):
+            if wrong:
+                raise ArgumentError(
+                    "fastft.optim.ScheduleFreeAdamW", name, expected="beta1 above 0, no capturable",
+                    got=repr(betas if name == "betas" else True),
+                    remedy="The average is taken by beta1, with weights that the host counts.",
+                )  # fmt: skip
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -74,8 +82,6 @@ class ScheduleFreeAdamW(FusedOptimizer):
         """The weight of this step in the average."""
         for group in self.param_groups:
             if not group["train_mode"]:
-                from fastft.errors import ArgumentError
-
                 raise ArgumentError(
                     self._where, "step", expected="train() before it", got="eval()",
                     remedy="Call optimizer.train() when training goes on.",

@@ -62,7 +62,8 @@ class SGD(FusedOptimizer):
     def hyper(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """See the base."""
         nesterov = 1.0 if group["nesterov"] else 0.0
-        return (group["lr"], group["momentum"], group["dampening"], 0.0, group["weight_decay"],
+        dampening = group["dampening"] if group["momentum"] else 0.0
+        return (group["lr"], group["momentum"], dampening, 0.0, group["weight_decay"],
                 nesterov)  # fmt: skip
 
     def n_states(self, group: dict[str, Any]) -> int:

@@ -45,10 +45,10 @@ class Chunks:
 def chunks_for(tensors: Any, grads: Sequence[Tensor], chunk: int, n_scalars: int) -> Chunks:
     """The chunks of ``fastft.ops.StepTensors``, cached there."""
     dtypes = [g.dtype for g in grads]
-    found = tensors.launcher_tables.get(("chunks", chunk))
+    found = tensors.launcher_tables.get(("chunks", chunk, n_scalars))
     if found is None or found[0] != dtypes:
         found = (dtypes, _build(tensors, dtypes, chunk, n_scalars))
-        tensors.launcher_tables["chunks", chunk] = found
+        tensors.launcher_tables["chunks", chunk, n_scalars] = found
     return found[1]
 
 
@@ -81,13 +81,16 @@ def table_for(tensors: Any, grads: Sequence[Tensor]) -> Tensor:
     """The table of addresses on the tensors' device, copied where anything has changed."""
     host, changed = tensors.table(grads)
     tables = tensors.launcher_tables
+    captured = tensors.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if captured and "table" in tables:
+        tables.setdefault("captured", []).append(tables["table"])
     if changed or "table" not in tables:
-        captured = tensors.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if captured:
             # A graph copies from this memory, to that, whenever it is replayed: both stay.
             host = host.pin_memory()
             tables["table"] = host.to(tensors.device, non_blocking=True)
             tables.setdefault("captured", []).append((host, tables["table"]))
+            tensors.forget()  # written when the graph runs, not yet
         else:
             tables["table"] = upload(host, tensors.device)
     return tables["table"]

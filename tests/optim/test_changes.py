@@ -1,0 +1,183 @@
+"""What may change between steps is noticed: sizes, dtypes, groups, states, formats, hooks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastft import optim
+
+BF16 = torch.bfloat16
+
+
+def _step(optimizer: Any, p: Tensor, value: float = 1.0) -> None:
+    p.grad = torch.full_like(p, value)
+    optimizer.step()
+
+
+def test_size_and_dtype_of_a_parameter() -> None:
+    p = torch.zeros(1000, requires_grad=True)
+    optimizer = optim.SGD([p], lr=1.0)
+    _step(optimizer, p)
+    room = torch.zeros(2000)
+    p.grad, p.data = None, room[:10]
+    _step(optimizer, p)
+    assert torch.equal(room, torch.cat([torch.full((10,), -1.0), torch.zeros(1990)]))
+    p.grad, p.data = None, p.data.double()
+    _step(optimizer, p)
+    assert torch.equal(p.detach(), torch.full((10,), -2.0, dtype=torch.float64))
+
+
+def test_groups_that_take_the_place_of_others() -> None:
+    p = torch.zeros(3, requires_grad=True)
+    optimizer = optim.SGD([p], lr=1.0)
+    _step(optimizer, p)
+    optimizer.param_groups.clear()
+    optimizer.add_param_group({"params": [p], "lr": 0.0})
+    _step(optimizer, p)
+    assert torch.equal(p.detach(), torch.full((3,), -1.0))
+    release = optim.StepInBackward(optim.SGD([p], lr=1.0))
+    release.optimizer.load_state_dict(copy.deepcopy(release.optimizer.state_dict()))
+    release.optimizer.param_groups[0]["lr"] = 0.0
+    p.sum().backward()
+    release.optimizer.step()
+    assert torch.equal(p.detach(), torch.full((3,), -1.0))
+
+
+def test_states_put_elsewhere_and_back() -> None:
+    p, q = (torch.ones(5, requires_grad=True) for _ in range(2))
+    moved, plain = optim.AdamW([p], lr=0.1), optim.AdamW([q], lr=0.1)
+    for _ in range(3):
+        _step(moved, p)
+        _step(plain, q)
+        for key, value in moved.state[p].items():
+            moved.state[p][key] = value.clone()
+    assert torch.equal(p, q)
+    assert moved.state_dict()["state"][0]["step"] == 3
+
+
+def test_dampening_without_momentum_is_none() -> None:
+    p, q = (torch.ones(5, requires_grad=True) for _ in range(2))
+    for make, x in ((optim.SGD, p), (torch.optim.SGD, q)):
+        optimizer = make([x], lr=0.1, dampening=0.5)
+        for _ in range(3):
+            _step(optimizer, x)
+    torch.testing.assert_close(p, q)
+
+
+def test_torch_s_states_in_the_parameters_dtype() -> None:
+    p = torch.ones(5000, dtype=BF16, requires_grad=True)
+    plain = torch.optim.AdamW([p], lr=0.1)
+    _step(plain, p)
+    for make in (optim.AdamW, optim.AdamW8bit):
+        optimizer = make([p], lr=0.1)
+        optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
+        _step(optimizer, p)
+        first = next(v for k, v in optimizer.state[p].items() if k in ("exp_avg", "state1"))
+        assert first.dtype == torch.float32
+        torch.testing.assert_close(first, torch.full((5000,), 0.19), rtol=1e-2, atol=0)
+        assert float(optimizer.state[p]["step"]) == 2
+
+
+def test_flat_parameters_keep_the_format_of_loaded_states() -> None:
+    for loaded, flat in ((8, 32), (32, 8)):
+        p, q = (torch.ones(5000, requires_grad=True) for _ in range(2))
+        one = optim.AdamW8bit([p], lr=0.1, state_bits=loaded, rounding="nearest")
+        two = optim.AdamW8bit([q], lr=0.1, state_bits=flat, rounding="nearest", flat=True)
+        _step(one, p)
+        q.data.copy_(p.data)
+        two.load_state_dict(copy.deepcopy(one.state_dict()))
+        _step(one, p)
+        _step(two, q)
+        torch.testing.assert_close(p, q)
+
+
+def test_flat_parameters_frozen_and_thawed() -> None:
+    p, q = (torch.zeros(3, requires_grad=True) for _ in range(2))
+    q.requires_grad_(False)
+    optimizer = optim.SGD([p, q], lr=1.0, flat=True)
+    _step(optimizer, p)
+    q.requires_grad_(True)
+    p.requires_grad_(False)
+    p.grad = None
+    _step(optimizer, q)
+    assert torch.equal(p.detach(), torch.full((3,), -1.0))
+    assert torch.equal(q.detach(), torch.full((3,), -1.0))
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_muon_stays_bounded_over_many_steps_of_a_singular_gradient(rank: int) -> None:
+    torch.manual_seed(0)
+    p = torch.zeros(16, 576, requires_grad=True)
+    optimizer = optim.Muon([p], lr=1.0, weight_decay=0.0, ns_steps=12)
+    p.grad = torch.randn(16, rank) @ torch.randn(rank, 576)
+    optimizer.step()
+    assert float(torch.linalg.matrix_norm(p.detach(), 2)) < 1.5
+
+
+def test_hooks_on_loading_are_heard() -> None:
+    p = torch.ones(5, requires_grad=True)
+    optimizer = optim.AdamW([p])
+    _step(optimizer, p)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"] = {7: saved["state"][0]}
+    saved["param_groups"][0]["params"] = [7, 8]
+
+    def drop(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        groups = [{**state_dict["param_groups"][0], "params": [7]}]
+        return {**state_dict, "param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(drop)
+    optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[p]["exp_avg"], saved["state"][7]["exp_avg"])
+
+
+def test_a_copy_made_after_a_scaled_step_steps_plainly() -> None:
+    p = torch.zeros(3, requires_grad=True)
+    optimizer = optim.SGD([p], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    p.grad = torch.full((3,), 1024.0)
+    scaler.step(optimizer)
+    twin = copy.deepcopy(optimizer)
+    own = twin.param_groups[0]["params"][0]
+    _step(twin, own)
+    assert torch.equal(own.detach(), torch.full((3,), -2.0))
+
+
+def test_what_step_in_backward_refuses_later() -> None:
+    p, q = (torch.zeros(3, requires_grad=True) for _ in range(2))
+    with pytest.raises(ValueError, match="flat"):
+        optim.StepInBackward(optim.SGD([p], flat=True))
+    release = optim.StepInBackward(optim.SGD([p], lr=1.0))
+    release.optimizer.add_param_group({"params": [q]})
+    with pytest.raises(ValueError, match="another StepInBackward"):
+        (p.sum() + q.sum()).backward()
+    release.remove()
+    release.remove()
+
+
+def test_layer_decay_of_experts_and_of_two_stacks() -> None:
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(6))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(3, 2)
+            self.encoder = nn.ModuleList(Block() for _ in range(3))
+            self.decoder = nn.ModuleList(Block() for _ in range(2))
+
+    groups = optim.param_groups(Model(), 1.0, layer_decay=0.5)
+    rates = {name: group["lr"] for group in groups for name, _ in group["params"]}
+    assert [rates[f"encoder.{i}.experts.5.weight"] for i in range(3)] == [0.25, 0.5, 1.0]
+    assert [rates[f"decoder.{i}.experts.0.weight"] for i in range(2)] == [0.5, 1.0]
+    assert rates["embed.weight"] == 0.125
