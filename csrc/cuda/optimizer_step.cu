@@ -195,7 +195,7 @@ __device__ void store_state(const float (&in)[kLane], int64_t codes, float* absm
     top = i < count && size > top ? size : top;
   }
   top = warp_max(top);
-  const float inverse = top >= 1.17549435e-38f ? 1.0f / top : 0.0f;
+  const float inverse = dynamic8_inverse(top);
   uint8_t packed[kLane];
 #pragma unroll
   for (int i = 0; i < kLane; ++i)

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from fastft import ops
 from fastft.errors import ArgumentError
+from fastft.ops.optimizer_step import ROUNDINGS
 from fastft.optim._batch import Batch
 from fastft.optim._flat import Flat, flatten
 from fastft.optim._hyper import RefusedError, check_hyper
 from fastft.optim._shards import aligned, global_norm, is_sharded, shard_offset
 
 __all__ = ["FusedOptimizer"]
-
-ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -195,11 +194,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         self, params: list[Tensor], grads: list[Tensor], groups: list[dict[str, Any]]
     ) -> None:
         """Steps parameters, whose norm is one; groups are those of the parameters."""
-        grads = [aligned(g, p) for p, g in zip(params, grads, strict=True)]
         norm = None
         several = len(set(map(Tensor.get_device, params))) > 1
+        sharded = any(map(is_sharded, params))
+        if sharded:
+            grads = [aligned(g, p) for p, g in zip(params, grads, strict=True)]
         measures = self.max_grad_norm is not None or self.skip_nonfinite
-        if measures and (several or any(is_sharded(p) for p in params)):
+        if measures and (several or sharded):
             norm = global_norm(grads)
         self._norm_is_global = norm is not None
         for device, part in _by_device(params, grads, groups):
@@ -335,6 +336,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch."""
+        self.defaults.update(self._more)
         super().add_param_group(param_group)
         self._keys, self._flats = {}, []
 

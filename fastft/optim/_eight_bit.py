@@ -16,7 +16,6 @@ __all__ = ["EightBitStates"]
 
 # bitsandbytes nests the tensors of 8-bit states under this key, so that FSDP leaves them alone.
 _NESTED = "__bnb_optimizer_quant_state__"
-_NOT_PARAM_SHAPED = ("absmax1", "absmax2", "qmap1", "qmap2")
 
 
 class EightBitStates(FusedOptimizer):

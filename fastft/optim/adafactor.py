@@ -65,11 +65,6 @@ class Adafactor(MatrixOptimizer):
         defaults = {"lr": lr, "d": d, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults, **options)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch."""
-        self.defaults.update(self._more)
-        super().add_param_group(param_group)
-
     def updates(
         self, params: list[Tensor], grads: list[Tensor], groups: list[dict[str, Any]]
     ) -> list[Tensor]:

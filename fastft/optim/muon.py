@@ -83,7 +83,6 @@ class Muon(MatrixOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; refuses what is no matrix."""
-        self.defaults.update(self._more)
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if p.ndim != 2:

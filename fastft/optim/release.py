@@ -176,7 +176,7 @@ class StepInBackward:
     def _ready(self, p: Tensor) -> None:
         if self._mode == "hold" or p.grad is None:
             return
-        optimizer, group, grad = self.optimizer, self._group[id(p)], p.grad
+        optimizer, grad = self.optimizer, p.grad
         if self._mode == "step" and optimizer.max_grad_norm is not None:
             raise ArgumentError(
                 _WHERE, "backward", expected="release.step(closure), with max_grad_norm",
@@ -197,7 +197,7 @@ class StepInBackward:
             return
         if not self._begun:
             self._begin()
-            group = self._group[id(p)]
+        group = self._group[id(p)]
         if self._scale is not None:
             stats = optimizer._stats_of(p.device)
             norm = stats[0].clone()

@@ -63,6 +63,10 @@ FASTFT_HD int32_t dynamic8_index(float a) {
   return static_cast<int32_t>(k < last ? k : last);
 }
 
+// What a block's values are multiplied by, given its largest magnitude. Below the smallest normal
+// number its reciprocal is no number: such a block is zero, and so is this.
+FASTFT_HD float dynamic8_inverse(float top) { return top >= 1.17549435e-38f ? 1.0f / top : 0.0f; }
+
 // x in [-1, 1]: the nearest code.
 FASTFT_HD uint8_t dynamic8_encode_signed(float x) {
   const float a = x < 0.0f ? -x : x;
