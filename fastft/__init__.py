@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastft._version import __version__
 
 if TYPE_CHECKING:
-    from fastft import backends, errors, losses, native, nn, ops, optim
+    from fastft import backends, errors, losses, memory, native, nn, ops, optim
     from fastft.patch import (
         accelerate,
         explain,
@@ -34,6 +34,7 @@ __all__ = [
     "explain",
     "lora",
     "losses",
+    "memory",
     "mixed_batch",
     "native",
     "nn",
@@ -44,7 +45,7 @@ __all__ = [
     "unpatch_peft",
 ]
 
-_SUBMODULES = ("backends", "errors", "losses", "native", "nn", "ops", "optim")
+_SUBMODULES = ("backends", "errors", "losses", "memory", "native", "nn", "ops", "optim")
 
 
 def __getattr__(name: str) -> Any:

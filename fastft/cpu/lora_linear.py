@@ -132,6 +132,26 @@ def fwd(
 ) -> None:
     """Writes ys[i] (M, N_i), and for adapter j of layer owners[j] over the rows spans[j] of x:
     ss[j] = drop_j(x) A_j^T (rows, r_j)."""
+    thin_side = (lora_as, lora_bs, scalings, masks, dropout_ps, owners, spans)
+    fwd_adapters(ys, ss, x, weights, biases, *thin_side)
+    fwd_values(ys, ss, x, weights, biases, *thin_side)
+
+
+def fwd_adapters(
+    ys: list[Tensor],
+    ss: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    scalings: list[float],
+    masks: list[Tensor | None],
+    dropout_ps: list[float],
+    owners: list[int],
+    spans: list[tuple[int, int]],
+) -> None:
+    """The ss of ``fwd``, of which ``fwd_values`` makes the ys."""
     if x.shape[0] == 0:
         return
     for group in _groups(masks, spans):
@@ -155,6 +175,25 @@ def fwd(
             s_all = _thin_side([ss[j] for j in group])
             mm_nt(s_all, part, stacked)
             _scatter([ss[j] for j in group], s_all, 1)
+
+
+def fwd_values(
+    ys: list[Tensor],
+    ss: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    scalings: list[float],
+    masks: list[Tensor | None],
+    dropout_ps: list[float],
+    owners: list[int],
+    spans: list[tuple[int, int]],
+) -> None:
+    """The ys of ``fwd``, from x and the ss."""
+    if x.shape[0] == 0:
+        return
     for i, (y, weight, bias) in enumerate(zip(ys, weights, biases, strict=True)):
         mm_nt(y, x, weight)
         if bias is not None:

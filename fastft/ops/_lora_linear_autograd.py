@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fastft import backends
 from fastft.ops._library import register
+from fastft.ops._saving import saves_first
 from fastft.reference.lora_linear import lora_term
 
-__all__ = ["AUTO", "Constants", "LoraLinear", "choose", "new_dropout_mask"]
+__all__ = ["AUTO", "Constants", "LoraLinear", "choose", "late_values", "new_dropout_mask"]
 
 # The backend argument of a registered operation that chooses when it runs.
 AUTO = "auto"
@@ -50,6 +51,10 @@ class Constants:
         n, adapters = self.layers, len(self.owners)
         ends = [n, 2 * n, *(2 * n + i * adapters for i in range(1, 5))]
         return [tensors[a:b] for a, b in zip([0, *ends], ends) if a < len(tensors)]
+
+    def rest(self) -> tuple[Any, ...]:
+        """The arguments of the registered operation after its tensors."""
+        return self.scalings, self.dropout_ps, self.owners, self.spans, self.backend
 
     def rows(self, adapter: int) -> slice:
         return slice(self.spans[2 * adapter], self.spans[2 * adapter + 1])
@@ -104,12 +109,16 @@ def _forward(
     owners: Sequence[int],
     spans: Sequence[int],
     backend: str,
+    outputs: list[Tensor] | None = None,
+    part: str = "fwd",
 ) -> list[Tensor]:
-    """ys and ss, from the launcher."""
-    outputs = _outputs(x, weights, lora_as, spans)
+    """ys and ss, from the launcher; part: "fwd", or only the ss ("fwd_adapters"), or then only the
+    ys ("fwd_values")."""
+    if outputs is None:
+        outputs = _outputs(x, weights, lora_as, spans)
     n = len(weights)
     with _without_autocast(x.device.type):
-        choose(backend, x, lora_as)[1].fwd(
+        getattr(choose(backend, x, lora_as)[1], part)(
             outputs[:n],
             outputs[n:],
             x,
@@ -167,25 +176,36 @@ def _backward(
     return dx, das, dbs
 
 
+class Late:
+    """The values of a call that has saved what its backward needs, not computed yet."""
+
+    call: tuple[Any, ...]
+
+    def compute(self) -> None:
+        """Writes them into the tensors the call has returned."""
+        with torch.no_grad():
+            _forward(*self.call, part="fwd_values")
+
+
+def late_values(backend: str, x: Tensor, lora_as: Sequence[Tensor]) -> Late | None:
+    """In a recompute, where the backend can: room for a call that saves before it computes."""
+    splits = hasattr(choose(backend, x, lora_as)[1], "fwd_values")
+    return Late() if splits and saves_first() else None
+
+
 class LoraLinear(torch.autograd.Function):
     """Eager autograd of ``lora_linear_siblings``."""
 
     @staticmethod
-    def forward(ctx: Any, constants: Constants, x: Tensor, *tensors: Tensor | None) -> Any:
-        weights, biases, lora_as, lora_bs, masks = constants.split(tensors)
-        outputs = _forward(
-            x,
-            weights,
-            biases,
-            lora_as,
-            lora_bs,
-            masks,
-            constants.scalings,
-            constants.dropout_ps,
-            constants.owners,
-            constants.spans,
-            constants.backend,
-        )
+    def forward(
+        ctx: Any, late: Late | None, constants: Constants, x: Tensor, *tensors: Tensor | None
+    ) -> Any:
+        call = (x, *constants.split(tensors), *constants.rest())
+        if late is None:
+            outputs = _forward(*call)
+        else:
+            outputs = _forward(*call, part="fwd_adapters")
+            late.call = (*call, outputs)
         ctx.constants = constants
         ctx.save_for_backward(x, *tensors, *outputs[constants.layers :])
         return tuple(outputs[: constants.layers])
@@ -198,9 +218,11 @@ class LoraLinear(torch.autograd.Function):
         no_masks = [None] * len(masks)
         if torch.is_grad_enabled():
             inputs = [x, *weights, *biases, *lora_as, *lora_bs]
-            grads = _differentiable_backward(constants, inputs, masks, dys, ctx.needs_input_grad)
-            return None, *grads, *no_masks
-        need_w, need_bias, need_a, need_b, _ = constants.split(ctx.needs_input_grad[2:])
+            grads = _differentiable_backward(
+                constants, inputs, masks, dys, ctx.needs_input_grad[1:]
+            )
+            return None, None, *grads, *no_masks
+        need_w, need_bias, need_a, need_b, _ = constants.split(ctx.needs_input_grad[3:])
         dx, das, dbs = _backward(
             dys,
             x,
@@ -209,18 +231,14 @@ class LoraLinear(torch.autograd.Function):
             lora_as,
             lora_bs,
             masks,
-            constants.scalings,
-            constants.dropout_ps,
-            constants.owners,
-            constants.spans,
-            constants.backend,
-            ctx.needs_input_grad[1],
+            *constants.rest(),
+            ctx.needs_input_grad[2],
             need_a,
             need_b,
         )
         dws = [(dy.t() @ x).to(w.dtype) if k else None for dy, w, k in zip(dys, weights, need_w)]
         dbiases = [dy.sum(0).to(b.dtype) if k else None for dy, b, k in zip(dys, biases, need_bias)]
-        return None, dx, *dws, *dbiases, *das, *dbs, *no_masks
+        return None, None, dx, *dws, *dbiases, *das, *dbs, *no_masks
 
 
 def _differentiable_backward(
@@ -313,11 +331,7 @@ def _registered_backward(ctx: Any, grads: list[Tensor]) -> Any:
         lora_as,
         lora_bs,
         masks,
-        constants.scalings,
-        constants.dropout_ps,
-        constants.owners,
-        constants.spans,
-        constants.backend,
+        *constants.rest(),
     )
     dws = [(dy.t() @ x).to(w.dtype) if w.requires_grad else None for dy, w in zip(dys, weights)]
     half = len(adapters) // 2

@@ -26,6 +26,7 @@ from fastft.ops._checks import (
     check_tensor,
 )
 from fastft.ops._library import register
+from fastft.ops._saving import registered
 from fastft.reference import attention as reference
 
 __all__ = ["check", "scaled_dot_product_attention"]
@@ -78,7 +79,7 @@ def scaled_dot_product_attention(
     if mask is not None and mask.stride(-1) != 1:
         mask = mask.contiguous()
     name = backend or _AUTO
-    if torch.compiler.is_compiling():
+    if registered():
         out, _ = torch.ops.fastft.attention_fwd(query, key, value, mask, factor, is_causal, name)
         return out
     name = _choose(name, query)[0]

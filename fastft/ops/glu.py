@@ -17,6 +17,7 @@ from fastft import backends
 from fastft.errors import ArgumentError, nearest
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from fastft.ops._library import register
+from fastft.ops._saving import note
 from fastft.reference import glu as reference
 
 __all__ = ["ACTIVATIONS", "check", "glu"]
@@ -128,7 +129,9 @@ class Glu(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.facts = (activation, backend)
-        return _fwd_kernel(gate, up, activation, backend)
+        out = _fwd_kernel(gate, up, activation, backend)
+        note(out, (gate, up), lambda gate, up: _fwd_kernel(gate, up, activation, backend))
+        return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Any:

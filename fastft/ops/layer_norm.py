@@ -18,6 +18,7 @@ from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from fastft.ops._library import register
+from fastft.ops._saving import note
 from fastft.reference import layer_norm as reference
 
 __all__ = ["check", "layer_norm"]
@@ -184,6 +185,7 @@ class LayerNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, *facts: Any
     ) -> Tensor:
         y, mean, rstd = _fwd_kernel(x, weight, bias, *facts)
+        note(y, (x, weight, bias), lambda *inputs: _fwd_kernel(*inputs, *facts)[0])
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.facts = facts
         return y

@@ -36,6 +36,7 @@ from fastft.ops._lora_linear_autograd import (
     Constants,
     LoraLinear,
     choose,
+    late_values,
     new_dropout_mask,
 )
 
@@ -165,7 +166,11 @@ def lora_linear_siblings(
         ]
     else:
         constants = Constants(len(weights), list(scalings), ps, owners, bounds, name)
-        ys = LoraLinear.apply(constants, flat, *weights, *biases, *lora_as, *lora_bs, *masks)
+        late = late_values(name, flat, lora_as)
+        tensors = (*weights, *biases, *lora_as, *lora_bs, *masks)
+        ys = LoraLinear.apply(late, constants, flat, *tensors)
+        if late is not None:  # the recompute goes on: somebody needs the values
+            late.compute()
     if x.dim() == 2:
         return tuple(ys)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)

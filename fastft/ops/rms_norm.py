@@ -18,6 +18,7 @@ from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from fastft.ops._library import register
+from fastft.ops._saving import note
 from fastft.reference import rms_norm as reference
 
 __all__ = ["check", "rms_norm"]
@@ -188,6 +189,8 @@ class RMSNorm(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         y, rstd = _fwd_kernel(x, weight, eps, offset, round_first, backend)
+        facts = (eps, offset, round_first, backend)
+        note(y, (x, weight), lambda x, weight: _fwd_kernel(x, weight, *facts)[0])
         ctx.save_for_backward(x, weight, rstd)
         ctx.eps, ctx.offset, ctx.round_first, ctx.backend = eps, offset, round_first, backend
         return y
@@ -253,6 +256,7 @@ class AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, *facts: Any) -> Any:
         found = _add_fwd_kernel(x, residual, weight, *facts)
+        note(found[0], (found[1], weight), lambda x, weight: _fwd_kernel(x, weight, *facts)[0])
         _add_setup_context(ctx, (x, residual, weight, *facts), found)
         return found[0], found[1]
 

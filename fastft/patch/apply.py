@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
-from fastft import native
+from fastft import memory, native
 from fastft.errors import ArgumentError, DtypeError, VerificationError, nearest
 from fastft.nn import head as head_module
 from fastft.nn import packing, siblings
@@ -203,6 +203,7 @@ def restore(model: nn.Module) -> nn.Module:
             got="one that is not accelerated",
         )
     siblings.forget(model)
+    memory.restore(model)
     for module in model.modules():
         original = original_of(module)
         if type(module) is not original:

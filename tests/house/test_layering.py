@@ -22,12 +22,13 @@ LAYERS: dict[str, set[str]] = {
     "optim": {"optim", "ops", *BASE},
     "nn": {"nn", "ops", "backends", *BASE},
     "losses": {"losses", "nn", "ops", *BASE},
-    "patch": {"patch", "nn", "ops", "backends", *BASE},
-    "train": {"__init__", "train", "patch", "losses", "nn", "optim", "ops", "backends", *BASE},
+    "memory": {"memory", "nn", "ops", "backends", *BASE},
+    "patch": {"patch", "memory", "nn", "ops", "backends", *BASE},
+    "train": {"__init__", "train", "patch", "memory", "losses", "nn", "optim", "ops", "backends", *BASE},
     "doctor": {"__init__", "train", "backends", *BASE},
     "commands": {"__init__", "train", "doctor", *BASE},
     "cli": {"commands"},
-    "__init__": {"losses", "patch", "nn", "optim", "ops", "backends", *BASE},
+    "__init__": {"losses", "memory", "patch", "nn", "optim", "ops", "backends", *BASE},
 }
 # Outside package -> the parts of fastft that may import it.
 THIRD_PARTY = {

@@ -1,0 +1,9 @@
+"""Activations that fit: what each layer keeps for its backward, chosen by policy or by budget."""
+
+from __future__ import annotations
+
+from fastft.memory._attention import keep_attention
+from fastft.memory._layers import POLICIES
+from fastft.memory.policy import checkpoint, explain, restore
+
+__all__ = ["POLICIES", "checkpoint", "explain", "keep_attention", "restore"]

@@ -1,0 +1,155 @@
+"""Recompute all but attention: its results are kept, in the order they were made.
+
+Attention is the one part of a block whose recompute grows with the square of the sequence and whose
+result is no larger than a hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from fastft.ops._saving import saving_first
+
+__all__ = ["ATTENTION_OPS", "Store", "full_contexts", "keep_attention"]
+
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+# Resolved where they exist: fastft's attention, torch's own, and flash-attn's.
+ATTENTION_OPS = (
+    "fastft::attention_fwd",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_flash_attention_forward",
+    "aten::_efficient_attention_forward",
+    "flash_attn::_flash_attn_forward",
+    "flash_attn::_flash_attn_varlen_forward",
+)
+
+
+def _is_attention(func: Any) -> bool:
+    return func.name().partition(".")[0] in ATTENTION_OPS
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where results of attention are between forward and recompute: ``put(tensor)`` gives what is
+    held in its place, ``get`` of that the tensor."""
+
+    put: Callable[[Tensor], Any] = Tensor.detach
+    get: Callable[[Any], Tensor] = lambda held: held
+
+
+@dataclass(frozen=True)
+class _Held:
+    payload: Any
+    version: int
+
+
+class _Keep(TorchDispatchMode):
+    """Of the forward: notes what attention returned."""
+
+    def __init__(self, store: Store, results: list[list[Any]]) -> None:
+        super().__init__()
+        self._store, self._results = store, results
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if _is_attention(func):
+            items = found if isinstance(found, (tuple, list)) else (found,)
+            self._results.append([self._held(item) for item in items])
+        return found
+
+    def _held(self, item: Any) -> Any:
+        if not isinstance(item, Tensor):
+            return item
+        return _Held(self._store.put(item), item._version)
+
+
+class _Replay(TorchDispatchMode):
+    """Of the recompute: returns what was noted, in order, each time it is entered."""
+
+    def __init__(self, store: Store, results: list[list[Any]]) -> None:
+        super().__init__()
+        self._store, self._results, self._next = store, results, 0
+        self._first: Any = None
+
+    def __enter__(self) -> _Replay:
+        self._next, self._first = 0, saving_first()
+        self._first.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._first.__exit__(*error)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if not _is_attention(func):
+            return func(*args, **(kwargs or {}))
+        if self._next == len(self._results):
+            raise RuntimeError(
+                "fastft.memory: the recompute called attention more often than the forward"
+            )
+        items = self._results[self._next]
+        self._next += 1
+        found = [self._given(item) for item in items]
+        return found[0] if len(found) == 1 else tuple(found)
+
+    def _given(self, item: Any) -> Any:
+        if not isinstance(item, _Held):
+            return item
+        tensor = self._store.get(item.payload)
+        # A copy brought back from elsewhere begins at version 0.
+        if tensor._version > item.version:
+            raise RuntimeError("fastft.memory: the result of attention was changed in place")
+        return tensor
+
+
+class _SavingFirst:
+    """``saving_first``, entered as often as there are backward passes."""
+
+    def __enter__(self) -> None:
+        self._context = saving_first()
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+
+def full_contexts() -> Contexts:
+    """``context_fn`` of a checkpoint that keeps nothing: the last product of a recompute, whose
+    value nobody needs, is left out."""
+    return nullcontext(), _SavingFirst()
+
+
+def keep_attention(store: Store | None = None) -> Contexts:
+    """``context_fn`` of ``torch.utils.checkpoint.checkpoint(use_reentrant=False)`` that recomputes
+    all but attention.
+
+    Through a Trainer: ``TrainingArguments(gradient_checkpointing=True,
+    gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": keep_attention})``.
+    """
+    if torch.compiler.is_compiling():
+        return create_selective_checkpoint_contexts(_selective_policy)
+    store = store or Store()
+    results: list[list[Any]] = []
+    return _Keep(store, results), _Replay(store, results)
+
+
+def _selective_policy(context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keeps = _is_attention(func)
+    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,265 @@
+"""The policy "auto": the cheapest mix of policies within a budget of bytes.
+
+What each layer keeps under each policy is measured on its own inputs, in the first step: one
+forward a policy and kind of layer, thrown away. The choice is a multiple-choice knapsack, solved
+exactly over the frontier of (bytes, cost).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+
+from fastft.errors import ArgumentError
+from fastft.memory._attention import Store, keep_attention
+from fastft.memory._layers import state_of, without_cache
+from fastft.memory._saved import recipes
+from fastft.nn.calls import uncounted
+from fastft.nn.swap import original_of
+
+__all__ = ["Choice", "Plan", "cheapest", "free_memory", "measure"]
+
+MIXED = ("none", "lora", "attention", "full")
+# Share of free memory that is used where no budget is given.
+_SHARE = 0.9
+# Gradient and two states, float32.
+_STATE_BYTES = 12
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layer under one policy: bytes it keeps, bytes it holds while it is recomputed, and the work
+    of its recompute in floating-point operations."""
+
+    policy: str
+    kept: int
+    held: int
+    cost: float
+
+
+def cheapest(layers: Sequence[Sequence[Choice]], budget: int) -> list[Choice] | None:
+    """The choice for each layer with the least cost whose peak is within ``budget``; None where
+    there is none. The peak: what all layers keep and the largest recomputed layer."""
+    holds = sorted({choice.held for layer in layers for choice in layer})
+    best: tuple[float, int, list[Choice]] | None = None
+    # With the largest recomputed layer given, only the sum is left to be minded.
+    for held in holds:
+        allowed = [[c for c in layer if c.held <= held] for layer in layers]
+        found = _knapsack(allowed, budget - held) if all(allowed) else None
+        if found is not None:
+            cost, kept = sum(c.cost for c in found), sum(c.kept for c in found)
+            if best is None or (cost, kept) < best[:2]:
+                best = (cost, kept, found)
+    return None if best is None else best[2]
+
+
+def _knapsack(layers: list[list[Choice]], room: int) -> list[Choice] | None:
+    """Exact: the frontier of mixes that no other beats in both bytes and cost."""
+    front: list[tuple[int, float, Any]] = [(0, 0.0, None)]
+    for choices in layers:
+        grown = [
+            (kept + c.kept, cost + c.cost, (c, before))
+            for kept, cost, before in front
+            for c in choices
+            if kept + c.kept <= room
+        ]
+        grown.sort(key=lambda point: point[:2])
+        front, least = [], float("inf")
+        for point in grown:
+            if point[1] < least:
+                front.append(point)
+                least = point[1]
+    if not front:
+        return None
+    chain, found = min(front, key=lambda point: point[1])[2], []
+    while chain is not None:
+        found.append(chain[0])
+        chain = chain[1]
+    return found[::-1]
+
+
+class Plan:
+    """A model under "auto": measures in the first step, under ``full``, and decides before the
+    second; and again when a batch has more tokens than any before."""
+
+    def __init__(self, layers: list[nn.Module], budget: int | None) -> None:
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self._kinds = [_kind(layer) for layer in layers]
+        self._budget = budget
+        self._tokens = 0
+        self._measured: dict[Any, list[Choice]] = {}
+        self._decided = False
+        self._busy = False
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copied model keeps the policies it was copied with."""
+
+    def see(self, layer: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Called by each layer before its forward."""
+        hidden = next((a for a in args if isinstance(a, Tensor)), None)
+        if hidden is None or self._busy:
+            return
+        tokens = hidden.shape[:-1].numel()
+        index = state_of(layer).index  # type: ignore[union-attr]
+        if index == 0 and tokens > self._tokens:
+            self._tokens, self._measured, self._decided = tokens, {}, False
+            self._set(["full"] * len(self._layers))
+        elif index == 0 and not self._decided and len(self._measured) == len(set(self._kinds)):
+            self._decide(hidden.device)
+        if not self._decided and self._kinds[index] not in self._measured:
+            self._busy = True
+            try:
+                choices = measure(layer, forward, args, kwargs, hidden)
+            finally:
+                self._busy = False
+            self._measured[self._kinds[index]] = choices
+
+    def _decide(self, device: torch.device) -> None:
+        choices = [self._measured[kind] for kind in self._kinds]
+        layers = [ref() for ref in self._layers]
+        budget = self._budget
+        if budget is None:
+            budget = _free_budget(device, [layer for layer in layers if layer is not None])
+        found = cheapest(choices, budget)
+        if found is None:
+            least = sum(c[-1].kept for c in choices) + max(c[-1].held for c in choices)
+            raise ArgumentError(
+                "fastft.memory.checkpoint (auto)",
+                "budget",
+                expected=f"at least {least} bytes: all layers under 'full', {self._tokens} tokens",
+                got=f"{budget} bytes",
+                remedy="Make the batch or the sequence shorter, or use policy 'offload'.",
+            )
+        # What keeps least goes first: its recompute comes when the others' memory is free again.
+        order = {name: place for place, name in enumerate(reversed(MIXED))}
+        policies = [choice.policy for choice in found]
+        for kind in set(self._kinds):
+            places = [i for i, k in enumerate(self._kinds) if k == kind]
+            ranked = sorted((policies[i] for i in places), key=order.__getitem__)
+            for i, policy in zip(places, ranked, strict=True):
+                policies[i] = policy
+        self._set(policies)
+        self._decided = True
+        kept = sum(c.kept for c in found) + max(c.held for c in found)
+        counts = ", ".join(f"{policies.count(p)} x {p}" for p in MIXED if p in policies)
+        print(
+            f"fastft.memory: {counts}; {kept / 2**20:.0f} MiB of activations at {self._tokens} "
+            f"tokens, budget {budget / 2**20:.0f} MiB",
+            file=sys.stderr,
+        )
+
+    def _set(self, policies: list[str]) -> None:
+        for ref, policy in zip(self._layers, policies, strict=True):
+            state = None if (layer := ref()) is None else state_of(layer)
+            if state is not None:
+                state.policy = policy
+
+
+def _kind(layer: nn.Module) -> Any:
+    """Layers of one kind keep the same number of bytes."""
+    shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters())
+    return (original_of(layer), shapes)
+
+
+def measure(
+    layer: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, hidden: Tensor
+) -> list[Choice]:
+    """What the layer keeps under each policy of ``MIXED`` for these inputs; its random numbers and
+    its counts are as if it had not run."""
+    kwargs = without_cache(kwargs)
+    shared = [*layer.parameters(), *layer.buffers(), *_tensors(kwargs)]
+    known = {t.untyped_storage()._cdata for t in shared}
+    base = _size(hidden)
+    devices = [hidden.device] if hidden.is_cuda else []
+
+    def run(context: Callable[[Callable[[Tensor], None]], Any]) -> int:
+        seen: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> None:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                seen[storage._cdata] = storage.nbytes()
+
+        held: list[Any] = []
+        with torch.random.fork_rng(devices), uncounted(), context(note):
+            held.append(forward(*args, **kwargs))
+        return sum(seen.values())
+
+    everything = run(_counted)
+    recipe = run(lambda note: recipes(sink=note))
+    attention = base + run(lambda note: keep_attention(Store(put=_noted(note)))[0])
+    matrices = sum(p.numel() for p in layer.parameters() if p.dim() > 1)
+    tokens = hidden.shape[:-1].numel()
+    length = hidden.shape[-2] if hidden.dim() > 1 else 1
+    products = 2.0 * tokens * matrices
+    passes = 2.0 * (everything - recipe) * _INTENSITY.get(hidden.device.type, _INTENSITY["cpu"])
+    scores = 2.0 * tokens * length * hidden.shape[-1]
+    return [
+        Choice("none", everything, 0, 0.0),
+        Choice("lora", recipe, 0, passes),
+        Choice("attention", attention, everything, products),
+        Choice("full", base, everything, products + scores),
+    ]
+
+
+# Floating-point operations in the time of moving a byte: what a pass over memory costs.
+_INTENSITY = {"cuda": 250.0, "cpu": 40.0}
+
+
+def _counted(note: Callable[[Tensor], None]) -> Any:
+    def pack(tensor: Tensor) -> Tensor:
+        note(tensor)
+        return tensor.detach()
+
+    return saved_tensors_hooks(pack, lambda tensor: tensor)
+
+
+def _noted(note: Callable[[Tensor], None]) -> Callable[[Tensor], Tensor]:
+    def put(tensor: Tensor) -> Tensor:
+        note(tensor)
+        return tensor.detach()
+
+    return put
+
+
+def _tensors(kwargs: dict[str, Any]) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(kwargs) if isinstance(leaf, Tensor)]
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _free_budget(device: torch.device, layers: list[nn.Module]) -> int:
+    """Nine tenths of the free memory, less what training will allocate beside activations."""
+    coming = 0
+    for layer in layers:
+        for p in layer.parameters():
+            if p.requires_grad:
+                coming += _STATE_BYTES * p.numel() if p.grad is None else 0
+    return max(0, int(_SHARE * free_memory(device)) - coming)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated on ``device`` now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + cached)
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))

@@ -1,0 +1,49 @@
+"""Activations kept in 8 bits: lossy, for whoever asks.
+
+int8: each row by its largest magnitude, x ~ scale q with scale = max|x| / 127, rounded
+stochastically so that the expected value is x. float8: e4m3 with one scale a row, to nearest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["FORMATS", "Compressed", "compress"]
+
+FORMATS = ("int8", "float8")
+# Smaller tensors (statistics, S of an adapter) are not worth a scale.
+_LEAST = 1 << 14
+_NARROW_ROW = 64
+
+
+@dataclass
+class Compressed:
+    """A tensor in 8 bits and one float32 scale for each row of its last dimension."""
+
+    codes: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+    def tensor(self) -> Tensor:
+        """The tensor, rounded."""
+        return torch.mul(self.codes.to(self.dtype), self.scale.to(self.dtype))
+
+
+def compress(tensor: Tensor, form: str) -> Tensor | Compressed:
+    """The tensor in ``form``, or itself where that saves nothing."""
+    wide = tensor.is_floating_point() and tensor.element_size() > 1
+    if not wide or tensor.numel() < _LEAST or tensor.shape[-1] < _NARROW_ROW:
+        return tensor
+    top = tensor.abs().amax(-1, keepdim=True).float()
+    if form == "int8":
+        scale = (top / 127).clamp_min_(torch.finfo(torch.float32).tiny)
+        # floor(x + u), u uniform in [0, 1), is x in expectation; +-127 stay what they are.
+        codes = torch.addcdiv(torch.rand_like(tensor, dtype=torch.float32), tensor.float(), scale)
+        codes = codes.floor_().clamp_(-127, 127).to(torch.int8)
+    else:
+        scale = (top / 448).clamp_min_(torch.finfo(torch.float32).tiny)
+        codes = (tensor.float() / scale).to(torch.float8_e4m3fn)
+    return Compressed(codes, scale, tensor.dtype)

@@ -1,0 +1,163 @@
+"""Tensors parked in host memory between forward and backward: a pool of pinned buffers, one side
+stream, and events that keep every read behind its write.
+
+The order that makes it safe:
+
+* a copy to the host waits for what the main stream had launched before it (the tensor is written);
+* the main stream waits for that copy before the tensor's memory is given back, ``window`` copies
+  later, so that a copy runs beside the next layer and memory is still freed in order;
+* a copy back is launched one layer early, into memory that the main stream allocated, after what
+  the main stream had launched then (whoever had that memory before is done with it);
+* the main stream waits for the copy back before the tensor is used;
+* copies in both directions share one stream, so a host buffer is free for the next copy as soon as
+  the copy out of it is launched.
+
+Any dtype, bit for bit: bytes are copied, strides are kept.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["CudaEngine", "Engine", "HostRing", "Parked"]
+
+
+class Engine(Protocol):
+    """Two streams of a device and its host memory; a main and a side stream in order each."""
+
+    def host_buffer(self, size: int) -> Tensor:
+        """Pinned bytes."""
+
+    def copy(self, target: Tensor, source: Tensor) -> Any:
+        """Launches a copy of bytes on the side stream, behind all that the main stream has launched
+        so far; returns its event."""
+
+    def wait(self, event: Any) -> None:
+        """The main stream goes on behind the event."""
+
+
+class CudaEngine:
+    """The engine of one CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._side = torch.cuda.Stream(device)
+
+    def host_buffer(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side):
+            target.copy_(source, non_blocking=True)
+            return self._side.record_event()
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self._device).wait_event(event)
+
+
+@dataclass(eq=False)
+class Parked:
+    """One tensor in host memory; when this is freed, its host buffer serves another.
+
+    Attributes:
+        place: its number in the order of parking: the backward asks from the last to the first.
+        host: its bytes. size, stride, dtype, device: of the tensor.
+    """
+
+    place: int
+    host: Tensor
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class HostRing:
+    """Parks tensors and brings them back.
+
+    Args:
+        engine: the device's streams.
+        window: how many parked tensors may still hold device memory while they are copied.
+        ahead: how many tensors are copied back before they are asked for.
+    """
+
+    def __init__(self, engine: Engine, window: int = 2, ahead: int = 1) -> None:
+        self._engine, self._window, self._ahead = engine, window, ahead
+        self._free: defaultdict[int, list[Tensor]] = defaultdict(list)
+        self._leaving: deque[tuple[Tensor, Any]] = deque()
+        # By place: device memory that is being copied into, and the event of the copy.
+        self._coming: dict[int, tuple[Tensor, Any]] = {}
+        self._parked: weakref.WeakValueDictionary[int, Parked] = weakref.WeakValueDictionary()
+        self._count = 0
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of pinned memory, in use or waiting for use."""
+        used = sum(p.host.numel() for p in self._parked.values())
+        return used + sum(size * len(buffers) for size, buffers in self._free.items())
+
+    def park(self, tensor: Tensor) -> Parked:
+        """Launches the copy to the host; the tensor is held until the main stream may free it."""
+        self._drop_coming()
+        tensor = tensor.detach()
+        if not _dense(tensor):
+            tensor = tensor.contiguous()
+        size = tensor.numel() * tensor.element_size()
+        buffers = self._free[size]
+        host = buffers.pop() if buffers else self._engine.host_buffer(size)
+        self._leaving.append((tensor, self._engine.copy(host, _bytes(tensor))))
+        while len(self._leaving) > self._window:
+            self._release()
+        facts = (tuple(tensor.size()), tuple(tensor.stride()), tensor.dtype, tensor.device)
+        parked = Parked(self._count, host, *facts)
+        # Copies out of a buffer and into it are in one stream: it is free once nobody asks for it.
+        weakref.finalize(parked, buffers.append, host)
+        self._parked[self._count] = parked
+        self._count += 1
+        return parked
+
+    def _release(self) -> None:
+        """The main stream waits for the oldest copy, and its tensor is let go."""
+        _, event = self._leaving.popleft()
+        self._engine.wait(event)
+
+    def _drop_coming(self) -> None:
+        """What a backward that broke off would have fetched: copied into before it is freed."""
+        for _, event in self._coming.values():
+            self._engine.wait(event)
+        self._coming.clear()
+
+    def fetch(self, parked: Parked) -> Tensor:
+        """The tensor, on its device again; those before it start on their way back."""
+        while self._leaving:  # the backward has begun
+            self._release()
+        self._bring(parked)
+        for place in range(parked.place - 1, parked.place - 1 - self._ahead, -1):
+            before = self._parked.get(place)
+            if before is not None:
+                self._bring(before)
+        flat, event = self._coming.pop(parked.place)
+        self._engine.wait(event)
+        return flat.view(parked.dtype).as_strided(parked.size, parked.stride)
+
+    def _bring(self, parked: Parked) -> None:
+        """Launches the copy back, where it is not on its way."""
+        if parked.place not in self._coming:
+            flat = torch.empty(parked.host.numel(), dtype=torch.uint8, device=parked.device)
+            self._coming[parked.place] = (flat, self._engine.copy(flat, parked.host))
+
+
+def _dense(tensor: Tensor) -> bool:
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """A dense tensor's memory, in the order it lies there."""
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset()).view(torch.uint8)

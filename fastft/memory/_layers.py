@@ -1,0 +1,192 @@
+"""The repeated layers of a model, and how each is run under its policy."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from fastft.memory._attention import Store, full_contexts, keep_attention
+from fastft.memory._host import CudaEngine, HostRing, Parked
+from fastft.memory._saved import recipes
+from fastft.nn.swap import Swapped, combined_class, original_of, swapped_class
+
+__all__ = [
+    "POLICIES",
+    "Layer",
+    "LayerState",
+    "find_layers",
+    "forget_state",
+    "set_state",
+    "state_of",
+    "without_cache",
+]
+
+# From the one that keeps most to the one that keeps least.
+POLICIES = ("none", "lora", "attention", "full", "offload")
+
+# Where a layer holds its state.
+STATE = "fastft_memory"
+# Arguments that make a layer write into a cache, which a recompute would do twice.
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+@dataclass
+class LayerState:
+    """How one layer is run.
+
+    Attributes:
+        index: its place among the layers.
+        on_device: offload leaves its tensors where they are.
+        plan: what chooses the policy, under "auto".
+    """
+
+    index: int
+    policy: str
+    on_device: bool = False
+    compression: str | None = None
+    plan: Any = None
+
+
+def state_of(layer: nn.Module) -> LayerState | None:
+    """The layer's state, where a policy is in force."""
+    return layer.__dict__.get(STATE)
+
+
+class Layer(Swapped):
+    """A layer whose forward runs under its policy; Transformers' own flag for checkpointing, which
+    a Trainer sets, has no further effect on it."""
+
+    gradient_checkpointing = property(lambda self: False, lambda self, value: None)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The original's, under the policy while gradients are recorded in training."""
+        forward = super().forward  # type: ignore[misc]
+        state = state_of(self)
+        if state is None or not self.training or not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        if state.plan is not None and not torch.compiler.is_compiling():
+            state.plan.see(self, forward, args, kwargs)
+        if state.policy in ("none", "lora"):
+            keeps = state.policy == "none" and state.compression is None
+            if keeps or torch.compiler.is_compiling():  # a compiler chooses what it recomputes
+                return forward(*args, **kwargs)
+            return _with_recipes(self, state, forward, args, kwargs)
+        return _recomputed(state, forward, args, without_cache(kwargs))
+
+
+def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a layer that is run twice."""
+    off = {name: None for name in _CACHES if kwargs.get(name) is not None}
+    return kwargs | off | ({"use_cache": False} if kwargs.get("use_cache") else {})
+
+
+def _with_recipes(
+    layer: nn.Module, state: LayerState, forward: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    spared: frozenset[int] = frozenset()
+    if state.compression is not None:
+        held = (*layer.parameters(), *layer.buffers())
+        spared = frozenset(t.untyped_storage().data_ptr() for t in held)
+    with recipes(state.compression, spared):
+        return forward(*args, **kwargs)
+
+
+def _recomputed(state: LayerState, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    contexts: Callable[[], Any] = full_contexts
+    outside: Any = nullcontext()
+    if state.policy == "attention":
+        contexts = keep_attention
+    elif state.policy == "offload":
+        contexts = keep_attention
+        device = _device_of(args)
+        if device is not None and device.type == "cuda" and not state.on_device:
+            ring = ring_of(device)
+            park = functools.partial(_park, ring)
+            outside = saved_tensors_hooks(park, functools.partial(_fetch, ring))
+            contexts = functools.partial(
+                keep_attention, Store(park, functools.partial(_fetch, ring))
+            )
+    options = (
+        {}
+        if torch.compiler.is_compiling() and contexts is full_contexts
+        else {"context_fn": contexts}
+    )
+    with outside:
+        return torch_checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+
+
+def _device_of(args: tuple[Any, ...]) -> torch.device | None:
+    return next((a.device for a in args if isinstance(a, Tensor)), None)
+
+
+# Below this many bytes a copy costs more than it frees.
+_LEAST = 1 << 16
+
+
+def _park(ring: HostRing, tensor: Tensor) -> Any:
+    if tensor.numel() * tensor.element_size() < _LEAST or tensor.device.type == "cpu":
+        return tensor.detach()
+    return ring.park(tensor)
+
+
+def _fetch(ring: HostRing, held: Any) -> Tensor:
+    return ring.fetch(held) if isinstance(held, Parked) else held
+
+
+@functools.cache
+def ring_of(device: torch.device) -> HostRing:
+    """The device's ring."""
+    return HostRing(CudaEngine(device))
+
+
+def find_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a model: members of its outermost lists of two or more modules of one
+    class, each with two or more linear layers in it."""
+    found: list[nn.Module] = []
+
+    def walk(module: nn.Module) -> None:
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and _repeats(module):
+            found.extend(module.children())
+            return
+        for child in module.children():
+            walk(child)
+
+    walk(model)
+    return found
+
+
+def _repeats(modules: nn.Module) -> bool:
+    children = list(modules.children())
+    return len(children) > 1 and all(_is_layer(child) for child in children)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    matrices = sum(1 for m in module.modules() for p in m._parameters.values()
+                   if p is not None and p.dim() > 1)  # fmt: skip
+    return matrices > 1
+
+
+def set_state(layer: nn.Module, state: LayerState) -> None:
+    """Puts a layer under a policy."""
+    if not isinstance(layer, Layer):
+        present, own = type(layer), swapped_class(Layer, original_of(layer))
+        layer.__class__ = own if present is original_of(layer) else combined_class(present, own)
+    layer.__dict__[STATE] = state
+
+
+def forget_state(layer: nn.Module) -> None:
+    """The layer is what it was."""
+    layer.__dict__.pop(STATE, None)
+    parts = vars(type(layer)).get("fastft_parts")
+    if parts is not None and issubclass(parts[1], Layer):
+        layer.__class__ = parts[0]
+    elif vars(type(layer)).get("fastft_mixin") is Layer:
+        layer.__class__ = original_of(layer)

@@ -1,0 +1,139 @@
+"""``checkpoint``: a model's layers under a policy for what they keep for the backward."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from fastft.errors import ArgumentError, DtypeError, nearest
+from fastft.memory._auto import Plan
+from fastft.memory._compress import FORMATS
+from fastft.memory._layers import (
+    POLICIES,
+    LayerState,
+    find_layers,
+    forget_state,
+    set_state,
+    state_of,
+)
+
+__all__ = ["checkpoint", "explain", "restore"]
+
+_WHERE = "fastft.memory.checkpoint"
+# Layers at the end whose tensors offload leaves on the device: their backward comes at once.
+_ON_DEVICE = 2
+
+
+def checkpoint(
+    model: nn.Module,
+    policy: str = "auto",
+    budget: int | None = None,
+    *,
+    compression: str | None = None,
+) -> nn.Module:
+    """Puts the repeated layers of ``model`` under a policy, in place.
+
+    Of a layer with hidden size h, intermediate size i, keys and values of width v, in numbers a
+    token, accelerated, LoRA on all linears:
+
+    * ``none``: all that the backward reads: 7h + 2v + 3i.
+    * ``lora``: no result that one pass over saved tensors makes again (those of fused norms and
+      GLUs): 5h + 2v + 2i. No product is computed twice.
+    * ``attention``: the layer's input and the result of attention, 2h; all else is recomputed.
+    * ``full``: the layer's input, h; all is recomputed. In both, the last product of the recompute,
+      whose value nobody needs, is left out.
+    * ``offload``: as ``attention``, and both tensors lie in pinned host memory, copied beside the
+      computation, but for the last two layers. On the CPU the same as ``attention``.
+    * ``auto``: for each layer the one of the first four that keeps the sum within ``budget`` at the
+      least recomputation; solved and printed in the first step, and again when a batch has more
+      tokens than any before it.
+
+    Gradients are those of ``none``, bit for bit, dropout included.
+
+    Args:
+        model: any model with repeated layers (lists of modules with two or more matrices each).
+        policy: one of the above.
+        budget: bytes for activations, the recomputed layer's among them, with "auto". None: nine
+            tenths of the device's free memory, less gradients and two float32 states of trained
+            parameters that do not exist yet.
+        compression: None, or, with ``none`` and ``lora``, a lossy format for large activations:
+            "int8" (rounded stochastically) or "float8" (e4m3), one scale a row.
+
+    Returns:
+        ``model``. Transformers' and a Trainer's own checkpointing have no effect on these layers.
+
+    Raises:
+        DtypeError: ``model`` is no torch module.
+        ArgumentError: an unknown policy or format, a budget without "auto" or below 1, compression
+            with a policy that recomputes, a model without repeated layers.
+
+    Sources: Chen et al. 2016 (arXiv 1604.06174) for recomputation; Korthikanti et al. 2022 (arXiv
+    2205.05198) for its choice; the rest is derived here.
+    """
+    _check(model, policy, budget, compression)
+    layers = find_layers(model)
+    if not layers:
+        raise ArgumentError(
+            _WHERE,
+            "model",
+            expected="a model with a list of repeated layers",
+            got=type(model).__name__,
+            remedy="Pass the module that holds nn.ModuleList([...]) of its layers.",
+        )
+    restore(model)
+    last = len(layers) - _ON_DEVICE
+    plan = Plan(layers, budget) if policy == "auto" else None
+    chosen = "full" if policy == "auto" else policy
+    for index, layer in enumerate(layers):
+        set_state(layer, LayerState(index, chosen, index >= last, compression, plan))
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undoes :func:`checkpoint`; a model that has no policy is left alone."""
+    for module in model.modules():
+        if state_of(module) is not None:
+            forget_state(module)
+    return model
+
+
+def explain(model: nn.Module) -> str:
+    """How many layers are under which policy, a line."""
+    states = [state_of(module) for module in model.modules()]
+    counts = Counter(state.policy for state in states if state is not None)
+    if not counts:
+        return "no policy: every layer keeps all that its backward reads"
+    return ", ".join(f"{counts[p]} x {p}" for p in POLICIES if counts[p])
+
+
+def _check(model: Any, policy: Any, budget: Any, compression: Any) -> None:
+    if not isinstance(model, nn.Module):
+        got = type(model).__name__
+        raise DtypeError(_WHERE, "model", expected="a torch.nn.Module", got=got)
+    names = (*POLICIES, "auto")
+    if policy not in names:
+        raise ArgumentError(
+            _WHERE,
+            "policy",
+            expected=f"one of {', '.join(names)}",
+            got=repr(policy),
+            remedy=nearest(str(policy), names) or None,
+        )
+    if budget is not None and policy != "auto":
+        raise ArgumentError(
+            _WHERE, "budget", expected="None, except with policy 'auto'", got=repr(budget)
+        )
+    if budget is not None and (isinstance(budget, bool) or budget < 1):
+        raise ArgumentError(_WHERE, "budget", expected="bytes, 1 or more", got=repr(budget))
+    if compression is not None and compression not in FORMATS:
+        expected = f"None or one of {', '.join(FORMATS)}"
+        raise ArgumentError(_WHERE, "compression", expected=expected, got=repr(compression))
+    if compression is not None and policy not in ("none", "lora"):
+        raise ArgumentError(
+            _WHERE,
+            "compression",
+            expected="policy 'none' or 'lora', which keep activations",
+            got=repr(policy),
+        )

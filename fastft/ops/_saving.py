@@ -1,0 +1,74 @@
+"""What ``fastft.memory`` tells the operations of this thread, and they tell it.
+
+An operation whose result is cheap to make again says so with :func:`note`; a policy that keeps
+little saves the recipe in place of the result. In a recompute, a product saves before it computes
+its value: torch ends a recompute with the last tensor that is saved, and the value of whoever saved
+it is then never needed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Inputs = tuple[Tensor | None, ...]
+
+__all__ = ["Notebook", "note", "noting", "registered", "saves_first", "saving_first"]
+
+
+class Notebook(Protocol):
+    """Who keeps recipes."""
+
+    def add(self, result: Tensor, inputs: Inputs, make: Callable[..., Tensor]) -> None:
+        """``make(*inputs)`` gives the bits of ``result`` again."""
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.notebook: Notebook | None = None
+        self.saves_first = False
+
+
+_thread = _Thread()
+
+
+def note(result: Tensor, inputs: Inputs, make: Callable[..., Tensor]) -> None:
+    """Says how ``result`` is made again from ``inputs``, where anybody keeps such recipes."""
+    if _thread.notebook is not None:
+        _thread.notebook.add(result, inputs, make)
+
+
+@contextmanager
+def noting(notebook: Notebook) -> Iterator[None]:
+    """Inside, the operations of this thread note their recipes in ``notebook``."""
+    outer, _thread.notebook = _thread.notebook, notebook
+    try:
+        yield
+    finally:
+        _thread.notebook = outer
+
+
+def saves_first() -> bool:
+    """Whether a product saves for its backward before it computes its value."""
+    return _thread.saves_first
+
+
+@contextmanager
+def saving_first(wanted: bool = True) -> Iterator[None]:
+    """Inside a recompute: products of this thread save before they compute their values."""
+    outer, _thread.saves_first = _thread.saves_first, wanted
+    try:
+        yield
+    finally:
+        _thread.saves_first = outer
+
+
+def registered() -> bool:
+    """Whether a call goes through torch's dispatcher: compiled, or watched by a dispatch mode (a
+    selective checkpoint), which sees registered operations only."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
