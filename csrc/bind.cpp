@@ -82,6 +82,16 @@ bool keep_heap() {
 #endif
 }
 
+// Large blocks are mapped one by one and unmapped when they are freed: what is resident is alive.
+bool tight_heap() {
+#if defined(__GLIBC__)
+  const bool mapped = mallopt(M_MMAP_MAX, 1 << 16) == 1 && mallopt(M_MMAP_THRESHOLD, 1 << 18) == 1;
+  return mapped && mallopt(M_TRIM_THRESHOLD, 1 << 20) == 1 && malloc_trim(0) >= 0;
+#else
+  return false;
+#endif
+}
+
 #if defined(FASTFT_WITH_CUDA)
 // Throws with the operation's name and CUDA's own words.
 void cuda_check(const char* operation, int status) {
@@ -117,6 +127,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("build_info", &build_info);
   m.def("keep_heap", &keep_heap);
+  m.def("tight_heap", &tight_heap);
   m.def("max_threads", &max_threads);
 
   m.def(

@@ -12,14 +12,25 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Hashable
+import threading
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from fastft.errors import ArgumentError, BackendError, nearest
 
-__all__ = ["BACKENDS", "ORDER", "explain_op", "launcher", "select"]
+__all__ = [
+    "BACKENDS",
+    "ORDER",
+    "Planned",
+    "device_type_of",
+    "explain_op",
+    "launcher",
+    "planning",
+    "select",
+]
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,38 @@ BACKENDS: dict[str, Backend] = {
     )
 }
 ORDER: tuple[str, ...] = tuple(BACKENDS)
+
+
+class Planned(Protocol):
+    """Who runs operations on meta tensors: nobody, but he is told."""
+
+    device_type: str
+
+    def select(self, op: str) -> tuple[str, Any]:
+        """As ``select`` on the device that is planned for, with launchers that only look."""
+
+
+class _Thread(threading.local):
+    planned: Planned | None = None
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def planning(planned: Planned) -> Iterator[None]:
+    """Inside, meta tensors of this thread stand for tensors on ``planned.device_type``."""
+    outer, _thread.planned = _thread.planned, planned
+    try:
+        yield
+    finally:
+        _thread.planned = outer
+
+
+def device_type_of(tensor: Any) -> str:
+    """The type of device a tensor lies on or, on meta, is planned for."""
+    kind: str = tensor.device.type
+    return kind if kind != "meta" or _thread.planned is None else _thread.planned.device_type
 
 
 @functools.cache
@@ -107,6 +150,8 @@ def select(op: str, backend: str | None = None, **facts: Any) -> tuple[str, Any]
         ArgumentError: ``backend`` is no backend's name.
         BackendError: the backend asked for cannot run the call (never replaced in silence).
     """
+    if facts.get("device_type") == "meta" and _thread.planned is not None:
+        return _thread.planned.select(op)
     key = tuple(sorted(facts.items()))
     if backend is None:
         return _select(op, key)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from fastft.errors import ArgumentError
 from fastft.memory._attention import Store, keep_attention
 from fastft.memory._layers import state_of, without_cache
-from fastft.memory._saved import recipes
+from fastft.memory._saved import saving
 from fastft.nn.calls import uncounted
 from fastft.nn.swap import original_of
 
@@ -196,7 +196,7 @@ def measure(
         return sum(seen.values())
 
     everything = run(_counted)
-    recipe = run(lambda note: recipes(sink=note))
+    recipe = run(lambda note: saving(recipes=True, sink=note))
     attention = base + run(lambda note: keep_attention(Store(put=_noted(note)))[0])
     matrices = sum(p.numel() for p in layer.parameters() if p.dim() > 1)
     tokens = hidden.shape[:-1].numel()

@@ -32,11 +32,11 @@ class Compressed:
         return torch.mul(self.codes.to(self.dtype), self.scale.to(self.dtype))
 
 
-def compress(tensor: Tensor, form: str) -> Tensor | Compressed:
-    """The tensor in ``form``, or itself where that saves nothing."""
+def compress(tensor: Tensor, form: str) -> Compressed | None:
+    """The tensor in ``form``; None where that saves nothing."""
     wide = tensor.is_floating_point() and tensor.element_size() > 1
     if not wide or tensor.numel() < _LEAST or tensor.shape[-1] < _NARROW_ROW:
-        return tensor
+        return None
     top = tensor.abs().amax(-1, keepdim=True).float()
     if form == "int8":
         scale = (top / 127).clamp_min_(torch.finfo(torch.float32).tiny)

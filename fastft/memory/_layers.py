@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from fastft.memory._attention import Store, full_contexts, keep_attention
 from fastft.memory._host import CudaEngine, HostRing, Parked
-from fastft.memory._saved import recipes
+from fastft.memory._saved import saving
 from fastft.nn.swap import Swapped, combined_class, original_of, swapped_class
 
 __all__ = [
@@ -91,43 +90,31 @@ def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _with_recipes(
     layer: nn.Module, state: LayerState, forward: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
-    spared: frozenset[int] = frozenset()
+    weights: frozenset[int] = frozenset()
     if state.compression is not None:
         held = (*layer.parameters(), *layer.buffers())
-        spared = frozenset(t.untyped_storage().data_ptr() for t in held)
-    with recipes(state.compression, spared):
+        weights = frozenset(t.untyped_storage().data_ptr() for t in held)
+    recipes = state.policy == "lora"
+    with saving(recipes=recipes, compression=state.compression, weights=weights):
         return forward(*args, **kwargs)
 
 
 def _recomputed(state: LayerState, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    contexts: Callable[[], Any] = full_contexts
-    outside: Any = nullcontext()
-    if state.policy == "attention":
-        contexts = keep_attention
-    elif state.policy == "offload":
-        contexts = keep_attention
-        device = _device_of(args)
-        if device is not None and device.type == "cuda" and not state.on_device:
-            ring = ring_of(device)
-            park = functools.partial(_park, ring)
-            outside = saved_tensors_hooks(park, functools.partial(_fetch, ring))
-            contexts = functools.partial(
-                keep_attention, Store(park, functools.partial(_fetch, ring))
-            )
-    options = (
-        {}
-        if torch.compiler.is_compiling() and contexts is full_contexts
-        else {"context_fn": contexts}
-    )
-    with outside:
-        return torch_checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+    run = functools.partial(torch_checkpoint, forward, *args, use_reentrant=False, **kwargs)
+    compiling = torch.compiler.is_compiling()
+    if state.policy == "full":
+        return run() if compiling else run(context_fn=full_contexts)
+    device = next((a.device for a in args if isinstance(a, Tensor)), None)
+    parks = state.policy == "offload" and not state.on_device and not compiling
+    if not parks or device is None or device.type != "cuda":
+        return run(context_fn=keep_attention)
+    ring = ring_of(device)
+    store = Store(functools.partial(_park, ring), functools.partial(_fetch, ring))
+    with saved_tensors_hooks(store.put, store.get):  # for the layer's inputs
+        return run(context_fn=lambda: keep_attention(store))
 
 
-def _device_of(args: tuple[Any, ...]) -> torch.device | None:
-    return next((a.device for a in args if isinstance(a, Tensor)), None)
-
-
-# Below this many bytes a copy costs more than it frees.
+# Below this many bytes a copy to the host costs more than it frees.
 _LEAST = 1 << 16
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +17,30 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastft.memory._compress import Compressed, compress
+from fastft.memory._compress import compress
 from fastft.ops._saving import noting
 
-__all__ = ["recipes"]
+__all__ = ["saving"]
+
+
+@dataclass
+class _Same:
+    """A tensor as it is. torch checks no versions of what hooks return; this does."""
+
+    held: Tensor
+    version: int
+
+    def tensor(self) -> Tensor:
+        if self.held._version != self.version:
+            raise RuntimeError(
+                "fastft.memory: a tensor needed for the backward was changed in place after it was "
+                "saved"
+            )
+        return self.held
+
+
+def _same(tensor: Tensor) -> _Same:
+    return _Same(tensor.detach(), tensor._version)
 
 
 @dataclass
@@ -29,23 +49,17 @@ class _Recipe:
 
     storage: StorageWeakRef
     version: int
-    inputs: tuple[Tensor | None, ...]
-    versions: tuple[int | None, ...]
+    inputs: tuple[Any, ...]
     make: Callable[..., Tensor]
-    made: weakref.ref[Tensor] | None = field(default=None)
+    made: weakref.ref[Tensor] | None = None
 
     def value(self) -> Tensor:
         """The result, once for all who ask while somebody holds it."""
         held = None if self.made is None else self.made()
         if held is not None:
             return held
-        if self.versions != _versions(self.inputs):
-            raise RuntimeError(
-                "fastft.memory: a tensor needed to recompute an activation was changed in place "
-                "after the forward"
-            )
         with torch.no_grad():
-            value = self.make(*self.inputs)
+            value = self.make(*(None if i is None else i.tensor() for i in self.inputs))
         self.made = weakref.ref(value)
         return value
 
@@ -63,10 +77,6 @@ class _View:
         return self.recipe.value().as_strided(self.size, self.stride, self.offset)
 
 
-def _versions(tensors: tuple[Tensor | None, ...]) -> tuple[int | None, ...]:
-    return tuple(None if t is None or t.is_inference() else t._version for t in tensors)
-
-
 class _Notebook:
     """The recipes of one layer's forward, by the storage of their results."""
 
@@ -77,10 +87,9 @@ class _Notebook:
         self, result: Tensor, inputs: tuple[Tensor | None, ...], make: Callable[..., Tensor]
     ) -> None:
         """Of ``fastft.ops._saving.Notebook``. Inputs are held without their graph."""
-        held = tuple(None if t is None else t.detach() for t in inputs)
+        held = tuple(None if t is None else _same(t) for t in inputs)
         storage = StorageWeakRef(result.untyped_storage())
-        recipe = _Recipe(storage, result._version, held, _versions(held), make)
-        self._by_storage[storage.cdata] = recipe
+        self._by_storage[storage.cdata] = _Recipe(storage, result._version, held, make)
 
     def find(self, tensor: Tensor) -> _Recipe | None:
         """The recipe of the result this is, or is a view of, unchanged."""
@@ -91,17 +100,20 @@ class _Notebook:
 
 
 @contextmanager
-def recipes(
+def saving(
+    *,
+    recipes: bool,
     compression: str | None = None,
-    spared: frozenset[int] = frozenset(),
+    weights: frozenset[int] = frozenset(),
     sink: Callable[[Tensor], None] | None = None,
 ) -> Iterator[None]:
-    """Inside, operations save recipes for results they can make again.
+    """Inside, what is saved for the backward is kept by this module.
 
     Args:
+        recipes: results that operations can make again are made again.
         compression: None, or the format in which other large activations are kept.
-        spared: addresses of storages that are never compressed: the layer's weights.
-        sink: told of every tensor that is saved as it is.
+        weights: addresses of storages that are never compressed: they are there anyway.
+        sink: told of every tensor that is kept.
     """
     notebook = _Notebook()
 
@@ -110,19 +122,19 @@ def recipes(
             return tensor  # a parameter, or what only torch knows how to keep
         recipe = notebook.find(tensor)
         if recipe is not None:
-            return _View(
-                recipe, tuple(tensor.size()), tuple(tensor.stride()), tensor.storage_offset()
-            )
-        tensor = tensor.detach()
+            size, stride = tuple(tensor.size()), tuple(tensor.stride())
+            return _View(recipe, size, stride, tensor.storage_offset())
         if sink is not None:
             sink(tensor)
-        if compression is not None and tensor.untyped_storage().data_ptr() not in spared:
-            return compress(tensor, compression)
-        return tensor
+        if compression is not None and tensor.untyped_storage().data_ptr() not in weights:
+            compressed = compress(tensor.detach(), compression)
+            if compressed is not None:
+                return compressed
+        return _same(tensor)
 
-    with noting(notebook), saved_tensors_hooks(pack, _unpack):
+    with noting(notebook) if recipes else nullcontext(), saved_tensors_hooks(pack, _unpack):
         yield
 
 
 def _unpack(packed: Any) -> Tensor:
-    return packed.tensor() if isinstance(packed, (_View, Compressed)) else packed
+    return packed if isinstance(packed, Tensor) else packed.tensor()

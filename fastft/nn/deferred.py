@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastft.errors import ArgumentError
+from fastft.ops._checks import without_autocast
 
 __all__ = ["CALLS", "DeferredLogits", "HeadAdapter", "Logits"]
 
@@ -131,11 +133,10 @@ class Logits:
                 logits = step(logits)
             return logits.to(dtype)
 
-    def context(self) -> torch.autocast:
+    def context(self) -> AbstractContextManager[object]:
         """Autocast as it was for the head."""
-        device = self.hidden_states.device.type
-        dtype = self.autocast
-        return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
+        device, dtype = self.hidden_states.device.type, self.autocast
+        return without_autocast(device) if dtype is None else torch.autocast(device, dtype=dtype)
 
     def trained(self) -> bool:
         """Whether the loss of each token apart would take the logits twice: the head, its bias or

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastft.nn.calls import count
 from fastft.nn.mixed import adapter_names_of
 from fastft.nn.rules import LAYER_STATE, Rule, odd_scaling, refusal
+from fastft.ops._checks import without_autocast
 
 __all__ = ["FusedLoraEmbedding", "embedding_refusal"]
 
@@ -70,7 +71,7 @@ class FusedLoraEmbedding(PeftEmbedding):
         shape, scale = y.shape, self._get_embed_scale()
         flat = y.reshape(-1, shape[-1])
         # An embedding is no autocast operation: its result stays in the weight's dtype.
-        with torch.autocast(y.device.type, enabled=False):
+        with without_autocast(y.device.type):
             for adapter in _adapters(self):
                 thin = self._embed(x, adapter.a.T).flatten(0, -2)
                 b = adapter.b.T * float(adapter.scaling)

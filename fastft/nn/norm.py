@@ -164,7 +164,9 @@ def _draw(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A random input (8, features) and a random weight."""
     generator = torch.Generator().manual_seed(0)
     weight: Tensor = module.weight
-    draw = torch.randn(9, weight.shape[0], generator=generator).to(weight.device, dtype)
+    # A weight on meta is replaced by the one drawn: what the module computes can be seen anywhere.
+    device = "cpu" if weight.is_meta else weight.device
+    draw = torch.randn(9, weight.shape[0], generator=generator).to(device, dtype)
     return draw[1:], draw[0]
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft.nn import packing
+from fastft.ops._checks import autocast_dtype
 
 if TYPE_CHECKING:
     from fastft.nn.lora import FusedLoraLinear, Plan
@@ -74,8 +75,7 @@ def _call_key(x: Tensor) -> tuple[Any, ...]:
     return (
         x._version,
         torch.is_grad_enabled(),
-        torch.is_autocast_enabled(device),
-        torch.get_autocast_dtype(device),
+        autocast_dtype(device),
     )
 
 

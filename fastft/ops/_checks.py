@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 from fastft.errors import DeviceError, DtypeError, ShapeError
 
-__all__ = ["FLOATS", "autocast_dtype", "check_device", "check_dtype", "check_shape", "check_tensor"]
+__all__ = [
+    "FLOATS",
+    "autocast_dtype",
+    "check_device",
+    "check_dtype",
+    "check_shape",
+    "check_tensor",
+    "without_autocast",
+]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -54,6 +64,13 @@ def check_device(where: str, name: str, tensor: Tensor, device: torch.device) ->
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype autocast asks products to run in, or None when it is off."""
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Entering torch's own context costs as much as a small launch: only where there is need."""
+    if autocast_dtype(device_type) is not None:
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

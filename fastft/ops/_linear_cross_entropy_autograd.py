@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.ops._checks import without_autocast
 from fastft.ops._head_loop import NO_GRADIENTS, Needs, empty_gradients
 from fastft.ops._library import register
 from fastft.ops._linear_cross_entropy_run import Again, Given, Shard, run
@@ -29,7 +30,7 @@ def _given(arguments: Sequence[Any], shard: Shard | None = None) -> Given:
 def _fwd_kernel(*arguments: Any, shard: Shard | None = None) -> tuple[Tensor, ...]:
     *call, needs, recompute = arguments
     wanted = NO_GRADIENTS if recompute else Needs(*needs)
-    with torch.autocast(call[0].device.type, enabled=False):
+    with without_autocast(call[0].device.type):
         losses, statistics, gradients = run(_given(call, shard), wanted, None)
     return losses, *statistics, *gradients
 
@@ -61,7 +62,7 @@ def _bwd_kernel(
     if d_entropy is not None:
         d_entropy = d_entropy.to(top.dtype).contiguous()
     again = Again(d_losses, d_entropy, top, log_sum, entropy)
-    with torch.autocast(call[0].device.type, enabled=False):
+    with without_autocast(call[0].device.type):
         return run(_given(call, shard), Needs(*needs), again)[2]
 
 

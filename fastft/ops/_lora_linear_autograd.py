@@ -4,7 +4,6 @@ torch.compile sees. Both call the same launcher."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastft import backends
+from fastft.ops._checks import without_autocast
 from fastft.ops._library import register
 from fastft.ops._saving import saves_first
 from fastft.reference.lora_linear import lora_term
@@ -77,13 +77,6 @@ def _cast_biases(biases: Sequence[Tensor | None], dtype: torch.dtype) -> list[Te
     return [None if b is None else b.to(dtype) for b in biases]
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Entering torch's own context costs as much as a small launch: only where there is need."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
 def _pairs(spans: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(spans[::2], spans[1::2]))
 
@@ -117,7 +110,7 @@ def _forward(
     if outputs is None:
         outputs = _outputs(x, weights, lora_as, spans)
     n = len(weights)
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         getattr(choose(backend, x, lora_as)[1], part)(
             outputs[:n],
             outputs[n:],
@@ -156,7 +149,7 @@ def _backward(
     dx = torch.empty_like(x) if need_dx else None
     das = [torch.empty_like(a) if need else None for a, need in zip(lora_as, need_da, strict=True)]
     dbs = [torch.empty_like(b) if need else None for b, need in zip(lora_bs, need_db, strict=True)]
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         choose(backend, x, lora_as)[1].bwd(
             dx,
             das,

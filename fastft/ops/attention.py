@@ -24,6 +24,7 @@ from fastft.ops._checks import (
     check_dtype,
     check_shape,
     check_tensor,
+    without_autocast,
 )
 from fastft.ops._library import register
 from fastft.ops._saving import registered
@@ -174,7 +175,7 @@ def _fwd_kernel(
 ) -> tuple[Tensor, Tensor]:
     out, lse = _fwd_fake(query, key, value, mask, scale, is_causal, backend)
     if query.numel():
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device.type):
             _choose(backend, query)[1].fwd(
                 out, lse, query, key, value, mask, scale=scale, is_causal=is_causal
             )
@@ -210,7 +211,7 @@ def _bwd_kernel(
     gradients = _bwd_fake(d_out, query, key, value, mask, lse, scale, is_causal, backend)
     if not query.numel():
         return gradients[0], gradients[1].zero_(), gradients[2].zero_()
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         _choose(backend, query)[1].bwd(
             *gradients, d_out, query, key, value, mask, lse, scale=scale, is_causal=is_causal
         )

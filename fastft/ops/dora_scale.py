@@ -21,7 +21,14 @@ from torch import Tensor
 
 from fastft import backends
 from fastft.errors import ShapeError
-from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
+from fastft.ops._checks import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_shape,
+    check_tensor,
+    without_autocast,
+)
 from fastft.ops._library import register
 from fastft.reference import dora_scale as reference
 
@@ -55,7 +62,7 @@ def dora_norm(
     if squared_rows is None:
         squared_rows = squared_row_norms(weight)
     a, b = lora_a.to(wide), lora_b.to(wide)
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device.type):
         cross = (weight @ lora_a.to(weight.dtype).t()).to(wide)
         own = b @ (a @ a.t())
     low_rank = 2 * scaling * (cross * b).sum(1) + scaling**2 * (own * b).sum(1)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops import linear_divergence as divergence
 from fastft.ops._checks import (
@@ -179,7 +180,7 @@ def linear_cross_entropy(
         flat.shape[0],
         weight.shape[0],
         flat.element_size(),
-        device_type,
+        backends.device_type_of(flat),
         trained=needs[1],
         free_bytes=None if compiling else free_bytes(flat.device),
     )

@@ -27,6 +27,7 @@ from fastft.ops._checks import (
     check_dtype,
     check_shape,
     check_tensor,
+    without_autocast,
 )
 from fastft.ops._head_loop import (
     Gradients,
@@ -285,7 +286,7 @@ class LinearDivergence(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
     ) -> Tensor:
         needs = Needs(*ctx.needs_input_grad[:3])
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device.type):
             head = Head(hidden, weight.to(hidden.dtype))
             losses, made = _run(needs, head, bias, *rest)
         ctx.save_for_backward(*made[:3])

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
-from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
+from fastft.ops._checks import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_shape,
+    check_tensor,
+    without_autocast,
+)
 from fastft.ops._library import register
 from fastft.reference.lora_grouped_linear import lora_grouped_linear as reference
 
@@ -142,7 +149,7 @@ def _fwd_kernel(
 ) -> tuple[Tensor, Tensor]:
     """y and S."""
     y, s = _fwd_fake(x, weight, lora_a, lora_b, ends, scaling, backend)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         _choose(backend, x, lora_a)[1].fwd(y, s, x, weight, lora_a, lora_b, ends, scaling)
     return y, s
 
@@ -172,7 +179,7 @@ def _bwd_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB."""
     gradients = _bwd_fake(dy, x, s, weight, lora_a, lora_b, ends, scaling, backend)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         _choose(backend, x, lora_a)[1].bwd(
             *gradients, dy.contiguous(), x, s, weight, lora_a, lora_b, ends, scaling
         )

@@ -217,7 +217,7 @@ def _norm_sites(model: nn.Module) -> Iterator[Site]:
         if issubclass(type(module), FusedRMSNorm):
             yield Site(name, module, None, type(module))
             continue
-        if not proofs.verifiable(module):
+        if not proofs.verifiable(module) and not weight.is_meta:
             yield Site(name, module, "its weight is not here to try it with (meta, sharded)")
             continue
         refusal = site_refusal("rms_norm", weight)

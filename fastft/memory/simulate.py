@@ -1,0 +1,309 @@
+"""A training step on meta tensors: every allocation and every piece of work of the code that will
+run, without running it.
+
+The model's own forward and backward run on meta tensors, fused operations and memory policies
+included; launchers only look. What is alive at each moment is counted by storage, as an allocator
+would; work is counted as floating-point operations of products and bytes of everything else.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastft import backends
+from fastft.nn.calls import uncounted
+
+__all__ = ["Meter", "Work", "metered"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One operation: floating-point operations of its products, bytes it reads and writes, and
+    rows, columns and depth of its largest product (0: none)."""
+
+    name: str
+    flops: float
+    bytes: float
+    product: tuple[int, int, int] = (0, 0, 0)
+
+
+@dataclass
+class Meter:
+    """What a simulated stretch of work allocated and did.
+
+    Attributes:
+        held: bytes that were there before it. live, peak: bytes above that, now and at most.
+        work: its operations, in order.
+    """
+
+    live: int = 0
+    peak: int = 0
+    work: list[Work] = field(default_factory=list)
+    _known: dict[int, Any] = field(default_factory=dict)
+
+    def ignore(self, tensors: Any) -> None:
+        """These were there before."""
+        for tensor in tensors:
+            self._track(tensor, counts=False)
+
+    def allocated(self, tensor: Tensor) -> None:
+        """Counts the tensor's storage until it is freed; once."""
+        self._track(tensor, counts=True)
+
+    def _track(self, tensor: Tensor, counts: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes() if counts else 0
+
+        def freed(_: Any) -> None:
+            self._known.pop(key, None)
+            self.live -= size
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every operation of torch."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self._meter = meter
+        self._any = 0
+
+    def _guess(self, tensor: Tensor) -> Any:
+        """What a model that looks at its data would most likely see: masks without holes, no token
+        out of range."""
+        if tensor.dtype == torch.bool:
+            return tensor.untyped_storage()._cdata != self._any
+        return 1.0 if tensor.is_floating_point() else 1
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.name() == "aten::_local_scalar_dense":
+            return self._guess(args[0])
+        result = func(*args, **(kwargs or {}))
+        if func.name().startswith("aten::any"):
+            self._any = result.untyped_storage()._cdata
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        for tensor in outputs:
+            self._meter.allocated(tensor)
+        if outputs and not _is_view(func):
+            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self._meter.work.append(_work_of(func, inputs, outputs))
+        return result
+
+
+def _is_view(func: Any) -> bool:
+    return func.is_view or func.name() in _NO_WORK
+
+
+_NO_WORK = frozenset(
+    ("aten::empty.memory_format", "aten::empty_like", "aten::new_empty", "aten::empty_strided",
+     "aten::detach", "aten::_unsafe_view", "aten::new_empty_strided", "aten::lift_fresh")
+)  # fmt: skip
+_PRODUCTS = frozenset(("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"))
+
+
+def _work_of(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> Work:
+    name = func.name().partition(".")[0]
+    moved = float(sum(_size(t) for t in (*inputs, *outputs)))
+    if name not in _PRODUCTS:
+        return Work(name, 0.0, moved)
+    left, right = inputs[-2:] if len(inputs) < 4 else inputs[1:3]
+    batch = left.shape[0] if left.dim() == 3 else 1
+    rows, depth, columns = left.shape[-2], left.shape[-1], right.shape[-1]
+    return Work(name, 2.0 * batch * rows * depth * columns, moved, (rows, columns, depth))
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+class Launchers:
+    """In the place of every launcher: notes the call and touches nothing.
+
+    Args:
+        meter: what is told.
+        device_type: of the device that is planned for.
+        absent: launcher functions that device's backends do not have.
+    """
+
+    def __init__(self, meter: Meter, device_type: str) -> None:
+        self.device_type = device_type
+        self._meter = meter
+
+    def select(self, op: str) -> tuple[str, Any]:
+        """Of ``fastft.backends.Planned``."""
+        for name in backends.ORDER:
+            served = backends.BACKENDS[name].device_types
+            if served is None or self.device_type in served:
+                if name == "reference" or backends.launcher(op, name).__class__ is not str:
+                    return name, _Launcher(op, name, self._meter)
+        raise NotImplementedError(op)
+
+
+# Functions that only some launchers of an operation have.
+_OPTIONAL = {"fwd_values": ("cpu",), "fwd_adapters": ("cpu",), "lay_out": ()}
+
+
+class _Launcher:
+    def __init__(self, op: str, backend: str, meter: Meter) -> None:
+        self._op, self._backend, self._meter = op, backend, meter
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or self._backend not in _OPTIONAL.get(name, (self._backend,)):
+            raise AttributeError(name)
+        if name == "new_slab":
+            return self._new_slab
+
+        def look(*args: Any, **kwargs: Any) -> None:
+            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            count = _FLOPS.get((self._op, name))
+            flops, product = (0.0, (0, 0, 0)) if count is None else count(*args, **kwargs)
+            moved = float(sum(_size(t) for t in tensors))
+            self._meter.work.append(Work(f"{self._op}.{name}", flops, moved, product))
+
+        return look
+
+    def _new_slab(self, name: str, tokens: int, vocabulary: int, hidden: Tensor) -> Tensor:
+        return hidden.new_empty(tokens, vocabulary)
+
+
+Counted = tuple[float, tuple[int, int, int]]
+
+
+def _lora(ys: Any, ss: Any, x: Tensor, weights: Any, *_: Any, values: bool = True) -> Counted:
+    """Of lora_linear's forward: the frozen products and the thin ones."""
+    rows, depth = x.shape
+    out = sum(w.shape[0] for w in weights)
+    ranks = sum(s.shape[1] for s in ss)
+    thin = 2.0 * rows * ranks * depth
+    if not values:
+        return thin, (0, 0, 0)
+    thin += 2.0 * rows * sum(s.shape[1] for s in ss) * out / max(1, len(weights))
+    return 2.0 * rows * depth * out + thin, (rows, out, depth)
+
+
+def _lora_bwd(
+    dx: Any, das: Any, dbs: Any, dys: Any, x: Tensor, ss: Any, weights: Any, *_: Any
+) -> Counted:
+    rows, depth = x.shape
+    out = sum(w.shape[0] for w in weights)
+    ranks = sum(s.shape[1] for s in ss)
+    thin = 4.0 * rows * ranks * (depth + out / max(1, len(weights)))
+    whole = 2.0 * rows * depth * out if dx is not None else 0.0
+    return whole + thin, (rows, depth, out) if dx is not None else (0, 0, 0)
+
+
+def _scores(query: Tensor, key: Tensor, value: Tensor, products: float, causal: bool) -> float:
+    batch, heads, queries, width = query.shape
+    total = products * batch * heads * queries * key.shape[2] * (width + value.shape[-1])
+    return total / 2 if causal else total
+
+
+def _attention(out: Any, lse: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scale: float,
+               is_causal: bool) -> Counted:  # fmt: skip
+    return _scores(query, key, value, 2.0, is_causal), (0, 0, 0)
+
+
+def _attention_bwd(dq: Any, dk: Any, dv: Any, d_out: Any, query: Tensor, key: Tensor, value: Tensor,
+                   mask: Any, lse: Any, *, scale: float, is_causal: bool) -> Counted:  # fmt: skip
+    return _scores(query, key, value, 5.0, is_causal), (0, 0, 0)
+
+
+def _project(slab: Tensor, hidden: Tensor, weight: Tensor) -> Counted:
+    rows, depth = hidden.shape
+    return 2.0 * rows * depth * weight.shape[0], (rows, weight.shape[0], depth)
+
+
+def _d_hidden(out: Tensor, slab: Tensor, weight: Tensor) -> Counted:
+    rows, columns = slab.shape
+    return 2.0 * rows * columns * weight.shape[1], (rows, weight.shape[1], columns)
+
+
+def _d_weight(out: Tensor, slab: Tensor, hidden: Tensor, first: bool) -> Counted:
+    return 2.0 * slab.shape[0] * slab.shape[1] * hidden.shape[1], (*out.shape, slab.shape[0])
+
+
+_FLOPS: dict[tuple[str, str], Callable[..., Counted]] = {
+    ("lora_linear", "fwd"): _lora,
+    ("lora_linear", "fwd_values"): _lora,
+    ("lora_linear", "fwd_adapters"): lambda *args: _lora(*args, values=False),
+    ("lora_linear", "bwd"): _lora_bwd,
+    ("attention", "fwd"): _attention,
+    ("attention", "bwd"): _attention_bwd,
+    ("linear_cross_entropy", "project"): _project,
+    ("linear_cross_entropy", "d_hidden"): _d_hidden,
+    ("linear_cross_entropy", "add_d_weight"): _d_weight,
+}
+
+
+class _Attention(torch.autograd.Function):
+    """Flash attention's memory: q, k, v, the result and one float32 a query are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, launcher: Any) -> Tensor:
+        batch, heads, queries, _ = query.shape
+        out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
+        lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
+        launcher.fwd(out, lse, query, key, value, None, scale=1.0, is_causal=True)
+        ctx.launcher = launcher
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> Any:
+        query, key, value, _, lse = ctx.saved_tensors
+        grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        facts = {"scale": 1.0, "is_causal": True}
+        ctx.launcher.bwd(*grads, d_out, query, key, value, None, lse, **facts)
+        return (*grads, None)
+
+
+class _FlashAttention(TorchFunctionMode):
+    """On meta torch would take its attention apart into products; a device has a kernel."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self._launcher = _Launcher("attention", "torch", meter)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _Attention.apply(*args[:3], self._launcher)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def metered(meter: Meter, device_type: str) -> Iterator[None]:
+    """Inside, work on meta tensors is counted as on a device of this type."""
+    launchers = Launchers(meter, device_type)
+    with backends.planning(launchers), uncounted(), _FlashAttention(meter), _Watch(meter):
+        yield
+
+
+def by_name(meter: Meter) -> dict[str, tuple[float, float]]:
+    """Floating-point operations and bytes of each kind of operation."""
+    flops: Counter[str] = Counter()
+    moved: Counter[str] = Counter()
+    for work in meter.work:
+        flops[work.name] += work.flops
+        moved[work.name] += work.bytes
+    return {name: (flops[name], moved[name]) for name in moved}
