@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import adapters, block, curves, e2e, experts, full, layer, lora, loss, optim, ways
+from . import adapters, block, curves, e2e, experts, full, layer, lora, loss, optim, plan, ways
 from .declare import Options, Suite
 from .records import Record, pick_dtype
 from .report import show
@@ -30,9 +30,9 @@ SUITES: dict[str, Suite] = {
     )
 }
 # Suites that run a model, each in its own way.
-WHOLE = {e2e.NAME: e2e.run, curves.NAME: curves.run, full.NAME: full.run}
-ROUNDS = {e2e.NAME: 3, curves.NAME: 1, full.NAME: 1}
-STEPS = {e2e.NAME: 2, curves.NAME: 100, full.NAME: 200}
+WHOLE = {e2e.NAME: e2e.run, curves.NAME: curves.run, full.NAME: full.run, plan.NAME: plan.run}
+ROUNDS = {e2e.NAME: 3, curves.NAME: 1, full.NAME: 1, plan.NAME: 1}
+STEPS = {e2e.NAME: 2, curves.NAME: 100, full.NAME: 200, plan.NAME: 3}
 DEFAULT_ROUNDS = 7
 
 

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["CudaEngine", "Engine", "HostRing", "Parked"]
+__all__ = ["CudaEngine", "Engine", "HostRing", "MetaRing", "Parked"]
 
 
 class Engine(Protocol):
@@ -152,6 +152,36 @@ class HostRing:
         if parked.place not in self._coming:
             flat = torch.empty(parked.host.numel(), dtype=torch.uint8, device=parked.device)
             self._coming[parked.place] = (flat, self._engine.copy(flat, parked.host))
+
+
+class MetaRing:
+    """Of meta tensors: nothing is copied, all is counted.
+
+    Attributes:
+        host_bytes: bytes that are parked.
+    """
+
+    def __init__(self) -> None:
+        self.host_bytes = 0
+
+    def park(self, tensor: Tensor) -> Parked:
+        """The tensor's facts; it is let go."""
+        size = tensor.numel() * tensor.element_size()
+        host = torch.empty(0)
+        facts = (tuple(tensor.size()), tuple(tensor.stride()), tensor.dtype, tensor.device)
+        parked = Parked(0, host, *facts)
+        self.host_bytes += size
+        weakref.finalize(parked, self._free, size)
+        return parked
+
+    def _free(self, size: int) -> None:
+        self.host_bytes -= size
+
+    def fetch(self, parked: Parked) -> Tensor:
+        """A tensor of those facts."""
+        return torch.empty_strided(
+            parked.size, parked.stride, dtype=parked.dtype, device=parked.device
+        )
 
 
 def _dense(tensor: Tensor) -> bool:

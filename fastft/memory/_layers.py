@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from fastft import backends
 from fastft.memory._attention import Store, full_contexts, keep_attention
-from fastft.memory._host import CudaEngine, HostRing, Parked
+from fastft.memory._host import CudaEngine, HostRing, MetaRing, Parked
 from fastft.memory._saved import saving
 from fastft.nn.swap import Swapped, combined_class, original_of, swapped_class
 
@@ -23,6 +24,7 @@ __all__ = [
     "LayerState",
     "find_layers",
     "forget_state",
+    "ring_of",
     "set_state",
     "state_of",
     "without_cache",
@@ -104,11 +106,11 @@ def _recomputed(state: LayerState, forward: Callable[..., Any], args: Any, kwarg
     compiling = torch.compiler.is_compiling()
     if state.policy == "full":
         return run() if compiling else run(context_fn=full_contexts)
-    device = next((a.device for a in args if isinstance(a, Tensor)), None)
+    first = next((a for a in args if isinstance(a, Tensor)), None)
     parks = state.policy == "offload" and not state.on_device and not compiling
-    if not parks or device is None or device.type != "cuda":
+    if not parks or first is None or backends.device_type_of(first) != "cuda":
         return run(context_fn=keep_attention)
-    ring = ring_of(device)
+    ring = ring_of(first.device)
     store = Store(functools.partial(_park, ring), functools.partial(_fetch, ring))
     with saved_tensors_hooks(store.put, store.get):  # for the layer's inputs
         return run(context_fn=lambda: keep_attention(store))
@@ -118,20 +120,20 @@ def _recomputed(state: LayerState, forward: Callable[..., Any], args: Any, kwarg
 _LEAST = 1 << 16
 
 
-def _park(ring: HostRing, tensor: Tensor) -> Any:
+def _park(ring: Any, tensor: Tensor) -> Any:
     if tensor.numel() * tensor.element_size() < _LEAST or tensor.device.type == "cpu":
         return tensor.detach()
     return ring.park(tensor)
 
 
-def _fetch(ring: HostRing, held: Any) -> Tensor:
+def _fetch(ring: Any, held: Any) -> Tensor:
     return ring.fetch(held) if isinstance(held, Parked) else held
 
 
 @functools.cache
-def ring_of(device: torch.device) -> HostRing:
+def ring_of(device: torch.device) -> Any:
     """The device's ring."""
-    return HostRing(CudaEngine(device))
+    return MetaRing() if device.type == "meta" else HostRing(CudaEngine(device))
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:

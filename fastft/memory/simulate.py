@@ -8,11 +8,11 @@ would; work is counted as floating-point operations of products and bytes of eve
 
 from __future__ import annotations
 
+import importlib.util
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,13 +29,14 @@ __all__ = ["Meter", "Work", "metered"]
 
 @dataclass(frozen=True)
 class Work:
-    """One operation: floating-point operations of its products, bytes it reads and writes, and
-    rows, columns and depth of its largest product (0: none)."""
+    """One operation: floating-point operations of its products, bytes it reads and writes, rows,
+    columns and depth of its largest product (0: none), and bytes of one of its elements."""
 
     name: str
     flops: float
     bytes: float
     product: tuple[int, int, int] = (0, 0, 0)
+    itemsize: int = 4
 
 
 @dataclass
@@ -43,14 +44,21 @@ class Meter:
     """What a simulated stretch of work allocated and did.
 
     Attributes:
-        held: bytes that were there before it. live, peak: bytes above that, now and at most.
+        live, peak: bytes above what was there before, now and at most.
+        taken: bytes of all allocations.
         work: its operations, in order.
     """
 
     live: int = 0
     peak: int = 0
+    taken: int = 0
     work: list[Work] = field(default_factory=list)
     _known: dict[int, Any] = field(default_factory=dict)
+
+    def start(self) -> None:
+        """Peak and work from here on."""
+        self.peak, self.taken = self.live, 0
+        self.work.clear()
 
     def ignore(self, tensors: Any) -> None:
         """These were there before."""
@@ -74,6 +82,7 @@ class Meter:
 
         self._known[key] = weakref.ref(storage, freed)
         self.live += size
+        self.taken += size
         self.peak = max(self.peak, self.live)
 
 
@@ -105,7 +114,11 @@ class _Watch(TorchDispatchMode):
             self._meter.allocated(tensor)
         if outputs and not _is_view(func):
             inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            self._meter.work.append(_work_of(func, inputs, outputs))
+            work = _work_of(func, inputs, outputs)
+            count = _REGISTERED.get(work.name)
+            if count is not None:
+                work = replace(work, name=count[0], flops=count[1](*args), itemsize=2)
+            self._meter.work.append(work)
         return result
 
 
@@ -128,7 +141,8 @@ def _work_of(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> Work:
     left, right = inputs[-2:] if len(inputs) < 4 else inputs[1:3]
     batch = left.shape[0] if left.dim() == 3 else 1
     rows, depth, columns = left.shape[-2], left.shape[-1], right.shape[-1]
-    return Work(name, 2.0 * batch * rows * depth * columns, moved, (rows, columns, depth))
+    product = (rows, columns, depth)
+    return Work(name, 2.0 * batch * rows * depth * columns, moved, product, left.element_size())
 
 
 def _size(tensor: Tensor) -> int:
@@ -141,21 +155,25 @@ class Launchers:
     Args:
         meter: what is told.
         device_type: of the device that is planned for.
-        absent: launcher functions that device's backends do not have.
     """
 
     def __init__(self, meter: Meter, device_type: str) -> None:
         self.device_type = device_type
         self._meter = meter
+        # The CPU's launchers keep their buffers between calls.
+        self._kept: dict[str, Tensor] = {}
 
     def select(self, op: str) -> tuple[str, Any]:
-        """Of ``fastft.backends.Planned``."""
-        for name in backends.ORDER:
-            served = backends.BACKENDS[name].device_types
-            if served is None or self.device_type in served:
-                if name == "reference" or backends.launcher(op, name).__class__ is not str:
-                    return name, _Launcher(op, name, self._meter)
-        raise NotImplementedError(op)
+        """Of ``fastft.backends.Planned``: as if every backend of the device were installed."""
+        name = next(name for name in backends.ORDER if self._serves(op, name))
+        return name, _Launcher(op, name, self._meter, self._kept)
+
+    def _serves(self, op: str, name: str) -> bool:
+        if name == "reference":
+            return True
+        backend = backends.BACKENDS[name]
+        here = backend.device_types is None or self.device_type in backend.device_types
+        return here and importlib.util.find_spec(f"{backend.package}.{op}") is not None
 
 
 # Functions that only some launchers of an operation have.
@@ -163,8 +181,8 @@ _OPTIONAL = {"fwd_values": ("cpu",), "fwd_adapters": ("cpu",), "lay_out": ()}
 
 
 class _Launcher:
-    def __init__(self, op: str, backend: str, meter: Meter) -> None:
-        self._op, self._backend, self._meter = op, backend, meter
+    def __init__(self, op: str, backend: str, meter: Meter, kept: dict[str, Tensor]) -> None:
+        self._op, self._backend, self._meter, self._kept = op, backend, meter, kept
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or self._backend not in _OPTIONAL.get(name, (self._backend,)):
@@ -177,12 +195,17 @@ class _Launcher:
             count = _FLOPS.get((self._op, name))
             flops, product = (0.0, (0, 0, 0)) if count is None else count(*args, **kwargs)
             moved = float(sum(_size(t) for t in tensors))
-            self._meter.work.append(Work(f"{self._op}.{name}", flops, moved, product))
+            floats = [t.element_size() for t in tensors if t.is_floating_point()]
+            work = Work(f"{self._op}.{name}", flops, moved, product, min(floats, default=4))
+            self._meter.work.append(work)
 
         return look
 
     def _new_slab(self, name: str, tokens: int, vocabulary: int, hidden: Tensor) -> Tensor:
-        return hidden.new_empty(tokens, vocabulary)
+        slab = hidden.new_empty(tokens, vocabulary)
+        if self._backend == "cpu":
+            self._kept[name] = slab
+        return slab
 
 
 Counted = tuple[float, tuple[int, int, int]]
@@ -217,14 +240,17 @@ def _scores(query: Tensor, key: Tensor, value: Tensor, products: float, causal: 
     return total / 2 if causal else total
 
 
-def _attention(out: Any, lse: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scale: float,
-               is_causal: bool) -> Counted:  # fmt: skip
-    return _scores(query, key, value, 2.0, is_causal), (0, 0, 0)
+def _attention(
+    out: Any, lse: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **facts: Any
+) -> Counted:
+    return _scores(query, key, value, 2.0, facts["is_causal"]), (0, 0, 0)
 
 
-def _attention_bwd(dq: Any, dk: Any, dv: Any, d_out: Any, query: Tensor, key: Tensor, value: Tensor,
-                   mask: Any, lse: Any, *, scale: float, is_causal: bool) -> Counted:  # fmt: skip
-    return _scores(query, key, value, 5.0, is_causal), (0, 0, 0)
+def _attention_bwd(
+    dq: Any, dk: Any, dv: Any, d_out: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any,
+    **facts: Any,
+) -> Counted:  # fmt: skip
+    return _scores(query, key, value, 5.0, facts["is_causal"]), (0, 0, 0)
 
 
 def _project(slab: Tensor, hidden: Tensor, weight: Tensor) -> Counted:
@@ -251,6 +277,19 @@ _FLOPS: dict[tuple[str, str], Callable[..., Counted]] = {
     ("linear_cross_entropy", "project"): _project,
     ("linear_cross_entropy", "d_hidden"): _d_hidden,
     ("linear_cross_entropy", "add_d_weight"): _d_weight,
+}
+
+
+# Registered operations, seen by torch's dispatcher: name and operations, from their arguments.
+_REGISTERED: dict[str, tuple[str, Callable[..., float]]] = {
+    "fastft::attention_fwd": (
+        "attention.fwd",
+        lambda q, k, v, mask, scale, causal, backend: _scores(q, k, v, 2.0, causal),
+    ),
+    "fastft::attention_bwd": (
+        "attention.bwd",
+        lambda d, q, k, v, mask, lse, scale, causal, backend: _scores(q, k, v, 5.0, causal),
+    ),
 }
 
 
@@ -281,7 +320,7 @@ class _FlashAttention(TorchFunctionMode):
 
     def __init__(self, meter: Meter) -> None:
         super().__init__()
-        self._launcher = _Launcher("attention", "torch", meter)
+        self._launcher = _Launcher("attention", "torch", meter, {})
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -297,13 +336,3 @@ def metered(meter: Meter, device_type: str) -> Iterator[None]:
     launchers = Launchers(meter, device_type)
     with backends.planning(launchers), uncounted(), _FlashAttention(meter), _Watch(meter):
         yield
-
-
-def by_name(meter: Meter) -> dict[str, tuple[float, float]]:
-    """Floating-point operations and bytes of each kind of operation."""
-    flops: Counter[str] = Counter()
-    moved: Counter[str] = Counter()
-    for work in meter.work:
-        flops[work.name] += work.flops
-        moved[work.name] += work.bytes
-    return {name: (flops[name], moved[name]) for name in moved}

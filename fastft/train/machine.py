@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import os
 import platform
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = [
     "native_bfloat16",
     "package_version",
     "resolve_dtype",
+    "total_memory",
     "working_device",
 ]
 
@@ -49,6 +51,17 @@ def cpu_flags() -> frozenset[str]:
 
 def cpu_name() -> str:
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def total_memory() -> int:
+    """Bytes of memory of this machine, or of the container it runs in."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found = min(found, int(Path(path).read_text(encoding="ascii")))
+        except (OSError, ValueError):
+            continue
+    return found
 
 
 def native_bfloat16(device_type: str) -> bool:

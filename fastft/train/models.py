@@ -236,12 +236,14 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _place(cfg: TrainConfig) -> str:
-    return str(obtain_default_model()) if cfg.model == DEFAULT_MODEL else cfg.model
+def model_place(model: str) -> str:
+    """Where Transformers finds a model: the folder of the default one, or the name as it is."""
+    return str(obtain_default_model()) if model == DEFAULT_MODEL else model
 
 
 @contextmanager
-def _clear_model_errors(name: str) -> Iterator[None]:
+def clear_model_errors(name: str) -> Iterator[None]:
+    """Transformers' errors about a model it does not find or know, as a ``ConfigError``."""
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
@@ -260,8 +262,8 @@ def load_tokenizer(cfg: TrainConfig) -> Any:
     none."""
     from transformers import AutoTokenizer
 
-    place = _place(cfg)
-    with _clear_model_errors(cfg.model), quiet_transformers():
+    place = model_place(cfg.model)
+    with clear_model_errors(cfg.model), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(place)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -278,6 +280,6 @@ def load_model(cfg: TrainConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = resolve_dtype(cfg.dtype)
-    place = _place(cfg)
-    with _clear_model_errors(cfg.model), quiet_transformers():
+    place = model_place(cfg.model)
+    with clear_model_errors(cfg.model), quiet_transformers():
         return AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
