@@ -98,18 +98,21 @@ CPU_RUNS = (
     Run("Llama-3.2-1B", 2, 512, "lora"),
     Run("Llama-3.2-1B", 1, 1024, "full", r=8),
 )
-GPU_RUNS = tuple(
-    Run("Llama-3.1-8B", batch, length, policy)
-    for batch, length in ((1, 2048), (4, 2048), (1, 16384))
-    for policy in ("lora", "attention", "full", "offload")
-) + (Run("Llama-2-13B", 4, 1024, "lora"),)
+_GPU_SIZES = ((1, 2048), (4, 2048), (1, 16384))
+_GPU_POLICIES = ("lora", "attention", "full", "offload")
+GPU_RUNS = (
+    Run("Llama-2-13B", 4, 1024, "lora"),
+    *(Run("Llama-3.1-8B", *size, policy) for size in _GPU_SIZES for policy in _GPU_POLICIES),
+)
 
 
 def run(options: Options, emit: Callable[[Record], None]) -> list[Record]:
     """Predicts and trains each configuration; a record each of bytes and seconds."""
     from fastft.memory.ceilings import measure
     from fastft.train.config import TrainConfig
-    from fastft.train.plan import Planner, Request, device_of
+    from fastft.train.plan import Planner
+    from fastft.train.plan_device import device_of
+    from fastft.train.plan_model import Request
 
     records: list[Record] = []
     ceilings = measure(options.device, str(options.device), options.dtype)

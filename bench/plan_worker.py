@@ -70,7 +70,7 @@ def main() -> None:
     import fastft
     from fastft import memory
     from fastft.train.config import config_from_dict
-    from fastft.train.plan import load_config
+    from fastft.train.plan_model import load_config
 
     cfg = config_from_dict(job["cfg"])
     config = load_config(cfg.model)

@@ -1,4 +1,4 @@
-"""The commands: ``fastft train``, ``fastft demo``, ``fastft doctor``. Nothing heavy is imported
+"""The commands: ``fastft train``, ``plan``, ``demo``, ``doctor``. Nothing heavy is imported
 before a command runs, so that ``--help`` is quick."""
 
 from __future__ import annotations
@@ -71,6 +71,9 @@ def train(
         str | None,
         typer.Option(help="'last' or a checkpoint folder; overrides resume_from_checkpoint."),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train even where the plan says it does not fit.")
+    ] = False,
 ) -> None:
     """Fine-tune LoRA adapters as CONFIG says and save them to OUTPUT_DIR/adapter."""
     with clean_errors():
@@ -95,7 +98,7 @@ def train(
         from fastft.train.run import train as run
 
         with TrainView() as view:
-            result = run(cfgs[0], report=view.step, notice=view.notice)
+            result = run(cfgs[0], report=view.step, notice=view.notice, force=force)
         view.finish(result)
 
 
@@ -151,13 +154,88 @@ def demo(
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Hub id, folder or config.json of a causal language model, or a YAML file of "
+            "`fastft train`."
+        ),
+    ] = "smollm2-135m-instruct",
+    method: Annotated[str, typer.Option(help="lora, qlora or full.")] = "lora",
+    r: Annotated[int | None, typer.Option("--rank", "--r", help="Rank of the adapters.")] = None,
+    optim: Annotated[str | None, typer.Option(help="AdamW, AdamW8bit, Lion or Lion8bit.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences of a micro-batch.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float32 or auto.")] = None,
+    device: Annotated[
+        str,
+        typer.Option(help="cpu or cuda (this machine's), or a GPU's name: H100, A100, L4, ..."),
+    ] = "auto",
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the model (FSDP).")] = 1,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="Sequences of the data: says the run's hours.")
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write a stacked bar for each policy to this SVG.")
+    ] = None,
+) -> None:
+    """Predict memory and speed of a run before its first step; needs no GPU and no weights."""
+    with clean_errors():
+        from fastft.train.config import TrainConfig, load_config
+
+        from_file = model.endswith((".yaml", ".yml"))
+        cfg = load_config(model) if from_file else TrainConfig(model=model)
+        given = {
+            "r": r,
+            "optim": optim,
+            "per_device_train_batch_size": batch,
+            "max_length": length,
+            "dtype": dtype,
+        }
+        cfg = cfg.replace(**{name: value for name, value in given.items() if value is not None})
+        _quiet_libraries()
+        from fastft.train import plan_report
+        from fastft.train.plan_device import ceilings_of, device_of
+        from fastft.train.plan_model import check_request
+
+        request = check_request(cfg, method, gpus)
+        where = device_of(device)
+        found = plan_report.report(
+            request, where, ceilings_of(where, cfg), examples=examples, epochs=epochs
+        )
+        if picture is not None:
+            plan_report.picture(found, picture)
+        if json_output:
+            import json
+
+            typer.echo(json.dumps(found.to_dict(), indent=2))
+        else:
+            plan_report.show(found)
+
+
+@app.command()
 def doctor(
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON object instead of a table.")
     ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Measure products, copies and attention here first; `fastft plan` uses them.",
+        ),
+    ] = False,
 ) -> None:
     """Say what this machine and installation can do, and what to change."""
     with clean_errors():
+        if measure:
+            from fastft.train.plan_device import measure_here
+
+            for line in measure_here():
+                typer.echo(line, err=True)
         from fastft.doctor import examine, show
 
         findings = examine()

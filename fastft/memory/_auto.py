@@ -153,8 +153,8 @@ class Plan:
         kept = sum(c.kept for c in found) + max(c.held for c in found)
         counts = ", ".join(f"{policies.count(p)} x {p}" for p in MIXED if p in policies)
         print(
-            f"fastft.memory: {counts}; {kept / 2**20:.0f} MiB of activations at {self._tokens} "
-            f"tokens, budget {budget / 2**20:.0f} MiB",
+            f"fastft.memory: {counts}; {_say(kept)} of activations at {self._tokens} tokens, "
+            f"budget {_say(budget)}",
             file=sys.stderr,
         )
 
@@ -177,6 +177,8 @@ def measure(
     """What the layer keeps under each policy of ``MIXED`` for these inputs; its random numbers and
     its counts are as if it had not run."""
     kwargs = without_cache(kwargs)
+    # The first layer's input may need no gradient; the others' do.
+    args = tuple(a.detach().requires_grad_() if a is hidden else a for a in args)
     shared = [*layer.parameters(), *layer.buffers(), *_tensors(kwargs)]
     known = {t.untyped_storage()._cdata for t in shared}
     base = _size(hidden)
@@ -234,6 +236,13 @@ def _noted(note: Callable[[Tensor], None]) -> Callable[[Tensor], Tensor]:
 
 def _tensors(kwargs: dict[str, Any]) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(kwargs) if isinstance(leaf, Tensor)]
+
+
+def _say(size: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size} bytes"
 
 
 def _size(tensor: Tensor) -> int:

@@ -166,8 +166,10 @@ def _is_layer(module: nn.Module) -> bool:
 def set_state(layer: nn.Module, state: LayerState) -> None:
     """Puts a layer under a policy."""
     if not isinstance(layer, Layer):
-        present, own = type(layer), swapped_class(Layer, original_of(layer))
-        layer.__class__ = own if present is original_of(layer) else combined_class(present, own)
+        present: Any = type(layer)
+        original: Any = original_of(layer)
+        own: Any = swapped_class(Layer, original)
+        layer.__class__ = own if present is original else combined_class(present, own)
     layer.__dict__[STATE] = state
 
 

@@ -71,7 +71,7 @@ class _View:
     recipe: _Recipe
     size: tuple[int, ...]
     stride: tuple[int, ...]
-    offset: int
+    offset: Any
 
     def tensor(self) -> Tensor:
         return self.recipe.value().as_strided(self.size, self.stride, self.offset)

@@ -88,13 +88,14 @@ def measure(device: torch.device, name: str, dtype: torch.dtype) -> Ceilings:
         torch.autograd.grad(ops.glu(gate, up), (gate, up), d_out)
 
     moved = 8.0 * gate.numel() * gate.element_size()
-    heads = [draw(2, 8, 1024, 64).requires_grad_() for _ in range(4)]
+    q, k, v, d_heads = (draw(2, 8, 1024, 64).requires_grad_() for _ in range(4))
 
     def attention() -> None:
-        out = torch.nn.functional.scaled_dot_product_attention(*heads[:3], is_causal=True)
         if device.type == "cpu":
-            out = ops.scaled_dot_product_attention(*heads[:3], is_causal=True)
-        torch.autograd.grad(out, heads[:3], heads[3])
+            out = ops.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.autograd.grad(out, (q, k, v), d_heads)
 
     scores = 7.0 * 2 * 8 * 1024 * 1024 * (64 + 64) / 2
     small = draw(16, 16)

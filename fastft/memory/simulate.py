@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -165,7 +164,10 @@ class Launchers:
 
     def select(self, op: str) -> tuple[str, Any]:
         """Of ``fastft.backends.Planned``: as if every backend of the device were installed."""
-        name = next(name for name in backends.ORDER if self._serves(op, name))
+        # torch's own kernel keeps what fastft's does.
+        torch_has_it = op == "attention" and self.device_type == "cuda"
+        served = (name for name in backends.ORDER if self._serves(op, name))
+        name = "torch" if torch_has_it else next(served)
         return name, _Launcher(op, name, self._meter, self._kept)
 
     def _serves(self, op: str, name: str) -> bool:
@@ -293,46 +295,9 @@ _REGISTERED: dict[str, tuple[str, Callable[..., float]]] = {
 }
 
 
-class _Attention(torch.autograd.Function):
-    """Flash attention's memory: q, k, v, the result and one float32 a query are kept."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, launcher: Any) -> Tensor:
-        batch, heads, queries, _ = query.shape
-        out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
-        lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
-        launcher.fwd(out, lse, query, key, value, None, scale=1.0, is_causal=True)
-        ctx.launcher = launcher
-        ctx.save_for_backward(query, key, value, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> Any:
-        query, key, value, _, lse = ctx.saved_tensors
-        grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        facts = {"scale": 1.0, "is_causal": True}
-        ctx.launcher.bwd(*grads, d_out, query, key, value, None, lse, **facts)
-        return (*grads, None)
-
-
-class _FlashAttention(TorchFunctionMode):
-    """On meta torch would take its attention apart into products; a device has a kernel."""
-
-    def __init__(self, meter: Meter) -> None:
-        super().__init__()
-        self._launcher = _Launcher("attention", "torch", meter, {})
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return _Attention.apply(*args[:3], self._launcher)
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def metered(meter: Meter, device_type: str) -> Iterator[None]:
     """Inside, work on meta tensors is counted as on a device of this type."""
     launchers = Launchers(meter, device_type)
-    with backends.planning(launchers), uncounted(), _FlashAttention(meter), _Watch(meter):
+    with backends.planning(launchers), uncounted(), _Watch(meter):
         yield

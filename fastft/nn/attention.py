@@ -65,6 +65,13 @@ def attention_forward(
     width) out. What :func:`fastft.ops.scaled_dot_product_attention` does not do runs as sdpa and
     is counted."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    ends = _sequences(query, key, bool(causal), dropout, kwargs)
+    if ends is not None:
+        parts = zip(query.split(ends, 2), key.split(ends, 2), value.split(ends, 2), strict=True)
+        found = [
+            attention_forward(module, q, k, v, None, 0.0, scaling, True)[0] for q, k, v in parts
+        ]
+        return torch.cat(found, 1), None
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     decoding = query.shape[2] == 1  # one query is a product of a vector: there is nothing to fuse
     reason = None
@@ -88,6 +95,22 @@ def attention_forward(
         query, key, value, attention_mask, is_causal=causal, scale=scaling
     )
     return out.transpose(1, 2), None
+
+
+def _sequences(
+    query: Tensor, key: Tensor, causal: bool, dropout: float, kwargs: dict[str, Any]
+) -> list[int] | None:
+    """Lengths of the sequences that lie one after another in a batch without padding, as the
+    collator gave them (``cu_seq_lens_q``); None for any other batch. Each sees only itself, which
+    is what the mask, made of the same positions, says."""
+    ends = kwargs.get("cu_seq_lens_q")
+    if ends is None or torch.compiler.is_compiling() or not causal or dropout:
+        return None
+    whole = query.shape[0] == 1 and query.shape[2] == key.shape[2]
+    if not whole or kwargs.get("sliding_window") is not None:
+        return None
+    lengths: list[int] = ends.diff().tolist()
+    return lengths if sum(lengths) == query.shape[2] and min(lengths, default=0) > 0 else None
 
 
 def _refusal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,10 @@ from transformers import activations
 
 from fastft import ops
 from fastft.nn.calls import count
+from fastft.nn.mixed import adapter_names_of
 from fastft.nn.swap import Swapped, call_refusal
+from fastft.nn.tiled import tiled
+from fastft.ops._saving import without_values
 
 __all__ = ["FusedGatedMLP", "Layout", "activation_of", "layout_of"]
 
@@ -63,6 +67,10 @@ def activation_of(module: nn.Module, layout: Layout) -> str | None:
     return _ACTIVATIONS.get(type(function))
 
 
+# Where a module holds the number of tokens it treats at a time; set by fastft.memory.
+TILE = "fastft_tile"
+
+
 class FusedGatedMLP(Swapped):
     """The forward of a gated MLP: its own projections, and one operation between them."""
 
@@ -70,25 +78,46 @@ class FusedGatedMLP(Swapped):
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Projections and :func:`fastft.ops.glu`, or the original's forward, counted."""
-        layout = self.fastft_layout
-        activation = activation_of(self, layout)
-        reason = None
         if len(args) != 1 or kwargs:
-            reason = "arguments passed to the layer"
-        elif activation is None:
-            reason = "activation is neither SiLU nor GELU"
+            self._count("arguments passed to the layer")
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        activation = activation_of(self, self.fastft_layout)
+        if activation is None:
+            self._count("activation is neither SiLU nor GELU")
+            return super().forward(*args)  # type: ignore[misc]
+        x, tile = args[0], self.__dict__.get(TILE)
+        if tile is not None and self._tiles(x, tile):
+            return tiled(self, self._project, x, tile)
+        return self._project(x)
+
+    def _tiles(self: Any, x: Tensor, tile: int) -> bool:
+        """Whether this call is treated a tile at a time."""
+        long = x.dim() > 1 and x.shape[:-1].numel() > tile
+        if not long or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return False
+        layout = self.fastft_layout
+        names = [name for name in (layout.gate, layout.up, layout.down) if name is not None]
+        # In a mixed batch a layer asks which sample a row belongs to.
+        return all(adapter_names_of(getattr(self, name), {}) is None for name in names)
+
+    def _project(self: Any, x: Tensor, value: bool = True) -> Tensor:
+        """value: whether the result itself is wanted, or only what its backward needs."""
+        layout = self.fastft_layout
+        hidden = getattr(self, layout.gate)(x)
+        if layout.up is None:
+            gate, up = hidden.chunk(2, dim=-1)
         else:
-            hidden = getattr(self, layout.gate)(args[0])
-            if layout.up is None:
-                gate, up = hidden.chunk(2, dim=-1)
-            else:
-                gate, up = hidden, getattr(self, layout.up)(args[0])
-            reason = call_refusal("glu", gate, up)
+            gate, up = hidden, getattr(self, layout.up)(x)
+        reason = call_refusal("glu", gate, up)
+        self._count(reason)
+        down = getattr(self, layout.down)
+        if reason is None:
+            product = ops.glu(gate, up, str(activation_of(self, layout)))
+        else:
+            product = getattr(self, layout.activation)(gate) * up
+        with nullcontext() if value else without_values():
+            return down(product)
+
+    def _count(self: Any, reason: str | None) -> None:
         if not torch.compiler.is_compiling():
             count(self, reason)
-        down = getattr(self, layout.down)
-        if reason is None and activation is not None:
-            return down(ops.glu(gate, up, activation))
-        if activation is None or len(args) != 1 or kwargs:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        return down(getattr(self, layout.activation)(gate) * up)

@@ -52,7 +52,7 @@ class Constants:
         ends = [n, 2 * n, *(2 * n + i * adapters for i in range(1, 5))]
         return [tensors[a:b] for a, b in zip([0, *ends], ends) if a < len(tensors)]
 
-    def rest(self) -> tuple[Any, ...]:
+    def rest(self) -> Any:
         """The arguments of the registered operation after its tensors."""
         return self.scalings, self.dropout_ps, self.owners, self.spans, self.backend
 
@@ -90,7 +90,14 @@ def _outputs(
     return ys + [x.new_empty(n, a.shape[0]) for n, a in zip(rows, lora_as, strict=True)]
 
 
-def _forward(
+def _forward(*call: Any) -> list[Tensor]:
+    """ys and ss, from the launcher: the registered operation."""
+    return _launch("fwd", None, *call)
+
+
+def _launch(
+    part: str,
+    outputs: list[Tensor] | None,
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -102,11 +109,9 @@ def _forward(
     owners: Sequence[int],
     spans: Sequence[int],
     backend: str,
-    outputs: list[Tensor] | None = None,
-    part: str = "fwd",
 ) -> list[Tensor]:
-    """ys and ss, from the launcher; part: "fwd", or only the ss ("fwd_adapters"), or then only the
-    ys ("fwd_values")."""
+    """ys and ss; part: "fwd", or only the ss ("fwd_adapters"), or then only the ys
+    ("fwd_values")."""
     if outputs is None:
         outputs = _outputs(x, weights, lora_as, spans)
     n = len(weights)
@@ -172,12 +177,12 @@ def _backward(
 class Late:
     """The values of a call that has saved what its backward needs, not computed yet."""
 
-    call: tuple[Any, ...]
+    call: Any
 
     def compute(self) -> None:
         """Writes them into the tensors the call has returned."""
         with torch.no_grad():
-            _forward(*self.call, part="fwd_values")
+            _launch("fwd_values", *self.call)
 
 
 def late_values(backend: str, x: Tensor, lora_as: Sequence[Tensor]) -> Late | None:
@@ -193,12 +198,12 @@ class LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, late: Late | None, constants: Constants, x: Tensor, *tensors: Tensor | None
     ) -> Any:
-        call = (x, *constants.split(tensors), *constants.rest())
+        call: Any = (x, *constants.split(tensors), *constants.rest())
         if late is None:
             outputs = _forward(*call)
         else:
-            outputs = _forward(*call, part="fwd_adapters")
-            late.call = (*call, outputs)
+            outputs = _launch("fwd_adapters", None, *call)
+            late.call = (outputs, *call)
         ctx.constants = constants
         ctx.save_for_backward(x, *tensors, *outputs[constants.layers :])
         return tuple(outputs[: constants.layers])
@@ -224,7 +229,11 @@ class LoraLinear(torch.autograd.Function):
             lora_as,
             lora_bs,
             masks,
-            *constants.rest(),
+            constants.scalings,
+            constants.dropout_ps,
+            constants.owners,
+            constants.spans,
+            constants.backend,
             ctx.needs_input_grad[2],
             need_a,
             need_b,

@@ -18,7 +18,16 @@ from torch import Tensor
 
 Inputs = tuple[Tensor | None, ...]
 
-__all__ = ["Notebook", "note", "noting", "registered", "saves_first", "saving_first"]
+__all__ = [
+    "Notebook",
+    "note",
+    "noting",
+    "registered",
+    "saves_first",
+    "saving_first",
+    "values_wanted",
+    "without_values",
+]
 
 
 class Notebook(Protocol):
@@ -32,6 +41,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.notebook: Notebook | None = None
         self.saves_first = False
+        self.values = True
 
 
 _thread = _Thread()
@@ -66,6 +76,23 @@ def saving_first(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         _thread.saves_first = outer
+
+
+def values_wanted() -> bool:
+    """Whether a product that has saved goes on to compute its value."""
+    return _thread.values
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Inside, products of this thread that can save first never compute their values: the caller
+    will not read them."""
+    outer, _thread.values = _thread.values, False
+    try:
+        with saving_first():
+            yield
+    finally:
+        _thread.values = outer
 
 
 def registered() -> bool:

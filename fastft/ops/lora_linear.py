@@ -39,6 +39,7 @@ from fastft.ops._lora_linear_autograd import (
     late_values,
     new_dropout_mask,
 )
+from fastft.ops._saving import values_wanted
 
 __all__ = ["check", "lay_out_weights", "lora_linear", "lora_linear_siblings"]
 
@@ -169,7 +170,7 @@ def lora_linear_siblings(
         late = late_values(name, flat, lora_as)
         tensors = (*weights, *biases, *lora_as, *lora_bs, *masks)
         ys = LoraLinear.apply(late, constants, flat, *tensors)
-        if late is not None:  # the recompute goes on: somebody needs the values
+        if late is not None and values_wanted():  # the recompute goes on
             late.compute()
     if x.dim() == 2:
         return tuple(ys)

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["bar_chart", "line_chart"]
+__all__ = ["bar_chart", "line_chart", "stacked_bars"]
 
 COLORS = {"peft": "#8a8f98", "fastft": "#0b7285"}
 LABELS = {"peft": "PEFT", "fastft": "fastft"}
@@ -76,5 +76,41 @@ def bar_chart(values: dict[str, float], ylabel: str, fmt: Callable[[float], str]
         axes.bar_label(bars, labels=[fmt(values[n]) for n in names], padding=3)
         axes.set_ylabel(ylabel)
         axes.set_ylim(0, (max(values.values()) or 1) * 1.15)
+
+    return _figure(draw)
+
+
+def stacked_bars(
+    bars: dict[str, dict[str, float]],
+    colors: dict[str, str],
+    ylabel: str,
+    limit: float,
+    limit_name: str,
+) -> str:
+    """One bar for each name, its parts stacked, and a line at ``limit``."""
+
+    def draw(axes: Any) -> None:
+        names = list(bars)
+        below = [0.0] * len(names)
+        for part, color in colors.items():
+            values = [bars[name][part] for name in names]
+            axes.bar(names, values, bottom=below, color=color, width=0.6, label=part)
+            below = [a + b for a, b in zip(below, values, strict=True)]
+        for place, total in enumerate(below):
+            axes.annotate(
+                f"{total:.3g}", (place, total), (0, 3), textcoords="offset points", ha="center"
+            )
+        top = max(below)
+        # A limit far above the bars would leave them flat.
+        if limit <= 3 * top:
+            axes.axhline(limit, color="#c92a2a", linewidth=1.2)
+            axes.annotate(
+                limit_name, (1, limit), (0, 3), ("axes fraction", "data"), "offset points",
+                ha="right", color="#c92a2a",
+            )  # fmt: skip
+            top = max(top, limit)
+        axes.set_ylim(0, top * 1.15)
+        axes.set_ylabel(ylabel)
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
     return _figure(draw)

@@ -48,7 +48,8 @@ class TrainConfig:
         faster than A (LoRA+).
     Tokens:
         max_length: longer examples are cut (``overlong: truncate``) or left out (``drop``).
-        padding: ``longest`` pads a batch to its longest example, ``max_length`` to a fixed shape.
+        padding: ``longest`` pads a batch to its longest example, ``max_length`` to a fixed shape;
+            ``none`` puts the examples of a batch one after another, and no padding is computed.
         group_by_length: put examples of like length in the same batch.
         completion_only_loss: no loss on the prompt.
     Schedule and optimizer (names of ``transformers.TrainingArguments``); ``max_steps`` above 0
@@ -59,6 +60,10 @@ class TrainConfig:
         dtype: dtype of the frozen model. ``auto`` is bfloat16 where the machine computes it
             natively, else float32. Adapters stay float32.
         autocast: run the forward under torch autocast in bfloat16 (what TRL does by default).
+    Memory:
+        memory_policy: what layers keep for the backward, of ``fastft.memory.checkpoint``; ``auto``
+            takes the least recomputation that fits the free memory.
+        gradient_checkpointing: Transformers' own, which recomputes everything.
     Run:
         resume_from_checkpoint: ``last`` or a checkpoint folder.
         fused: fastft's kernels and optimizer; false trains with plain PEFT and torch's AdamW.
@@ -86,7 +91,7 @@ class TrainConfig:
 
     max_length: int = 1024
     overlong: Literal["truncate", "drop"] = "truncate"
-    padding: Literal["longest", "max_length"] = "longest"
+    padding: Literal["longest", "max_length", "none"] = "longest"
     group_by_length: bool = False
     completion_only_loss: bool = True
 
@@ -108,6 +113,7 @@ class TrainConfig:
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
     autocast: bool = False
     gradient_checkpointing: bool = False
+    memory_policy: Literal["none", "lora", "attention", "full", "offload", "auto"] = "none"
 
     seed: int = 42
     logging_steps: int = 10
@@ -148,6 +154,11 @@ class TrainConfig:
         self._require("eval_fraction", 0 <= self.eval_fraction < 1, "a value in [0, 1)")
         self._require(
             "optim", self.fused or self.optim == "AdamW", "AdamW where fused is false: torch's own"
+        )
+        self._require(
+            "memory_policy",
+            self.memory_policy == "none" or not self.gradient_checkpointing,
+            "none beside gradient_checkpointing: true, which recomputes everything",
         )
         self._require("seed", 0 <= self.seed < 2**32, "a value in [0, 2**32)")
         self._require(

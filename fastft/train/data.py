@@ -217,9 +217,12 @@ def _dataset(rows: list[dict[str, list[int]]]) -> Dataset:
 
 
 def collator(cfg: TrainConfig, tokenizer: Any) -> Any:
-    """Pads a batch: ids with the pad token, the attention mask with 0, labels with -100."""
-    from transformers import DataCollatorForSeq2Seq
+    """Pads a batch: ids with the pad token, the attention mask with 0, labels with -100; or, with
+    ``padding: none``, puts its examples one after another, with positions that begin anew."""
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
+    if cfg.padding == "none":
+        return DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     fixed = cfg.padding == "max_length"
     return DataCollatorForSeq2Seq(
         tokenizer,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from torch import nn
 
-__all__ = ["add_lora", "check_targets", "lora_config"]
+__all__ = ["add_lora", "apply_memory_policy", "check_targets", "lora_config"]
 
 ALL_LINEAR = "all-linear"
 
@@ -125,3 +125,11 @@ def add_lora(model: nn.Module, cfg: TrainConfig) -> PeftModel:
     from peft import get_peft_model
 
     return get_peft_model(model, lora_config(cfg))
+
+
+def apply_memory_policy(model: nn.Module, cfg: TrainConfig) -> None:
+    """Puts the model's layers under ``cfg.memory_policy``."""
+    if cfg.memory_policy != "none":
+        from fastft import memory
+
+        memory.checkpoint(model, cfg.memory_policy)

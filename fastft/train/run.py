@@ -33,7 +33,8 @@ from fastft.train.checkpoints import (
 )
 from fastft.train.config import TrainConfig
 from fastft.train.data import DataSplits, collator, load_data
-from fastft.train.lora_setup import add_lora, check_targets
+from fastft.train.fit import Halving, check_fit
+from fastft.train.lora_setup import add_lora, apply_memory_policy, check_targets
 from fastft.train.machine import native_bfloat16, working_device
 from fastft.train.models import load_model, load_tokenizer
 
@@ -51,10 +52,13 @@ class FastftTrainer(Trainer):
     """The Trainer as it is, which also notes how many tokens a step had and their hash, and takes
     PEFT's LoRA+ optimizer where ``cfg`` asks for it."""
 
-    def __init__(self, cfg: TrainConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, cfg: TrainConfig, notice: Callable[[str], None] | None = None, **kwargs: Any
+    ) -> None:
         chosen = optimizer_options(cfg) if cfg.fused else None
         super().__init__(optimizer_cls_and_kwargs=chosen, **kwargs)
         self.cfg, self.batches = cfg, BatchLog()
+        self.halving = Halving(notice or (lambda text: None))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         ratio = self.cfg.loraplus_lr_ratio
@@ -82,7 +86,18 @@ class FastftTrainer(Trainer):
         self.batches.tokens += ids.numel()
         digest = hashlib.sha256(self.batches.digest.encode() + ids.cpu().numpy().tobytes())
         self.batches.digest = digest.hexdigest()
-        return super().training_step(model, inputs, *args, **kw)
+        usual = super().training_step
+
+        def step(part: dict[str, Any], parts: int) -> Any:
+            # Where losses are means, not sums over a known number of tokens, they share one.
+            accumulation: int = self.current_gradient_accumulation_steps  # type: ignore[has-type]
+            self.current_gradient_accumulation_steps = accumulation * parts
+            try:
+                return usual(model, part, *args, **kw)
+            finally:
+                self.current_gradient_accumulation_steps = accumulation
+
+        return self.halving.run(model, inputs, step)
 
 
 @dataclass
@@ -116,6 +131,8 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     report: Callable[[StepEvent], None] | None = None,
     notice: Callable[[str], None] | None = None,
+    *,
+    force: bool = False,
 ) -> TrainResult:
     """Fine-tunes LoRA adapters on ``cfg.model`` and saves them to ``<output_dir>/adapter``.
 
@@ -124,6 +141,7 @@ def train(
         callbacks: ``TrainerCallback`` instances, given to the Trainer as they are.
         report: called with a ``StepEvent`` each ``cfg.logging_steps``.
         notice: called with a line of text now and then.
+        force: train even where the plan says that it does not fit.
 
     Raises:
         ConfigError, DataError, AdapterError: with nothing trained, or with the previous adapter
@@ -131,7 +149,7 @@ def train(
         Interrupted: after Ctrl-C, when a whole checkpoint is on the disk.
     """
     notice = notice or (lambda text: None)
-    prepared = prepare(cfg, callbacks, report, notice)
+    prepared = prepare(cfg, callbacks, report, notice, force)
     for note in prepared.data.notes:
         notice(note)
     state = run_trainer(prepared)
@@ -154,6 +172,7 @@ def prepare(
     callbacks: Sequence[TrainerCallback] = (),
     report: Callable[[StepEvent], None] | None = None,
     notice: Callable[[str], None] | None = None,
+    force: bool = False,
 ) -> Prepared:
     """Loads and checks all there is to check, the cheapest first; writes only to see that
     ``cfg.output_dir`` can be written."""
@@ -163,13 +182,17 @@ def prepare(
     check_history(cfg, output, resume)
     tokenizer = load_tokenizer(cfg)
     data = load_data(cfg, tokenizer)
+    notice = notice or (lambda text: None)
+    check_fit(cfg, max(map(len, data.train["input_ids"])), notice, force)
     model = load_model(cfg)
     check_targets(model, cfg)
     model.config.use_cache = False  # generation's cache, of no use in training
     model = add_lora(model, cfg)
     interrupt = StopOnInterrupt(notice)
+    apply_memory_policy(model, cfg)
     trainer = FastftTrainer(
         cfg,
+        notice,
         model=model,
         args=training_arguments(cfg, data.eval is not None),
         train_dataset=data.train,
@@ -233,7 +256,11 @@ def reload_difference(
     batch = trainer.data_collator([row])
     device = next(model.parameters()).device
     # Without labels: the logits are compared, and a fused loss would not make them.
-    inputs = {key: tensor.to(device) for key, tensor in batch.items() if key != "labels"}
+    inputs = {
+        key: value.to(device) if hasattr(value, "to") else value
+        for key, value in batch.items()
+        if key != "labels"
+    }
     return reload_max_diff(model, adapter, inputs, name)
 
 

@@ -23,7 +23,7 @@ from fastft.train.callbacks import Interrupted, StopOnInterrupt
 from fastft.train.checkpoints import check_history, check_writable, write_config
 from fastft.train.config import TrainConfig
 from fastft.train.data import DataSplits, collator, load_data
-from fastft.train.lora_setup import check_targets, lora_config
+from fastft.train.lora_setup import apply_memory_policy, check_targets, lora_config
 from fastft.train.losses_apart import LossesApart, losses_apart
 from fastft.train.models import load_model, load_tokenizer
 from fastft.train.run import (
@@ -40,7 +40,7 @@ __all__ = ["TogetherEvent", "check_together", "train_together"]
 
 _WHERE = "train_together"
 # One model, one forward: what must be the same in every configuration.
-SHARED = ("model", "dtype", "autocast", "gradient_checkpointing", "strict")
+SHARED = ("model", "dtype", "autocast", "gradient_checkpointing", "memory_policy", "strict")
 # What a run has that several together have not: its name, the value it must have, why.
 FIXED: tuple[tuple[str, Any, str], ...] = (
     ("fused", True, "mixed batches are trained through fastft's layers"),
@@ -147,6 +147,9 @@ def check_together(cfgs: Sequence[TrainConfig]) -> None:
                 got = f"{getattr(cfg, name)!r} in {cfg.output_dir}"
                 expected = f"{value!r}: {why}"
                 raise ConfigError(_WHERE, name, expected=expected, got=got)
+        if cfg.padding == "none":
+            expected = "longest or max_length: a mixed batch has one row a sample"
+            raise ConfigError(_WHERE, "padding", expected=expected, got="'none'")
         if cfg.dtype == "float16":
             expected = "a dtype that needs no loss scaling"
             raise ConfigError(_WHERE, "dtype", expected=expected, got="'float16'")
@@ -174,6 +177,7 @@ def _prepare(cfgs: Sequence[TrainConfig]) -> tuple[Any, list[_Run]]:
         else:
             model.add_adapter(name, lora_config(cfg))
     fastft.accelerate(model, strict=cfgs[0].strict)
+    apply_memory_policy(model, cfgs[0])
     runs = []
     for name, cfg, splits in zip(names, cfgs, data, strict=True):
         model.set_adapter(name)  # the optimizer takes what is trained

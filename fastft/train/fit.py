@@ -1,0 +1,163 @@
+"""Does it fit? Before the first step the planner says; during a step that runs out of memory, the
+micro-batch is halved and the step goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from fastft.errors import ConfigError, FastftError
+from fastft.train.config import TrainConfig
+
+__all__ = ["Halving", "check_fit", "is_out_of_memory"]
+
+_LESS = ("lora", "attention", "full", "offload")
+
+
+def check_fit(
+    cfg: TrainConfig, longest: int, notice: Callable[[str], None], force: bool = False
+) -> None:
+    """Refuses a run that cannot fit the free memory of this machine's device.
+
+    Args:
+        longest: tokens of the longest example.
+        force: only say so.
+
+    Raises:
+        ConfigError: with what would make it fit.
+    """
+    import torch
+
+    from fastft.memory._auto import free_memory
+    from fastft.train.machine import working_device
+    from fastft.train.plan import Planner
+    from fastft.train.plan_device import device_of
+    from fastft.train.plan_model import Request
+
+    device = working_device()
+    if device.type not in ("cpu", "cuda"):
+        return
+    length = longest if cfg.padding == "longest" else cfg.max_length
+    cfg = cfg.replace(max_length=max(1, length))
+    allowed = free_memory(torch.device(device.type))
+    policy = cfg.memory_policy
+    if policy == "auto" or cfg.gradient_checkpointing:
+        policy = "full"  # what it comes to at worst
+    known = dataclasses.replace(device_of(device.type), memory=allowed)
+    try:
+        planner = Planner(Request(cfg, policy=policy), known)
+        peak = planner.predict().peak
+        if peak <= allowed:
+            return
+        remedies = _remedies(planner, policy, allowed)
+    except FastftError as error:
+        notice(f"memory was not planned: {error}")
+        return
+    text = f"{peak / 1e9:.2f} GB at the peak, {allowed / 1e9:.2f} GB are free"
+    if force:
+        notice(f"the plan says this does not fit: {text}; going on (--force)")
+        return
+    raise ConfigError(
+        "train",
+        "memory",
+        expected="a run that fits the device",
+        got=text,
+        remedy=f"It fits with {' or '.join(remedies[:3])}. --force trains all the same."
+        if remedies
+        else "No single change makes it fit; `fastft plan` shows what takes the memory.",
+    )
+
+
+def _remedies(planner: Any, policy: str, allowed: int) -> list[str]:
+    from fastft.train.plan_report import changes
+
+    less = _LESS[_LESS.index(policy) + 1 :] if policy in _LESS else _LESS
+    if planner.device.type == "cpu":
+        less = tuple(name for name in less if name != "offload")
+    if not planner.request.cfg.fused:
+        less = ()
+    found = [f"memory_policy: {name}" for name in less if planner.predict(name).peak <= allowed]
+    # What `fastft train` has no key for is left out.
+    others = changes(planner.request, planner.device, allowed)
+    return found[:1] + [what for what, _ in others if ":" in what]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch found no memory, on a GPU or on the CPU."""
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator: can't allocate memory" in text or "not enough memory" in text
+    )
+
+
+class Halving:
+    """Runs micro-batches in as many parts as memory needs.
+
+    Attributes:
+        parts: of a micro-batch; doubled each time memory runs out.
+    """
+
+    def __init__(self, notice: Callable[[str], None]) -> None:
+        self.parts = 1
+        self._notice = notice
+
+    def run(self, model: Any, inputs: dict[str, Any], step: Callable[[Any, int], Any]) -> Any:
+        """``step(part, parts)`` of each part of ``inputs``; the sum of the losses.
+
+        Gradients that were there before are kept as they were if a part runs out of memory.
+
+        Raises:
+            ConfigError: a single sequence runs out of memory.
+        """
+        import torch
+
+        while True:
+            before = [
+                (p, None if p.grad is None else p.grad.clone())
+                for p in model.parameters()
+                if p.requires_grad
+            ]
+            try:
+                return self._in_parts(inputs, step)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                for p, gradient in before:
+                    p.grad = gradient
+                size = len(inputs["input_ids"])
+                if self.parts >= size:
+                    raise ConfigError(
+                        "train",
+                        "memory",
+                        expected="a device on which one sequence fits",
+                        got=f"out of memory with sequences one at a time: {_first_line(error)}",
+                        remedy="Lower max_length (with padding: none, the batch size), or set "
+                        "memory_policy: full.",
+                    ) from error
+            # Outside the handler: the error's traceback holds the failed step's tensors.
+            self.parts *= 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._notice(
+                f"out of memory: micro-batches of {size} now run in {self.parts} parts, their "
+                "gradients accumulated; the step goes on"
+            )
+
+    def _in_parts(self, inputs: dict[str, Any], step: Callable[[Any, int], Any]) -> Any:
+        if self.parts == 1:
+            return step(inputs, 1)
+        columns = {name: value.chunk(self.parts) for name, value in inputs.items()}
+        count = len(columns["input_ids"])
+        total: Any = 0.0
+        for i in range(count):
+            total = total + step({name: chunks[i] for name, chunks in columns.items()}, count)
+        return total
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,177 @@
+"""The model that is planned: built from its configuration on torch's meta device, adapted and fused
+as it would be trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastft.errors import ConfigError, nearest
+from fastft.memory.devices import Device
+from fastft.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "METHODS",
+    "Request",
+    "check_request",
+    "dtype_of",
+    "largest_linear",
+    "linear_numel",
+    "load_config",
+    "meta_model",
+    "state_bytes",
+    "weight_bytes",
+]
+
+METHODS = ("lora", "qlora", "full")
+# Bytes of optimizer state an element of a trained tensor: the two moments of Adam, Lion's one.
+_STATES = {"AdamW": 8.0, "AdamW8bit": 2 + 8 / 256, "Lion": 4.0, "Lion8bit": 1 + 4 / 256}
+# Tensors below this size keep float32 states in the 8-bit optimizers.
+_LEAST_8BIT = 4096
+# NF4 with its block scales quantised again: 4 bits, 8 a block of 64, 32 a 256 of those.
+_NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is planned: ``cfg`` as it would be trained, and what a configuration does not say.
+
+    Attributes:
+        method: "lora", "qlora" (frozen linear layers in 4 bits) or "full".
+        policy: of ``fastft.memory.checkpoint``.
+        gpus: devices that share weights, gradients and states (FSDP).
+    """
+
+    cfg: TrainConfig
+    method: str = "lora"
+    policy: str = "none"
+    gpus: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on one device, padding included."""
+        return self.cfg.per_device_train_batch_size * self.cfg.max_length
+
+
+def check_request(cfg: TrainConfig, method: str = "lora", gpus: int = 1) -> Request:
+    """A request, or what is wrong with it.
+
+    Raises:
+        ConfigError: an unknown method; dropout, DoRA or the like that it cannot have.
+    """
+    if method not in METHODS:
+        raise ConfigError(
+            "fastft plan",
+            "method",
+            expected=f"one of {', '.join(METHODS)}",
+            got=repr(method),
+            remedy=nearest(method, METHODS) or None,
+        )
+    return Request(cfg, method, gpus=gpus)
+
+
+def load_config(model: str) -> Any:
+    """The configuration of ``model``: a hub id, a folder, or a ``config.json``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoConfig
+
+    from fastft.train.models import clear_model_errors, model_place, quiet_transformers
+
+    path = Path(model)
+    place = str(path.parent) if path.name == "config.json" else model_place(model)
+    with clear_model_errors(model), quiet_transformers():
+        return AutoConfig.from_pretrained(place)
+
+
+def dtype_of(cfg: TrainConfig, device: Device) -> torch.dtype:
+    import torch
+
+    if cfg.dtype != "auto":
+        found: torch.dtype = getattr(torch, cfg.dtype)
+        return found
+    from fastft.train.machine import resolve_dtype
+
+    return torch.bfloat16 if device.type == "cuda" else resolve_dtype("auto")
+
+
+def meta_model(request: Request, config: Any, dtype: torch.dtype, device: Device) -> Any:
+    """The model as it would be trained, without a byte of it."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    import fastft
+    from fastft import backends
+    from fastft.memory.simulate import Launchers, Meter
+    from fastft.train.lora_setup import check_targets, lora_config
+
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except (ValueError, KeyError) as error:
+            raise ConfigError(
+                "fastft plan",
+                "model",
+                expected="the configuration of a causal language model",
+                got=str(error).splitlines()[0][:200],
+            ) from error
+        model.config.use_cache = False
+        if request.method == "full":
+            model.requires_grad_(True)
+        else:
+            check_targets(model, request.cfg)
+            model = get_peft_model(model, lora_config(request.cfg))
+    model.train()
+    fused = {} if request.cfg.fused else {"loss": False, "norm": False, "glu": False, "rope": False}
+    # bitsandbytes' layers are PEFT's own business: their adapters are not fused. Attention is
+    # flash attention whoever computes it; on meta torch would take its own apart.
+    fused["lora"] = request.cfg.fused and request.method == "lora"
+    with backends.planning(Launchers(Meter(), device.type)):
+        fastft.accelerate(model, **fused)
+    return model
+
+
+def _linears(model: Any) -> list[Any]:
+    """Frozen matrices of linear layers, the head aside: what QLoRA quantises."""
+    from torch import nn
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings()
+    found = [m for m in base.modules() if isinstance(m, nn.Linear) and m is not head]
+    return [m.weight for m in found if not m.weight.requires_grad]
+
+
+def linear_numel(model: Any) -> int:
+    return sum(w.numel() for w in _linears(model))
+
+
+def largest_linear(model: Any) -> int:
+    """Bytes of the largest dequantised matrix."""
+    return max((w.numel() * w.element_size() for w in _linears(model)), default=0)
+
+
+def weight_bytes(model: Any, request: Request) -> tuple[int, int]:
+    """Bytes of parameters and buffers, and of the largest repeated layer's."""
+    from fastft.memory._layers import find_layers
+
+    seen = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    total = float(sum(t.numel() * t.element_size() for t in seen.values()))
+    layers = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in find_layers(model)]
+    if request.method == "qlora":
+        linears = _linears(model)
+        total -= sum(w.numel() * (w.element_size() - _NF4_BYTES) for w in linears)
+    return int(total), max(layers, default=0)
+
+
+def state_bytes(numel: int, cfg: TrainConfig) -> float:
+    per = _STATES[cfg.optim]
+    if cfg.optim.endswith("8bit") and numel < _LEAST_8BIT:
+        per = _STATES[cfg.optim.removesuffix("8bit")]
+    return per * numel

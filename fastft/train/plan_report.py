@@ -1,0 +1,238 @@
+"""What ``fastft plan`` says: every policy beside the device's memory, the cheapest that fits, the
+largest batch and sequence, and what to change where nothing fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastft.errors import FastftError
+from fastft.memory.ceilings import Ceilings
+from fastft.memory.devices import Device
+from fastft.train.plan import POLICIES, Planner, Prediction
+from fastft.train.plan_model import Request
+
+__all__ = ["Report", "changes", "picture", "report", "room", "show"]
+
+# Of a GPU's memory: the rest is CUDA's context and what its caching allocator cannot use.
+_SHARE = {"cuda": 0.93, "cpu": 0.95}
+# Names of the parts of the peak, and their colours.
+PARTS = {
+    "weights": "#0b7285",
+    "gradients": "#f08c00",
+    "optimizer": "#ae3ec9",
+    "activations": "#2f9e44",
+    "workspace": "#8a8f98",
+}
+_SHORT = ("weights", "grads", "states", "activ.", "work")
+
+
+def room(device: Device) -> int:
+    """Bytes of a device that a run may use."""
+    return int(device.memory * _SHARE[device.type])
+
+
+@dataclass(frozen=True)
+class Report:
+    """The plan of one request.
+
+    Attributes:
+        rows: a prediction for each policy.
+        chosen: the fastest whose peak fits; None where none does.
+        largest_batch, largest_length: under the chosen policy, the other as asked.
+        remedies: single changes that make it fit, where nothing does, each with its peak.
+        hours: of ``examples`` sequences ``epochs`` times, under the chosen policy.
+    """
+
+    request: Request
+    device: Device
+    ceilings: str
+    room: int
+    rows: list[Prediction]
+    chosen: Prediction | None
+    largest_batch: int | None
+    largest_length: int | None
+    remedies: list[tuple[str, int]]
+    hours: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, bytes and seconds."""
+
+        def plain(row: Prediction) -> dict[str, Any]:
+            return {**dataclasses.asdict(row), "tokens_per_s": row.tokens_per_s}
+
+        cfg = self.request.cfg
+        return {
+            "model": cfg.model,
+            "method": self.request.method,
+            "device": self.device.name,
+            "gpus": self.request.gpus,
+            "memory": self.device.memory,
+            "room": self.room,
+            "rates": self.ceilings,
+            "policies": [plain(row) for row in self.rows],
+            "chosen": self.chosen.policy if self.chosen else None,
+            "largest_batch": self.largest_batch,
+            "largest_length": self.largest_length,
+            "remedies": [{"change": what, "peak": peak} for what, peak in self.remedies],
+            "hours": self.hours,
+        }
+
+
+def report(
+    request: Request,
+    device: Device,
+    ceilings: Ceilings | None = None,
+    policies: tuple[str, ...] = POLICIES,
+    examples: int | None = None,
+    epochs: float = 1.0,
+) -> Report:
+    """Predicts every policy and what follows from it."""
+    planner = Planner(request, device, ceilings)
+    rows = [planner.predict(policy) for policy in policies if _applies(policy, device)]
+    allowed = room(device)
+    fitting = [row for row in rows if row.peak <= allowed]
+    chosen = min(fitting, key=lambda row: row.seconds, default=None)
+    batch = length = hours = None
+    remedies: list[tuple[str, int]] = []
+    if chosen is None:
+        remedies = changes(request, device, allowed)
+    else:
+        most = planner.largest(allowed, chosen.policy, "batch")
+        longest = planner.largest(allowed, chosen.policy, "length")
+        batch = most.batch if most else None
+        length = longest.length if longest else None
+        if examples is not None:
+            tokens = examples * epochs * request.cfg.max_length
+            hours = tokens / chosen.tokens_per_s / request.gpus / 3600
+    source = "measured on this machine" if ceilings else device.source
+    return Report(request, device, source, allowed, rows, chosen, batch, length, remedies, hours)
+
+
+def _applies(policy: str, device: Device) -> bool:
+    """Offload frees nothing where the host is the device."""
+    return policy != "offload" or device.type == "cuda"
+
+
+def changes(request: Request, device: Device, allowed: int) -> list[tuple[str, int]]:
+    """Single changes to a run that make it fit under some policy."""
+    cfg = request.cfg
+    batch, length = cfg.per_device_train_batch_size, cfg.max_length
+    tried: list[tuple[str, Request]] = []
+
+    def with_cfg(what: str, **new: Any) -> None:
+        tried.append((what, dataclasses.replace(request, cfg=cfg.replace(**new))))
+
+    if batch > 1:
+        steps = cfg.gradient_accumulation_steps * batch
+        with_cfg(
+            f"per_device_train_batch_size: 1, gradient_accumulation_steps: {steps}",
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=steps,
+        )
+    if not cfg.optim.endswith("8bit") and request.method == "full":
+        with_cfg(f"optim: {cfg.optim}8bit", optim=f"{cfg.optim}8bit")
+    if length > 512:
+        with_cfg(f"max_length: {length // 2}", max_length=length // 2)
+    if request.method == "full":
+        tried.append(("method lora", dataclasses.replace(request, method="lora")))
+    if request.method in ("lora", "full") and device.type == "cuda":
+        tried.append(("method qlora", dataclasses.replace(request, method="qlora")))
+    for gpus in (2, 4, 8):
+        if device.type == "cuda" and gpus > request.gpus:
+            tried.append((f"{gpus} GPUs", dataclasses.replace(request, gpus=gpus)))
+    found = []
+    for what, other in tried:
+        planner = Planner(other, device)
+        policies = [p for p in POLICIES if _applies(p, device)]
+        peak = min(planner.predict(policy).peak for policy in policies[-2:])
+        if peak <= allowed:
+            found.append((what, peak))
+    return found
+
+
+def _size(value: float) -> str:
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+def show(found: Report, console: Any = None) -> None:
+    """The report as a table."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console()
+    request, cfg = found.request, found.request.cfg
+    first = found.rows[0]
+    what = request.method if request.method == "full" else f"{request.method} r={cfg.r}"
+    gpus = f"{request.gpus} x " if request.gpus > 1 else ""
+    console.print(
+        f"{cfg.model}: {first.parameters / 1e6:,.0f} M parameters, {first.trainable / 1e6:,.1f} M "
+        f"trained ({what}, {cfg.optim}); {first.batch} x {first.length} tokens on {gpus}"
+        f"{found.device.name}, {_size(found.device.memory)}; rates: {found.ceilings}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(
+        title="GB on each device", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0)
+    )
+    table.add_column("policy")
+    offloads = any(row.host for row in found.rows)
+    for name in (*_SHORT, "peak", *(["host"] if offloads else []), "", "tokens/s"):
+        table.add_column(name, justify="right")
+    for row in found.rows:
+        fits = row.peak <= found.room
+        table.add_row(
+            row.policy,
+            *(f"{getattr(row, part) / 1e9:.2f}" for part in PARTS),
+            f"{row.peak / 1e9:.2f}",
+            *([f"{row.host / 1e9:.2f}"] if offloads else []),
+            "[green]fits[/green]" if fits else "[red]no[/red]",
+            f"{row.tokens_per_s * request.gpus:,.0f}",
+        )
+    console.print(table)
+    for line in advice(found):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def advice(found: Report) -> list[str]:
+    """What the table comes to, in sentences."""
+    if found.chosen is None:
+        least = min(row.peak for row in found.rows)
+        lines = [f"Nothing fits: {_size(least)} at least, {_size(found.room)} can be used."]
+        lines += [f"It fits with {what}: {_size(peak)}." for what, peak in found.remedies]
+        if not found.remedies:
+            lines.append("No single change makes it fit: a smaller model, or several of these.")
+        return lines
+    chosen = found.chosen
+    lines = [
+        f"Fastest that fits: {chosen.policy}. With it the batch can be {found.largest_batch}, or "
+        f"the sequence {found.largest_length} tokens."
+    ]
+    if found.hours is not None:
+        lines.append(f"The whole run: {found.hours:.1f} hours.")
+    return lines
+
+
+def picture(found: Report, path: Path) -> None:
+    """Stacked bars of the peak under each policy, and the device's memory, as an SVG."""
+    from fastft.train.charts import stacked_bars
+
+    bars = {row.policy: {part: getattr(row, part) / 1e9 for part in PARTS} for row in found.rows}
+    limit = found.device.memory / 1e9
+    svg = stacked_bars(bars, PARTS, "GB at the peak", limit, found.device.name)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(svg, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise FastftError(
+            "fastft plan",
+            "picture",
+            expected="a path that can be written",
+            got=f"{path}: {error.strerror}",
+        ) from error

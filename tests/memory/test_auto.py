@@ -1,0 +1,92 @@
+"""The cheapest mix within a budget: exact, printed, kept to."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from fastft import memory
+from fastft.errors import ArgumentError
+from fastft.memory._auto import Choice, cheapest
+from tests.memory.models import llama, same, steps
+
+
+def peak(mix: tuple[Choice, ...]) -> int:
+    return sum(c.kept for c in mix) + max(c.held for c in mix)
+
+
+def test_the_choice_is_the_best_of_all() -> None:
+    draw = random.Random(0)
+    for _ in range(60):
+        layers = []
+        for _ in range(draw.randint(1, 5)):
+            kept = sorted((draw.randint(1, 40) for _ in range(3)), reverse=True)
+            costs = sorted(draw.randint(0, 20) for _ in range(3))
+            held = [0, kept[0], kept[0]]
+            names = ("none", "attention", "full")
+            layers.append([Choice(*c) for c in zip(names, kept, held, costs, strict=True)])
+        budget = draw.randint(5, 160)
+        fitting = [mix for mix in itertools.product(*layers) if peak(mix) <= budget]
+        found = cheapest(layers, budget)
+        if not fitting:
+            assert found is None
+            continue
+        assert found is not None and peak(tuple(found)) <= budget
+        best = min(sum(c.cost for c in mix) for mix in fitting)
+        assert sum(c.cost for c in found) == best
+
+
+@pytest.mark.parametrize(
+    ("budget", "mix"),
+    [
+        (1 << 30, "4 x none"),
+        (500_000, "3 x attention"),
+        (350_000, "x attention"),
+        (225_000, "full"),
+    ],
+)
+def test_a_smaller_budget_keeps_less_and_changes_no_bit(
+    budget: int, mix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = memory.checkpoint(llama(), "auto", budget=budget)
+    assert same(steps(model, 3), steps(llama(), 3))
+    assert mix in memory.explain(model), memory.explain(model)
+    told = capsys.readouterr().err
+    assert told.count("fastft.memory:") == 1 and "48 tokens" in told
+
+
+def test_a_larger_batch_is_planned_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    model = memory.checkpoint(llama(), "auto", budget=500_000)
+    steps(model, 2, tokens=8)
+    assert memory.explain(model) == "4 x none"
+    steps(model, 2, tokens=24)
+    assert memory.explain(model) != "4 x none"
+    assert capsys.readouterr().err.count("fastft.memory:") == 2
+
+
+def test_no_budget_means_free_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    model = memory.checkpoint(llama(), "auto")
+    steps(model, 2)
+    assert memory.explain(model) == "4 x none"
+    assert "GiB" in capsys.readouterr().err
+
+
+def test_too_small_a_budget_says_what_is_needed() -> None:
+    model = memory.checkpoint(llama(), "auto", budget=1000)
+    with pytest.raises(ArgumentError, match="all layers under 'full', 48 tokens"):
+        steps(model, 2)
+
+
+def test_random_numbers_are_as_if_nothing_had_been_measured() -> None:
+    model = memory.checkpoint(llama(dropout=0.2), "auto", budget=700_000)
+    torch.manual_seed(3)
+    ids = torch.arange(8).view(1, 8)
+    model(input_ids=ids, labels=ids).loss.backward()
+    after = torch.rand(1)
+    plain = llama(dropout=0.2)
+    torch.manual_seed(3)
+    plain(input_ids=ids, labels=ids).loss.backward()
+    assert torch.equal(after, torch.rand(1))

@@ -1,0 +1,241 @@
+"""Policies keep less and change no bit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastft
+from fastft import memory
+from fastft.errors import ArgumentError, DtypeError
+from fastft.memory._auto import measure
+from fastft.memory._layers import Layer, find_layers, state_of
+from fastft.nn import call_counts
+from tests.memory.models import llama, same, steps
+
+LOSSLESS = ("none", "lora", "attention", "full", "offload")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "peft"])
+def test_gradients_are_those_of_none_bit_for_bit(fused: bool, dtype: torch.dtype) -> None:
+    expected = steps(llama(fused=fused, dtype=dtype))
+    for policy in LOSSLESS:
+        model = memory.checkpoint(llama(fused=fused, dtype=dtype), policy)
+        assert same(steps(model), expected), policy
+
+
+@pytest.mark.parametrize("policy", ["lora", "attention", "full"])
+def test_under_autocast_and_with_an_embedding_that_is_trained(policy: str) -> None:
+    def run(policy: str) -> list[list[torch.Tensor]]:
+        model = llama()
+        model.get_input_embeddings().weight.requires_grad_(True)
+        memory.checkpoint(model, policy)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return steps(model)
+
+    assert same(run(policy), run("none"))
+
+
+@pytest.mark.parametrize("policy", ["lora", "attention", "full"])
+def test_compiled(policy: str) -> None:
+    def run(policy: str | None) -> list[torch.Tensor]:
+        model = llama(dropout=0.0, num_hidden_layers=2)
+        if policy is not None:
+            memory.checkpoint(model, policy)
+        compiled = torch.compile(model, backend="aot_eager")
+        ids = torch.arange(12).view(1, 12)
+        compiled(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for a, b in zip(run(policy), run(None), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def kept(model: Any) -> list[int]:
+    """Bytes that one layer keeps under none, lora, attention and full."""
+    found: list[list[int]] = []
+    layer = find_layers(model)[0]
+
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not found:
+            found.append([0])
+            choices = measure(module, type(module).forward.__get__(module), args, kwargs, args[0])
+            found[0] = [choice.kept for choice in choices]
+
+    layer.register_forward_pre_hook(look, with_kwargs=True)
+    steps(model, 1)
+    return found[0]
+
+
+def test_each_policy_keeps_what_its_formula_says() -> None:
+    h, i, v, heads, tokens, r = 64, 128, 32, 4, 48, 4
+    none, lora, attention, full = kept(llama(dropout=0.0))
+    # float32; S of seven adapters, two norms' statistics and attention's; masks are shared.
+    small = tokens * (7 * r + 2 + heads)
+    assert none == 4 * (tokens * (6 * h + 2 * v + 3 * i) + small)
+    assert lora == 4 * (tokens * (4 * h + 2 * v + 2 * i) + small)
+    assert attention == 4 * tokens * (2 * h + heads)
+    assert full == 4 * tokens * h
+
+
+def test_the_last_product_of_a_recompute_is_left_out() -> None:
+    from fastft.cpu import lora_linear
+
+    calls = {"fwd": 0, "fwd_adapters": 0, "fwd_values": 0}
+    real = {name: getattr(lora_linear, name) for name in calls}
+
+    def counting(name: str) -> Any:
+        def call(*args: Any) -> None:
+            calls[name] += 1
+            real[name](*args)
+
+        return call
+
+    model = memory.checkpoint(llama(dropout=0.0), "full")
+    steps(model, 2)  # siblings are learnt
+    with pytest.MonkeyPatch.context() as patch:
+        for name in calls:
+            patch.setattr(lora_linear, name, counting(name))
+        steps(model, 1)
+    layers, groups = 4, 4  # q/k/v, o, gate/up, down
+    # The forward's own calls go through both parts; a recompute saves first and leaves out down.
+    assert calls["fwd"] == layers * groups
+    assert calls["fwd_adapters"] - calls["fwd"] == layers * groups
+    assert calls["fwd_values"] - calls["fwd"] == layers * (groups - 1)
+
+
+def test_trainers_and_transformers_own_flag_has_no_further_effect() -> None:
+    model = memory.checkpoint(llama(), "attention")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert not any(layer.gradient_checkpointing for layer in find_layers(model))
+    assert same(steps(model), steps(llama()))
+
+
+def test_keep_attention_through_transformers_own_checkpointing() -> None:
+    model = llama()
+    options = {"use_reentrant": False, "context_fn": memory.keep_attention}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    assert all(layer.gradient_checkpointing for layer in find_layers(model))
+    assert same(steps(model), steps(llama()))
+    assert pickle.loads(pickle.dumps(options)) == options
+
+
+def test_attention_runs_once_a_layer_under_attention_and_twice_under_full() -> None:
+    from fastft.cpu import attention
+
+    for policy, times in (("attention", 1), ("offload", 1), ("full", 2)):
+        model = memory.checkpoint(llama(), policy)
+        count, real = [0], attention.fwd
+
+        def fwd(*args: Any, real: Any = real, count: Any = count, **kwargs: Any) -> None:
+            count[0] += 1
+            real(*args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "fwd", fwd)
+            steps(model, 1)
+        assert count[0] == 4 * times, policy
+
+
+def test_restore_and_fastft_restore_leave_no_trace() -> None:
+    model = llama()
+    types = [type(module) for module in model.modules()]
+    memory.checkpoint(model, "attention")
+    memory.checkpoint(model, "lora", mlp_tile=8)
+    assert memory.explain(model) == "4 x lora"
+    memory.restore(model)
+    assert [type(module) for module in model.modules()] == types
+    assert not any(key.startswith("fastft") for m in model.modules() for key in vars(m))
+    memory.checkpoint(model, "full")
+    fastft.restore(model)
+    assert not any(isinstance(m, Layer) or state_of(m) for m in model.modules())
+    assert memory.explain(model).startswith("no policy")
+
+
+def test_copies_and_pickles_keep_the_policy() -> None:
+    model = memory.checkpoint(llama(fused=False), "attention")
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert memory.explain(twin) == "4 x attention"
+        assert same(steps(twin), steps(llama(fused=False)))
+
+
+def test_evaluation_and_caches_are_left_alone() -> None:
+    model = memory.checkpoint(llama(), "full").eval()
+    plain = llama().eval()
+    ids = torch.arange(8).view(1, 8)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+        made = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, use_cache=True)
+    assert made.shape == (1, 12)
+    model.train()
+    model.config.use_cache = True
+    assert model(input_ids=ids, labels=ids).past_key_values is not None
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_a_tensor_changed_in_place_after_it_was_saved_is_refused() -> None:
+    model = memory.checkpoint(llama(), "lora")
+    caught: list[torch.Tensor] = []
+    layer = find_layers(model)[1]
+    layer.self_attn.o_proj.register_forward_pre_hook(lambda m, args: caught.append(args[0]))
+    ids = torch.arange(8).view(1, 8)
+    loss = model(input_ids=ids, labels=ids).loss
+    with torch.no_grad():
+        caught[0].mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("policy", ["none", "lora", "full"])
+def test_tiled_mlp_gives_the_gradients_up_to_rounding(policy: str) -> None:
+    expected = steps(llama(dropout=0.0, dtype=torch.float32))
+    model = memory.checkpoint(llama(dropout=0.0), policy, mlp_tile=20)
+    for got, want in zip(steps(model), expected, strict=True):
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+    assert call_counts(find_layers(model)[0].mlp).fallback == {}
+
+
+def test_tiled_mlp_draws_the_same_dropout_again() -> None:
+    model = memory.checkpoint(llama(dropout=0.3), "none", mlp_tile=20)
+    mlp = find_layers(model)[0].mlp
+    x = torch.randn(1, 48, 64, dtype=torch.float64).float().requires_grad_()
+    torch.manual_seed(5)
+    y = mlp(x)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    # The same masks without tiles in the backward: each tile by hand, in order.
+    torch.manual_seed(5)
+    memory.restore(model)
+    parts = [mlp(part) for part in x.split(20, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), y)
+    (expected,) = torch.autograd.grad(torch.cat(parts, 1).sum(), x)
+    torch.testing.assert_close(dx, expected)
+
+
+def test_bad_arguments() -> None:
+    model = llama(num_hidden_layers=2)
+    with pytest.raises(DtypeError, match=r"torch\.nn\.Module"):
+        memory.checkpoint(3, "full")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="did you mean 'attention'"):
+        memory.checkpoint(model, "attentoin")
+    with pytest.raises(ArgumentError, match="except with policy 'auto'"):
+        memory.checkpoint(model, "full", budget=1 << 30)
+    with pytest.raises(ArgumentError, match="bytes, 1 or more"):
+        memory.checkpoint(model, "auto", budget=0)
+    with pytest.raises(ArgumentError, match="int8, float8"):
+        memory.checkpoint(model, "lora", compression="int4")
+    with pytest.raises(ArgumentError, match="keep activations"):
+        memory.checkpoint(model, "full", compression="int8")
+    with pytest.raises(ArgumentError, match="tokens, 1 or more"):
+        memory.checkpoint(model, "lora", mlp_tile=0)
+    with pytest.raises(ArgumentError, match="fused gated MLPs"):
+        memory.checkpoint(llama(fused=False), "lora", mlp_tile=8)
+    with pytest.raises(ArgumentError, match="repeated layers"):
+        memory.checkpoint(nn.Linear(3, 3), "full")
+    assert memory.explain(model).startswith("no policy")
