@@ -10,7 +10,21 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import adapters, block, curves, e2e, experts, full, layer, lora, loss, optim, plan, ways
+from . import (
+    adapters,
+    block,
+    curves,
+    e2e,
+    experts,
+    full,
+    layer,
+    lora,
+    loss,
+    memory,
+    optim,
+    plan,
+    ways,
+)
 from .declare import Options, Suite
 from .records import Record, pick_dtype
 from .report import show
@@ -30,9 +44,15 @@ SUITES: dict[str, Suite] = {
     )
 }
 # Suites that run a model, each in its own way.
-WHOLE = {e2e.NAME: e2e.run, curves.NAME: curves.run, full.NAME: full.run, plan.NAME: plan.run}
-ROUNDS = {e2e.NAME: 3, curves.NAME: 1, full.NAME: 1, plan.NAME: 1}
-STEPS = {e2e.NAME: 2, curves.NAME: 100, full.NAME: 200, plan.NAME: 3}
+WHOLE = {
+    e2e.NAME: e2e.run,
+    curves.NAME: curves.run,
+    full.NAME: full.run,
+    plan.NAME: plan.run,
+    memory.NAME: memory.run,
+}
+ROUNDS = {e2e.NAME: 3, curves.NAME: 1, full.NAME: 1, plan.NAME: 1, memory.NAME: 2}
+STEPS = {e2e.NAME: 2, curves.NAME: 100, full.NAME: 200, plan.NAME: 3, memory.NAME: 3}
 DEFAULT_ROUNDS = 7
 
 
@@ -59,7 +79,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if value is not None and value < 1:
             parser.error(f"--{name}: expected at least 1, got {value}")
     known = {impl.name for suite in SUITES.values() for impl in suite.impls}
-    known |= {impl.name for impl in e2e.IMPLS}
+    known |= {impl.name for impl in (*e2e.IMPLS, *memory.IMPLS)}
     unknown = sorted(set(found.impls.split(",") if found.impls else ()) - known)
     if unknown:
         parser.error(f"--impls: no {', '.join(unknown)}; there are {', '.join(sorted(known))}")

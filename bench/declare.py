@@ -108,7 +108,7 @@ class Suite:
     prepare: builds the inputs of a case.
     check:   (inputs, step) -> None, or what is wrong with the result; it compares with float64.
     tiny:    a case of the same kind, small; it loads and warms code before memory is measured.
-    preload: modules the fork server of bench.memory imports once for all its children.
+    preload: modules the fork server of bench.peak imports once for all its children.
     """
 
     name: str

@@ -38,7 +38,7 @@ TOTAL_LIMIT_S = 520.0
 # A step that could get less than this is not worth starting.
 _SHORTEST_S = 5.0
 _REPORT = "FASTFT_GPU_REPORT"
-SUITES = ("ways", "layer", "lora", "loss", "block", "optim")
+SUITES = ("ways", "layer", "lora", "loss", "block", "optim", "memory")
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ STEPS: tuple[Step, ...] = (
     _bench("loss", 50, "--rounds", "5"),
     _bench("block", 40, "--rounds", "5"),
     _bench("optim", 40),
+    _bench("memory", 90, "--quick", "--rounds", "1"),
 )
 
 

@@ -1,69 +1,157 @@
-"""Peak memory of one implementation, measured where nothing else has run.
+"""Memory and time of a step under each policy, beside PEFT's and torch's own ways, each in its own
+process: the heap of one must not flatter another.
 
-On a CPU the allocator keeps what earlier work freed, so a peak measured in a process with a past
-flatters whoever runs second. Each measurement forks from a server that has imported everything and
-run nothing: a clean heap for the price of a fork.
+Real shapes with random weights, LoRA r = 16 on all linears, forward, loss and backward. The peak is
+above the model: activations, gradients, workspace.
 """
 
 from __future__ import annotations
 
-import importlib
-import multiprocessing
-from multiprocessing.connection import Connection
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from .declare import Case, Impl, Options, Step, Suite
-from .measure import peak_above
+from .declare import Options
+from .peers import missing
+from .plan import MODELS
+from .records import ROOT, Record, make
 
-# A step that never ends must not hang the run; the largest takes seconds.
-TIMEOUT = 600.0
-
-
-def peak_of(suite: Suite, case: Case, impl: Impl, options: Options) -> int | None:
-    """Bytes the first step of `impl` needs at its peak above its inputs, or None where unknown."""
-    if options.device.type == "cuda":
-        # The CUDA allocator's own count is exact and has no past.
-        return _measure(suite, case, impl, options)
-    context = multiprocessing.get_context("forkserver")
-    # Imported there, never run: a process that has started OpenMP threads must not be forked.
-    context.set_forkserver_preload([f"bench.{suite.name}", *suite.preload])
-    receiver, sender = context.Pipe(duplex=False)
-    work = (suite.name, case.name, dict(case.facts), impl.name, options, torch.get_num_threads())
-    process = context.Process(target=_child, args=(sender, work))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv() if receiver.poll(TIMEOUT) else None
-    except EOFError:
-        return None
-    finally:
-        receiver.close()
-        process.join(5)
-        if process.is_alive():
-            process.kill()
-            process.join()
+NAME = "memory"
+TIMEOUT = 900
+# Of the adapter gradients of plain PEFT and fastft, in bfloat16, on a short batch: the whole proof
+# is the e2e suite's, this one sees that the same thing was computed.
+ALLOWED = 0.1
 
 
-def _child(sender: Connection, work: tuple[str, str, dict, str, Options, int]) -> None:
-    suite_name, case_name, facts, impl_name, options, threads = work
-    torch.set_num_threads(threads)
-    suite: Suite = importlib.import_module(f"bench.{suite_name}").SUITE
-    sender.send(_measure(suite, Case(case_name, facts), suite.impl(impl_name), options))
-    sender.close()
+@dataclass(frozen=True)
+class Impl:
+    """fused: fastft. policy: of fastft.memory; None: none asked for. ways: of plain PEFT."""
+
+    name: str
+    fused: bool
+    policy: str | None = None
+    way: str | None = None
+    package: str | None = "peft"
+    cuda_only: bool = False
 
 
-def _measure(suite: Suite, case: Case, impl: Impl, options: Options) -> int | None:
-    if suite.tiny is not None:
-        # Code is loaded and thread pools are made on a small case: they are not the step's memory.
-        impl.build(suite.prepare(suite.tiny(case), options)).run()
-    inputs = suite.prepare(case, options)
-    built: list[Step] = []
+IMPLS = (
+    Impl("peft", False),
+    Impl("peft+checkpoint", False, way="checkpoint"),
+    Impl("peft+trl-offload", False, way="offload", package="trl", cuda_only=True),
+    Impl("liger-tiled-mlp", False, way="liger", package="liger_kernel"),
+    Impl("fastft", True),
+    Impl("fastft-none", True, "none"),
+    Impl("fastft-lora", True, "lora"),
+    Impl("fastft-attention", True, "attention"),
+    Impl("fastft-full", True, "full"),
+    Impl("fastft-offload", True, "offload", cuda_only=True),
+)
 
-    def first_step() -> None:
-        # Built inside the measurement: state an implementation makes for itself is its own.
-        built.append(impl.build(inputs))
-        built[0].run()
 
-    peak = peak_above(first_step, options.device)
-    return None if peak is None else peak - built[0].copies
+@dataclass(frozen=True)
+class Size:
+    """Layers of a published shape, and a batch."""
+
+    model: str
+    layers: int
+    batch: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}, {self.layers} layers, {self.batch}x{self.tokens}"
+
+
+CPU = (
+    Size("SmolLM2-135M", 30, 4, 512),
+    Size("SmolLM2-135M", 30, 1, 2048),
+    Size("SmolLM2-135M", 6, 1, 8192),
+)
+GPU = tuple(Size("Llama-3.1-8B", 8, 1, tokens) for tokens in (2048, 512, 8192, 16384, 32768))
+
+
+@dataclass
+class _Found:
+    seconds: list[float] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)
+    reason: str | None = None
+
+
+def run(options: Options, emit: Callable[[Record], None]) -> list[Record]:
+    """Measures every policy at every size; time_ms and peak_bytes of each."""
+    records: list[Record] = []
+    sizes = CPU if options.device.type == "cpu" else GPU
+    for size in sizes[:1] if options.quick else sizes:
+        found = {impl.name: _Found(reason=_not_here(impl, options)) for impl in IMPLS}
+        with tempfile.TemporaryDirectory(prefix="fastft-bench-") as folder:
+            for number in range(options.rounds):
+                for impl in IMPLS:
+                    if found[impl.name].reason is None:
+                        _round(impl, size, options, Path(folder), number, found[impl.name])
+        for impl in IMPLS:
+            own = found[impl.name]
+            time = statistics.median(own.seconds) * 1e3 if own.seconds else None
+            peak = float(statistics.median(own.peaks)) if own.peaks else None
+            for metric, value, unit in (("time_ms", time, "ms"), ("peak_bytes", peak, "bytes")):
+                reason = own.reason if value is None else None
+                record = make(
+                    options, NAME, size.name, impl.name, metric, value, unit, False, reason=reason
+                )
+                records.append(record)
+                emit(record)
+    return records
+
+
+def _not_here(impl: Impl, options: Options) -> str | None:
+    if impl.cuda_only and options.device.type != "cuda":
+        return "does not apply: the host is the device"
+    needed = impl.name in ("peft", "fastft")
+    return missing(impl.package) or (None if needed else options.left_out(impl.name))
+
+
+def _round(
+    impl: Impl, size: Size, options: Options, folder: Path, number: int, into: _Found
+) -> None:
+    config = {**MODELS[size.model], "num_hidden_layers": size.layers}
+    gradient = folder / f"{impl.name}.pt"
+    job = {
+        "config": config, "fused": impl.fused, "policy": impl.policy, "way": impl.way,
+        "batch": size.batch, "tokens": size.tokens, "steps": options.steps,
+        "device": str(options.device), "dtype": options.dtype_name,
+        "threads": torch.get_num_threads(), "gradient": str(gradient) if number == 0 else None,
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.memory_worker", json.dumps(job)],
+        cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        into.reason = f"failed: {lines[-1] if lines else done.returncode}"
+        return
+    if number == 0:
+        into.reason = _wrong(impl, gradient, folder)
+        if into.reason is not None:
+            return
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    into.seconds.extend(result["step_seconds"])
+    into.peaks.append(result["peak_bytes"])
+
+
+def _wrong(impl: Impl, gradient: Path, folder: Path) -> str | None:
+    """A policy must give fastft's own bits; fastft and PEFT agree up to rounding."""
+    got = torch.load(gradient)
+    if impl.policy is not None:
+        same = torch.equal(got, torch.load(folder / "fastft.pt"))
+        return None if same else "wrong: the gradients are not those of fastft alone, bit for bit"
+    expected = torch.load(folder / "peft.pt")
+    error = float((got - expected).norm() / expected.norm())
+    return None if error <= ALLOWED else f"wrong: gradients differ from PEFT's by {error:.2e}"

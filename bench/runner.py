@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import memory
+from . import peak
 from .declare import Case, Impl, Measured, Options, Step, Suite
 from .measure import Clock
 from .peers import missing
@@ -52,7 +52,7 @@ def _run_case(suite: Suite, case: Case, options: Options, out: Emit) -> None:
             continue
         own = measured[impl.name]
         if suite.measures_memory:
-            own.peak_bytes = memory.peak_of(suite, case, impl, options)
+            own.peak_bytes = peak.peak_of(suite, case, impl, options)
         for metric in suite.metrics:
             value = metric.compute(own, measured, case)
             if value is not None:

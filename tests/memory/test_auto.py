@@ -34,7 +34,8 @@ def test_the_choice_is_the_best_of_all() -> None:
         if not fitting:
             assert found is None
             continue
-        assert found is not None and peak(tuple(found)) <= budget
+        assert found is not None
+        assert peak(tuple(found)) <= budget
         best = min(sum(c.cost for c in mix) for mix in fitting)
         assert sum(c.cost for c in found) == best
 
@@ -55,7 +56,8 @@ def test_a_smaller_budget_keeps_less_and_changes_no_bit(
     assert same(steps(model, 3), steps(llama(), 3))
     assert mix in memory.explain(model), memory.explain(model)
     told = capsys.readouterr().err
-    assert told.count("fastft.memory:") == 1 and "48 tokens" in told
+    assert told.count("fastft.memory:") == 1
+    assert "48 tokens" in told
 
 
 def test_a_larger_batch_is_planned_anew(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,54 @@
+"""Activations in 8 bits: how wrong, on average not at all, and what it does to gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastft import memory
+from fastft.memory._compress import Compressed, compress
+from tests.memory.models import llama, steps
+
+
+@pytest.mark.parametrize(("form", "step"), [("int8", 1 / 127), ("float8", 1 / 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_error_is_at_most_one_step(form: str, step: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(256, 128) * torch.logspace(-6, 3, 256)[:, None]).to(dtype)
+    x[3] = 0
+    kept = compress(x, form)
+    assert isinstance(kept, Compressed)
+    assert kept.codes.element_size() == 1
+    got = kept.tensor()
+    top = x.float().abs().amax(-1, keepdim=True)
+    slack = 2 * torch.finfo(dtype).eps * top
+    assert got.dtype == dtype
+    assert bool(((got.float() - x.float()).abs() <= step * top + slack).all())
+    assert torch.equal(got[3], x[3])
+
+
+def test_int8_is_right_on_average() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(128, 128)
+    mean = sum(compress(x, "int8").tensor() for _ in range(400)) / 400  # type: ignore[union-attr]
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    # A draw is uniform within a step: its mean of 400 deviates by scale / 2 / 20, six times that.
+    assert bool(((mean - x).abs() <= 6 * scale / 40).all())
+    nearest = (x / scale).round() * scale
+    assert (mean - x).abs().mean() < 0.3 * (nearest - x).abs().mean()
+
+
+def test_small_and_integer_tensors_stay() -> None:
+    assert compress(torch.randn(8, 8), "int8") is None
+    assert compress(torch.zeros(1 << 15, dtype=torch.int64).view(64, -1), "int8") is None
+
+
+@pytest.mark.parametrize(("form", "bound"), [("int8", 0.02), ("float8", 0.05)])
+def test_gradients_stay_close_and_the_loss_the_same(form: str, bound: float) -> None:
+    expected = steps(llama(dropout=0.0), 1, tokens=128)[0]
+    model = memory.checkpoint(llama(dropout=0.0), "lora", compression=form)
+    got = steps(model, 1, tokens=128)[0]
+    assert torch.equal(got[0], expected[0])
+    a, b = (torch.cat([g.flatten() for g in step[1:]]) for step in (got, expected))
+    error = float((a - b).norm() / b.norm())
+    assert 0 < error < bound, error
