@@ -36,7 +36,7 @@ def step(model, tokens=2048):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_policies_change_no_bit_and_keep_less(dropout):
+def test_policies_change_no_bit_and_keep_less(dropout, device):
     model = llama(dropout=dropout, dtype=torch.bfloat16, fused=False, **SHAPE).cuda()
     import fastft
 
@@ -53,7 +53,7 @@ def test_policies_change_no_bit_and_keep_less(dropout):
     assert peaks["offload"] < peaks["attention"]
 
 
-def test_late_copies_and_poisoned_memory():
+def test_late_copies_and_poisoned_memory(device):
     """The side stream sleeps before each copy, and memory that is let go is overwritten at once."""
 
     class Late(CudaEngine):
