@@ -86,6 +86,10 @@ def train(
         _quiet_libraries()
         from fastft.train.console import TrainView
 
+        if len(cfgs) > 1 and force:
+            raise typer.BadParameter(
+                "several adapters in one job are not planned", None, None, "force"
+            )
         if len(cfgs) > 1:
             from fastft.train.together import train_together
 

@@ -49,6 +49,20 @@ class Store:
     get: Callable[[Any], Tensor] = lambda held: held
 
 
+def _random_state(device: torch.device) -> Any:
+    """Where the device's random numbers stand; a host value, without a wait."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0].get_offset()
+    return torch.get_rng_state() if device.type == "cpu" else None
+
+
+def _set_random_state(device: torch.device, state: Any) -> None:
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].set_offset(state)
+    elif device.type == "cpu":
+        torch.set_rng_state(state)
+
+
 @dataclass(frozen=True)
 class _Held:
     payload: Any
@@ -58,7 +72,7 @@ class _Held:
 class _Keep(TorchDispatchMode):
     """Of the forward: notes what attention returned."""
 
-    def __init__(self, store: Store, results: list[list[Any]]) -> None:
+    def __init__(self, store: Store, results: list[Any]) -> None:
         super().__init__()
         self._store, self._results = store, results
 
@@ -68,7 +82,9 @@ class _Keep(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         if _is_attention(func):
             items = found if isinstance(found, (tuple, list)) else (found,)
-            self._results.append([self._held(item) for item in items])
+            device = next(item.device for item in items if isinstance(item, Tensor))
+            held = [self._held(item) for item in items]
+            self._results.append((held, device, _random_state(device)))
         return found
 
     def _held(self, item: Any) -> Any:
@@ -80,7 +96,7 @@ class _Keep(TorchDispatchMode):
 class _Replay(TorchDispatchMode):
     """Of the recompute: returns what was noted, in order, each time it is entered."""
 
-    def __init__(self, store: Store, results: list[list[Any]]) -> None:
+    def __init__(self, store: Store, results: list[Any]) -> None:
         super().__init__()
         self._store, self._results, self._next = store, results, 0
         self._first: Any = None
@@ -104,8 +120,10 @@ class _Replay(TorchDispatchMode):
             raise RuntimeError(
                 "fastft.memory: the recompute called attention more often than the forward"
             )
-        items = self._results[self._next]
+        items, device, state = self._results[self._next]
         self._next += 1
+        # Attention with dropout drew numbers: what comes after draws the same as it did.
+        _set_random_state(device, state)
         found = [self._given(item) for item in items]
         return found[0] if len(found) == 1 else tuple(found)
 
@@ -116,7 +134,8 @@ class _Replay(TorchDispatchMode):
         # A copy brought back from elsewhere begins at version 0.
         if tensor._version > item.version:
             raise RuntimeError("fastft.memory: the result of attention was changed in place")
-        return tensor
+        # Without the graph of this recompute, which would live as long as the result.
+        return tensor.detach()
 
 
 class _SavingFirst:
@@ -146,7 +165,7 @@ def keep_attention(store: Store | None = None) -> Contexts:
     if torch.compiler.is_compiling():
         return create_selective_checkpoint_contexts(_selective_policy)
     store = store or Store()
-    results: list[list[Any]] = []
+    results: list[Any] = []
     return _Keep(store, results), _Replay(store, results)
 
 

@@ -22,12 +22,12 @@ from torch.utils._pytree import tree_leaves
 
 from fastft.errors import ArgumentError
 from fastft.memory._attention import Store, keep_attention
-from fastft.memory._layers import state_of, without_cache
+from fastft.memory._layers import hidden_of, state_of, without_cache
 from fastft.memory._saved import saving
 from fastft.nn.calls import uncounted
 from fastft.nn.swap import original_of
 
-__all__ = ["Choice", "Plan", "cheapest", "free_memory", "measure"]
+__all__ = ["Choice", "Plan", "cheapest", "free_memory", "measure", "reserved_bytes"]
 
 MIXED = ("none", "lora", "attention", "full")
 # Share of free memory that is used where no budget is given.
@@ -64,14 +64,17 @@ def cheapest(layers: Sequence[Sequence[Choice]], budget: int) -> list[Choice] | 
 
 
 def _knapsack(layers: list[list[Choice]], room: int) -> list[Choice] | None:
-    """Exact: the frontier of mixes that no other beats in both bytes and cost."""
+    """The frontier of mixes that no other beats in both bytes and cost."""
+    # Bytes in units of a 4096th of the room, rounded up: layers that all differ would make the
+    # frontier grow without end.
+    unit = max(1, room // 4096)
     front: list[tuple[int, float, Any]] = [(0, 0.0, None)]
     for choices in layers:
         grown = [
-            (kept + c.kept, cost + c.cost, (c, before))
+            (kept - (-c.kept // unit), cost + c.cost, (c, before))
             for kept, cost, before in front
             for c in choices
-            if kept + c.kept <= room
+            if (kept - (-c.kept // unit)) * unit <= room
         ]
         grown.sort(key=lambda point: point[:2])
         front, least = [], float("inf")
@@ -92,8 +95,10 @@ class Plan:
     """A model under "auto": measures in the first step, under ``full``, and decides before the
     second; and again when a batch has more tokens than any before."""
 
-    def __init__(self, layers: list[nn.Module], budget: int | None) -> None:
+    def __init__(self, layers: list[nn.Module], budget: int | None, reserved: int = 0) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
+        self._first: int | None = None
+        self._reserved = reserved
         self._kinds = [_kind(layer) for layer in layers]
         self._budget = budget
         self._tokens = 0
@@ -101,21 +106,26 @@ class Plan:
         self._decided = False
         self._busy = False
 
-    def __deepcopy__(self, memo: Any) -> None:
-        """A copied model keeps the policies it was copied with."""
+    def __reduce__(self) -> Any:
+        """A copied or pickled model keeps the policies it had then, without a plan."""
+        return _no_plan, ()
 
     def see(self, layer: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Called by each layer before its forward."""
-        hidden = next((a for a in args if isinstance(a, Tensor)), None)
-        if hidden is None or self._busy:
+        hidden = hidden_of(args, kwargs)
+        # In a backward this is a recompute, which must do what its forward did.
+        if hidden is None or self._busy or torch._C._current_graph_task_id() != -1:
             return
         tokens = hidden.shape[:-1].numel()
         index = state_of(layer).index  # type: ignore[union-attr]
-        if index == 0 and tokens > self._tokens:
+        if self._first is None:
+            self._first = index
+        begins = index == self._first
+        if begins and tokens > self._tokens:
             self._tokens, self._measured, self._decided = tokens, {}, False
             self._set(["full"] * len(self._layers))
-        elif index == 0 and not self._decided and len(self._measured) == len(set(self._kinds)):
-            self._decide(hidden.device)
+        elif begins and not self._decided and self._measured:
+            self._decide(hidden.device)  # a whole forward has been seen
         if not self._decided and self._kinds[index] not in self._measured:
             self._busy = True
             try:
@@ -125,11 +135,12 @@ class Plan:
             self._measured[self._kinds[index]] = choices
 
     def _decide(self, device: torch.device) -> None:
-        choices = [self._measured[kind] for kind in self._kinds]
-        layers = [ref() for ref in self._layers]
+        # Layers that no batch reaches (another tower's) cost nothing under "full".
+        unseen = [Choice("full", 0, 0, 0.0)]
+        choices = [self._measured.get(kind, unseen) for kind in self._kinds]
         budget = self._budget
         if budget is None:
-            budget = _free_budget(device, [layer for layer in layers if layer is not None])
+            budget = max(0, int(_SHARE * free_memory(device)) - self._reserved)
         found = cheapest(choices, budget)
         if found is None:
             least = sum(c[-1].kept for c in choices) + max(c[-1].held for c in choices)
@@ -165,9 +176,15 @@ class Plan:
                 state.policy = policy
 
 
+def _no_plan() -> None:
+    """What a plan is to a copy."""
+
+
 def _kind(layer: nn.Module) -> Any:
     """Layers of one kind keep the same number of bytes."""
-    shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters())
+    shapes = tuple(
+        (name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters()
+    )
     return (original_of(layer), shapes)
 
 
@@ -178,8 +195,11 @@ def measure(
     its counts are as if it had not run."""
     kwargs = without_cache(kwargs)
     # The first layer's input may need no gradient; the others' do.
-    args = tuple(a.detach().requires_grad_() if a is hidden else a for a in args)
-    shared = [*layer.parameters(), *layer.buffers(), *_tensors(kwargs)]
+    fresh = hidden.detach().requires_grad_()
+    args = tuple(fresh if a is hidden else a for a in args)
+    kwargs = {name: fresh if a is hidden else a for name, a in kwargs.items()}
+    others = [t for t in _tensors(kwargs) if t is not fresh]
+    shared = [*layer.parameters(), *layer.buffers(), *others]
     known = {t.untyped_storage()._cdata for t in shared}
     base = _size(hidden)
     devices = [hidden.device] if hidden.is_cuda else []
@@ -193,7 +213,9 @@ def measure(
                 seen[storage._cdata] = storage.nbytes()
 
         held: list[Any] = []
-        with torch.random.fork_rng(devices), uncounted(), context(note):
+        # Own hooks: what is saved here is nobody's who runs the model in a checkpoint of his own.
+        own = saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
+        with torch.random.fork_rng(devices), uncounted(), own, context(note):
             held.append(forward(*args, **kwargs))
         return sum(seen.values())
 
@@ -249,14 +271,9 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _free_budget(device: torch.device, layers: list[nn.Module]) -> int:
-    """Nine tenths of the free memory, less what training will allocate beside activations."""
-    coming = 0
-    for layer in layers:
-        for p in layer.parameters():
-            if p.requires_grad:
-                coming += _STATE_BYTES * p.numel() if p.grad is None else 0
-    return max(0, int(_SHARE * free_memory(device)) - coming)
+def reserved_bytes(model: nn.Module) -> int:
+    """What training will allocate beside activations: gradients and states of trained weights."""
+    return sum(_STATE_BYTES * p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def free_memory(device: torch.device) -> int:
@@ -265,6 +282,10 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + cached)
+    return min([_available(), *_container_room()])
+
+
+def _available() -> int:
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -272,3 +293,19 @@ def free_memory(device: torch.device) -> int:
     except OSError:
         pass
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+
+
+def _container_room() -> list[int]:
+    """Bytes left below a container's limit, where there is one."""
+    found = []
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            folder = Path("/sys/fs/cgroup")
+            total = int((folder / limit).read_text(encoding="ascii"))
+            found.append(max(0, total - int((folder / used).read_text(encoding="ascii"))))
+        except (OSError, ValueError):
+            continue
+    return found

@@ -29,12 +29,12 @@ class Compressed:
 
     def tensor(self) -> Tensor:
         """The tensor, rounded."""
-        return torch.mul(self.codes.to(self.dtype), self.scale.to(self.dtype))
+        return torch.mul(self.codes.float(), self.scale).to(self.dtype)
 
 
 def compress(tensor: Tensor, form: str) -> Compressed | None:
     """The tensor in ``form``; None where that saves nothing."""
-    wide = tensor.is_floating_point() and tensor.element_size() > 1
+    wide = tensor.is_floating_point() and tensor.element_size() > 1 and tensor.dim() > 1
     if not wide or tensor.numel() < _LEAST or tensor.shape[-1] < _NARROW_ROW:
         return None
     top = tensor.abs().amax(-1, keepdim=True).float()

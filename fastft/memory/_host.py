@@ -110,15 +110,20 @@ class HostRing:
         if not _dense(tensor):
             tensor = tensor.contiguous()
         size = tensor.numel() * tensor.element_size()
-        buffers = self._free[size]
-        host = buffers.pop() if buffers else self._engine.host_buffer(size)
-        self._leaving.append((tensor, self._engine.copy(host, _bytes(tensor))))
+        buffers = self._free[_rounded(size)]
+        whole = buffers.pop() if buffers else self._engine.host_buffer(_rounded(size))
+        host = whole[:size]
+        try:
+            self._leaving.append((tensor, self._engine.copy(host, _bytes(tensor))))
+        except BaseException:
+            buffers.append(whole)
+            raise
         while len(self._leaving) > self._window:
             self._release()
         facts = (tuple(tensor.size()), tuple(tensor.stride()), tensor.dtype, tensor.device)
         parked = Parked(self._count, host, *facts)
         # Copies out of a buffer and into it are in one stream: it is free once nobody asks for it.
-        weakref.finalize(parked, buffers.append, host)
+        weakref.finalize(parked, self._gone, self._count, buffers, whole)
         self._parked[self._count] = parked
         self._count += 1
         return parked
@@ -127,6 +132,13 @@ class HostRing:
         """The main stream waits for the oldest copy, and its tensor is let go."""
         _, event = self._leaving.popleft()
         self._engine.wait(event)
+
+    def _gone(self, place: int, buffers: list[Tensor], whole: Tensor) -> None:
+        """Nobody will ask for it: a copy on its way back ends before its memory is freed."""
+        coming = self._coming.pop(place, None)
+        if coming is not None:
+            self._engine.wait(coming[1])
+        buffers.append(whole)
 
     def _drop_coming(self) -> None:
         """What a backward that broke off would have fetched: copied into before it is freed."""
@@ -182,6 +194,12 @@ class MetaRing:
         return torch.empty_strided(
             parked.size, parked.stride, dtype=parked.dtype, device=parked.device
         )
+
+
+def _rounded(size: int) -> int:
+    """Up to an eighth more, so that steps of varying lengths share their buffers."""
+    step = max(64, 1 << max(0, size.bit_length() - 4))
+    return -(-size // step) * step
 
 
 def _dense(tensor: Tensor) -> bool:

@@ -24,6 +24,7 @@ __all__ = [
     "LayerState",
     "find_layers",
     "forget_state",
+    "hidden_of",
     "ring_of",
     "set_state",
     "state_of",
@@ -61,11 +62,27 @@ def state_of(layer: nn.Module) -> LayerState | None:
     return layer.__dict__.get(STATE)
 
 
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """A layer's hidden states: its first tensor, or what is passed by that name."""
+    found = next((a for a in args if isinstance(a, Tensor)), kwargs.get("hidden_states"))
+    return found if isinstance(found, Tensor) else None
+
+
+def _own_flag(layer: Any) -> bool:
+    """Transformers' flag: off under a policy."""
+    return STATE not in layer.__dict__ and bool(layer.__dict__.get("gradient_checkpointing", False))
+
+
+def _set_own_flag(layer: Any, value: bool) -> None:
+    if STATE not in layer.__dict__:
+        layer.__dict__["gradient_checkpointing"] = value
+
+
 class Layer(Swapped):
     """A layer whose forward runs under its policy; Transformers' own flag for checkpointing, which
     a Trainer sets, has no further effect on it."""
 
-    gradient_checkpointing = property(lambda self: False, lambda self, value: None)
+    gradient_checkpointing = property(_own_flag, _set_own_flag)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The original's, under the policy while gradients are recorded in training."""
@@ -97,7 +114,9 @@ def _with_recipes(
         held = (*layer.parameters(), *layer.buffers())
         weights = frozenset(t.untyped_storage().data_ptr() for t in held)
     recipes = state.policy == "lora"
-    with saving(recipes=recipes, compression=state.compression, weights=weights):
+    hidden = hidden_of(args, kwargs)
+    compression = state.compression
+    with saving(recipes=recipes, compression=compression, weights=weights, hidden=hidden):
         return forward(*args, **kwargs)
 
 
@@ -106,7 +125,7 @@ def _recomputed(state: LayerState, forward: Callable[..., Any], args: Any, kwarg
     compiling = torch.compiler.is_compiling()
     if state.policy == "full":
         return run() if compiling else run(context_fn=full_contexts)
-    first = next((a for a in args if isinstance(a, Tensor)), None)
+    first = hidden_of(args, {})  # torch saves what is passed by position
     parks = state.policy == "offload" and not state.on_device and not compiling
     if not parks or first is None or backends.device_type_of(first) != "cuda":
         return run(context_fn=keep_attention)
@@ -137,8 +156,8 @@ def ring_of(device: torch.device) -> Any:
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a model: members of its outermost lists of two or more modules of one
-    class, each with two or more linear layers in it."""
+    """The repeated layers of a model: members of its outermost lists of two or more modules, each
+    with two or more matrices in it."""
     found: list[nn.Module] = []
 
     def walk(module: nn.Module) -> None:

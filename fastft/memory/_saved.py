@@ -49,6 +49,7 @@ class _Recipe:
 
     storage: StorageWeakRef
     version: int
+    dtype: torch.dtype
     inputs: tuple[Any, ...]
     make: Callable[..., Tensor]
     made: weakref.ref[Tensor] | None = None
@@ -89,14 +90,19 @@ class _Notebook:
         """Of ``fastft.ops._saving.Notebook``. Inputs are held without their graph."""
         held = tuple(None if t is None else _same(t) for t in inputs)
         storage = StorageWeakRef(result.untyped_storage())
-        self._by_storage[storage.cdata] = _Recipe(storage, result._version, held, make)
+        recipe = _Recipe(storage, result._version, result.dtype, held, make)
+        self._by_storage[storage.cdata] = recipe
 
     def find(self, tensor: Tensor) -> _Recipe | None:
         """The recipe of the result this is, or is a view of, unchanged."""
         recipe = self._by_storage.get(tensor.untyped_storage()._cdata)
         if recipe is None or recipe.storage.expired() or recipe.version != tensor._version:
             return None
-        return recipe
+        return recipe if recipe.dtype == tensor.dtype else None
+
+    def clear(self) -> None:
+        """Forgets all recipes but those that are held elsewhere."""
+        self._by_storage.clear()
 
 
 @contextmanager
@@ -105,6 +111,7 @@ def saving(
     recipes: bool,
     compression: str | None = None,
     weights: frozenset[int] = frozenset(),
+    hidden: Tensor | None = None,
     sink: Callable[[Tensor], None] | None = None,
 ) -> Iterator[None]:
     """Inside, what is saved for the backward is kept by this module.
@@ -113,6 +120,7 @@ def saving(
         recipes: results that operations can make again are made again.
         compression: None, or the format in which other large activations are kept.
         weights: addresses of storages that are never compressed: they are there anyway.
+        hidden: the layer's input (..., features): what activations are told by.
         sink: told of every tensor that is kept.
     """
     notebook = _Notebook()
@@ -126,14 +134,28 @@ def saving(
             return _View(recipe, size, stride, tensor.storage_offset())
         if sink is not None:
             sink(tensor)
-        if compression is not None and tensor.untyped_storage().data_ptr() not in weights:
+        if compression is not None and _is_activation(tensor, hidden, weights):
             compressed = compress(tensor.detach(), compression)
             if compressed is not None:
                 return compressed
         return _same(tensor)
 
-    with noting(notebook) if recipes else nullcontext(), saved_tensors_hooks(pack, _unpack):
-        yield
+    try:
+        with noting(notebook) if recipes else nullcontext(), saved_tensors_hooks(pack, _unpack):
+            yield
+    finally:
+        # torch keeps the hook with each saved tensor; recipes that nobody saved end here.
+        notebook.clear()
+
+
+def _is_activation(tensor: Tensor, hidden: Tensor | None, weights: frozenset[int]) -> bool:
+    """Whether a tensor may be kept in 8 bits: in the dtype of the layer's input, no weight, and no
+    statistic of tokens, whose row would be over tokens (logsumexp of attention)."""
+    if hidden is None or tensor.dtype != hidden.dtype:
+        return False
+    tokens = hidden.shape[:-1].numel()
+    over_tokens = tensor.dim() == 3 and tensor.shape[0] * tensor.shape[-1] == tokens
+    return not over_tokens and tensor.untyped_storage().data_ptr() not in weights
 
 
 def _unpack(packed: Any) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastft import native
 from fastft.errors import ArgumentError, DtypeError, nearest
-from fastft.memory._auto import Plan
+from fastft.memory._auto import Plan, reserved_bytes
 from fastft.memory._compress import FORMATS
 from fastft.memory._layers import (
     POLICIES,
@@ -50,10 +50,14 @@ def checkpoint(
     * ``offload``: as ``attention``, and both tensors lie in pinned host memory, copied beside the
       computation, but for the last two layers. On the CPU the same as ``attention``.
     * ``auto``: for each layer the one of the first four that keeps the sum within ``budget`` at the
-      least recomputation; solved and printed in the first step, and again when a batch has more
-      tokens than any before it.
+      least recomputation. Measured in the first step, which runs under ``full``, solved (to a
+      4096th of the budget) and printed before the second; and so again when a batch has more
+      tokens than any before it. A copy of the model keeps the policies it was copied with.
 
-    Gradients are those of ``none``, bit for bit, dropout included.
+    Gradients are those of ``none``, bit for bit, dropout included. Two exceptions, of rounding:
+    layers that share an input which needs a gradient (T5's position bias), where any checkpoint
+    adds it up in another order, and ``mlp_tile``. A second derivative goes through ``none``,
+    ``lora`` and ``full`` only.
 
     On the CPU with glibc the process is told to map large tensors one by one (mallopt), so that it
     holds what is alive and no more: glibc before 2.38 finds no use for most of what aligned
@@ -109,7 +113,7 @@ def checkpoint(
     last = len(layers) - _ON_DEVICE
     if native.available() and any(p.device.type == "cpu" for p in model.parameters()):
         native.module().tight_heap()
-    plan = Plan(layers, budget) if policy == "auto" else None
+    plan = Plan(layers, budget, reserved_bytes(model)) if policy == "auto" else None
     chosen = "full" if policy == "auto" else policy
     for index, layer in enumerate(layers):
         set_state(layer, LayerState(index, chosen, index >= last, compression, plan))
@@ -151,9 +155,9 @@ def _check(model: Any, policy: Any, budget: Any, compression: Any, mlp_tile: Any
         raise ArgumentError(
             _WHERE, "budget", expected="None, except with policy 'auto'", got=repr(budget)
         )
-    if budget is not None and (isinstance(budget, bool) or budget < 1):
+    if budget is not None and (type(budget) is not int or budget < 1):
         raise ArgumentError(_WHERE, "budget", expected="bytes, 1 or more", got=repr(budget))
-    if mlp_tile is not None and (isinstance(mlp_tile, bool) or mlp_tile < 1):
+    if mlp_tile is not None and (type(mlp_tile) is not int or mlp_tile < 1):
         raise ArgumentError(_WHERE, "mlp_tile", expected="tokens, 1 or more", got=repr(mlp_tile))
     if compression is not None and compression not in FORMATS:
         expected = f"None or one of {', '.join(FORMATS)}"

@@ -23,6 +23,10 @@ __all__ = ["NAME", "FusedAttention", "attention_forward"]
 NAME = "fastft"
 
 
+# Arguments of the interface that fastft's attention has no part in.
+_UNSUPPORTED = ("position_bias", "softcap", "s_aux", "cache")
+
+
 class _ConfigView:
     """A configuration whose attention implementation is fastft's where it is sdpa."""
 
@@ -65,7 +69,7 @@ def attention_forward(
     width) out. What :func:`fastft.ops.scaled_dot_product_attention` does not do runs as sdpa and
     is counted."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    ends = _sequences(query, key, bool(causal), dropout, kwargs)
+    ends = _sequences(query, key, attention_mask, bool(causal), dropout, kwargs)
     if ends is not None:
         parts = zip(query.split(ends, 2), key.split(ends, 2), value.split(ends, 2), strict=True)
         found = [
@@ -98,19 +102,32 @@ def attention_forward(
 
 
 def _sequences(
-    query: Tensor, key: Tensor, causal: bool, dropout: float, kwargs: dict[str, Any]
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    dropout: float,
+    kwargs: dict[str, Any],
 ) -> list[int] | None:
     """Lengths of the sequences that lie one after another in a batch without padding, as the
-    collator gave them (``cu_seq_lens_q``); None for any other batch. Each sees only itself, which
-    is what the mask, made of the same positions, says."""
+    collator gave them (``cu_seq_lens_q``); None for any other batch, or where the mask does not say
+    that each sees only itself and its past."""
     ends = kwargs.get("cu_seq_lens_q")
     if ends is None or torch.compiler.is_compiling() or not causal or dropout:
         return None
     whole = query.shape[0] == 1 and query.shape[2] == key.shape[2]
-    if not whole or kwargs.get("sliding_window") is not None:
+    special = ("sliding_window", *_UNSUPPORTED, "output_attentions")
+    if not whole or any(kwargs.get(name) not in (None, False) for name in special):
         return None
     lengths: list[int] = ends.diff().tolist()
-    return lengths if sum(lengths) == query.shape[2] and min(lengths, default=0) > 0 else None
+    if sum(lengths) != query.shape[2] or min(lengths, default=0) < 1:
+        return None
+    if mask is not None:
+        seen = sum(n * (n + 1) // 2 for n in lengths)
+        if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
+            return None
+        return lengths if int(mask.sum()) == seen else None
+    return lengths
 
 
 def _refusal(
@@ -122,7 +139,7 @@ def _refusal(
     causal: bool,
     kwargs: dict[str, Any],
 ) -> str | None:
-    for name in ("position_bias", "softcap", "s_aux", "cache"):
+    for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             return f"{name} in attention"
     if kwargs.get("output_attentions"):

@@ -12,7 +12,9 @@ from transformers import activations
 
 from fastft import ops
 from fastft.nn.calls import count
+from fastft.nn.lora import FusedLoraLinear
 from fastft.nn.mixed import adapter_names_of
+from fastft.nn.rules import hooked
 from fastft.nn.swap import Swapped, call_refusal
 from fastft.nn.tiled import tiled
 from fastft.ops._saving import without_values
@@ -115,7 +117,10 @@ class FusedGatedMLP(Swapped):
             product = ops.glu(gate, up, str(activation_of(self, layout)))
         else:
             product = getattr(self, layout.activation)(gate) * up
-        with nullcontext() if value else without_values():
+        # The value may be left out where nothing looks at it after the product that makes it.
+        leaves_out = not value and type(down) is FusedLoraLinear and not hooked(down)
+        leaves_out = leaves_out and not down.lora_variant  # DoRA's scale does
+        with without_values() if leaves_out else nullcontext():
             return down(product)
 
     def _count(self: Any, reason: str | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from fastft.ops._checks import autocast_dtype, without_autocast
-from fastft.ops._saving import saves_first
+from fastft.ops._saving import noting, saves_first
 
 __all__ = ["tiled"]
 
@@ -72,7 +72,8 @@ class _Tiled(torch.autograd.Function):
         ctx.save_for_backward(rows)
         y = rows.new_empty(rows.shape, dtype=ctx.autocast)
         if late is None:
-            _compute(run, rows, tile, y)
+            with noting(None):  # a tile's results are nobody's to make again
+                _compute(run, rows, tile, y)
         else:
             late.call = (run, rows, tile, y)
         return y

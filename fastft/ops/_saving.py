@@ -54,7 +54,7 @@ def note(result: Tensor, inputs: Inputs, make: Callable[..., Tensor]) -> None:
 
 
 @contextmanager
-def noting(notebook: Notebook) -> Iterator[None]:
+def noting(notebook: Notebook | None) -> Iterator[None]:
     """Inside, the operations of this thread note their recipes in ``notebook``."""
     outer, _thread.notebook = _thread.notebook, notebook
     try:
@@ -69,9 +69,9 @@ def saves_first() -> bool:
 
 
 @contextmanager
-def saving_first(wanted: bool = True) -> Iterator[None]:
+def saving_first() -> Iterator[None]:
     """Inside a recompute: products of this thread save before they compute their values."""
-    outer, _thread.saves_first = _thread.saves_first, wanted
+    outer, _thread.saves_first = _thread.saves_first, True
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from fastft.errors import ConfigError, FastftError
+from fastft.errors import ConfigError
 from fastft.train.config import TrainConfig
 
 __all__ = ["Halving", "check_fit", "is_out_of_memory"]
@@ -38,7 +38,7 @@ def check_fit(
     device = working_device()
     if device.type not in ("cpu", "cuda"):
         return
-    length = longest if cfg.padding == "longest" else cfg.max_length
+    length = cfg.max_length if cfg.padding == "max_length" else longest
     cfg = cfg.replace(max_length=max(1, length))
     allowed = free_memory(torch.device(device.type))
     policy = cfg.memory_policy
@@ -51,8 +51,8 @@ def check_fit(
         if peak <= allowed:
             return
         remedies = _remedies(planner, policy, allowed)
-    except FastftError as error:
-        notice(f"memory was not planned: {error}")
+    except Exception as error:  # a prediction that fails must not stop a run that would not
+        notice(f"memory was not planned: {_first_line(error)}")
         return
     text = f"{peak / 1e9:.2f} GB at the peak, {allowed / 1e9:.2f} GB are free"
     if force:
@@ -75,11 +75,11 @@ def _remedies(planner: Any, policy: str, allowed: int) -> list[str]:
     less = _LESS[_LESS.index(policy) + 1 :] if policy in _LESS else _LESS
     if planner.device.type == "cpu":
         less = tuple(name for name in less if name != "offload")
-    if not planner.request.cfg.fused:
+    if not planner.request.cfg.fused or planner.request.cfg.gradient_checkpointing:
         less = ()
     found = [f"memory_policy: {name}" for name in less if planner.predict(name).peak <= allowed]
     # What `fastft train` has no key for is left out.
-    others = changes(planner.request, planner.device, allowed)
+    others = changes(planner.request, planner.device, allowed, policy)
     return found[:1] + [what for what, _ in others if ":" in what]
 
 
@@ -90,9 +90,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator: can't allocate memory" in text or "not enough memory" in text
-    )
+    return isinstance(error, RuntimeError) and any(said in text for said in _SAID)
+
+
+# What torch and CUDA's libraries say beside torch's own error.
+_SAID = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 class Halving:
@@ -106,8 +113,9 @@ class Halving:
         self.parts = 1
         self._notice = notice
 
-    def run(self, model: Any, inputs: dict[str, Any], step: Callable[[Any, int], Any]) -> Any:
-        """``step(part, parts)`` of each part of ``inputs``; the sum of the losses.
+    def run(self, model: Any, inputs: dict[str, Any], step: Callable[[Any, float], Any]) -> Any:
+        """``step(part, share)`` of each part of ``inputs``, its rows 1 / share of all; the sum of
+        the losses.
 
         Gradients that were there before are kept as they were if a part runs out of memory.
 
@@ -122,13 +130,15 @@ class Halving:
                 for p in model.parameters()
                 if p.requires_grad
             ]
+            random = _random_states()
             try:
                 return self._in_parts(inputs, step)
             except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
+                if not is_out_of_memory(error) or _several_processes():
+                    raise  # other processes would wait for this one's gradients
                 for p, gradient in before:
                     p.grad = gradient
+                _set_random_states(random)
                 size = len(inputs["input_ids"])
                 if self.parts >= size:
                     raise ConfigError(
@@ -148,15 +158,45 @@ class Halving:
                 "gradients accumulated; the step goes on"
             )
 
-    def _in_parts(self, inputs: dict[str, Any], step: Callable[[Any, int], Any]) -> Any:
+    def _in_parts(self, inputs: dict[str, Any], step: Callable[[Any, float], Any]) -> Any:
         if self.parts == 1:
-            return step(inputs, 1)
-        columns = {name: value.chunk(self.parts) for name, value in inputs.items()}
-        count = len(columns["input_ids"])
+            return step(inputs, 1.0)
+        rows = len(inputs["input_ids"])
+        size = -(-rows // self.parts)
         total: Any = 0.0
-        for i in range(count):
-            total = total + step({name: chunks[i] for name, chunks in columns.items()}, count)
+        for begin in range(0, rows, size):
+            part = {
+                name: value[begin : begin + size] if hasattr(value, "shape") else value
+                for name, value in inputs.items()
+            }
+            total = total + step(part, rows / len(part["input_ids"]))
         return total
+
+
+def _random_states() -> Any:
+    import torch
+
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    return torch.get_rng_state(), cuda
+
+
+def _set_random_states(states: Any) -> None:
+    import torch
+
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.cuda.set_rng_state_all(states[1])
+
+
+def _several_processes() -> bool:
+    import torch
+
+    distributed = torch.distributed
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and (distributed.get_world_size() > 1)
+    )
 
 
 def _first_line(error: BaseException) -> str:

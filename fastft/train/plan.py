@@ -97,16 +97,19 @@ class Planner:
         batch = batch or cfg.per_device_train_batch_size
         length = length or cfg.max_length
         step = _simulate(self.model, self.device.type, policy, batch, length, cfg, self._steps)
-        self._steps = 1
-        weights, largest = weight_bytes(self.model, self.request)
+        # With accumulation the second forward finds gradients.
+        self._steps = 1 if cfg.gradient_accumulation_steps == 1 else 2
+        weights, largest, outside = weight_bytes(self.model, self.request)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         gradients = sum(p.numel() * p.element_size() for p in trained)
         states = sum(state_bytes(p.numel(), cfg) for p in trained)
         gpus = self.request.gpus
-        # FSDP: shares of everything, and two layers whole: this one and the next.
-        gathered = 2 * largest if gpus > 1 else 0
-        workspace = max(0, step.peak - step.kept - gradients)
-        kept = min(step.kept, step.peak - gradients)
+        # FSDP: shares of everything, and whole what is in no layer and two layers: this one and
+        # the next.
+        gathered = 2 * largest + outside if gpus > 1 else 0
+        held = gradients if cfg.gradient_accumulation_steps > 1 else 0
+        workspace = max(0, step.peak - step.kept + held - gradients)
+        kept = min(step.kept - held, step.peak - gradients)
         if self.device.type == "cpu":
             workspace += _PROCESS
         parts = self._parts(step.work)
@@ -216,7 +219,8 @@ def _simulate(
     from fastft.memory._layers import ring_of
     from fastft.memory.simulate import Meter, metered
 
-    memory.checkpoint(model, policy)
+    if policy != "none":
+        memory.checkpoint(model, policy)
     meter = Meter()
     ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
     parked = 0

@@ -51,11 +51,6 @@ class Request:
     policy: str = "none"
     gpus: int = 1
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of a micro-batch on one device, padding included."""
-        return self.cfg.per_device_train_batch_size * self.cfg.max_length
-
 
 def check_request(cfg: TrainConfig, method: str = "lora", gpus: int = 1) -> Request:
     """A request, or what is wrong with it.
@@ -157,17 +152,23 @@ def largest_linear(model: Any) -> int:
     return max((w.numel() * w.element_size() for w in _linears(model)), default=0)
 
 
-def weight_bytes(model: Any, request: Request) -> tuple[int, int]:
-    """Bytes of parameters and buffers, and of the largest repeated layer's."""
+def weight_bytes(model: Any, request: Request) -> tuple[int, int, int]:
+    """Bytes of parameters and buffers, of the largest repeated layer, and of what is in none."""
     from fastft.memory._layers import find_layers
 
-    seen = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    total = float(sum(t.numel() * t.element_size() for t in seen.values()))
-    layers = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in find_layers(model)]
-    if request.method == "qlora":
-        linears = _linears(model)
-        total -= sum(w.numel() * (w.element_size() - _NF4_BYTES) for w in linears)
-    return int(total), max(layers, default=0)
+    quantised = {id(w) for w in _linears(model)} if request.method == "qlora" else set()
+
+    def size(module: Any) -> int:
+        held = {id(t): t for t in (*module.parameters(), *module.buffers())}
+        return int(
+            sum(
+                t.numel() * (_NF4_BYTES if key in quantised else t.element_size())
+                for key, t in held.items()
+            )
+        )
+
+    layers = [size(module) for module in find_layers(model)]
+    return size(model), max(layers, default=0), size(model) - sum(layers)
 
 
 def state_bytes(numel: int, cfg: TrainConfig) -> float:

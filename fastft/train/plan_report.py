@@ -117,8 +117,10 @@ def _applies(policy: str, device: Device) -> bool:
     return policy != "offload" or device.type == "cuda"
 
 
-def changes(request: Request, device: Device, allowed: int) -> list[tuple[str, int]]:
-    """Single changes to a run that make it fit under some policy."""
+def changes(
+    request: Request, device: Device, allowed: int, policy: str | None = None
+) -> list[tuple[str, int]]:
+    """Single changes to a run that make it fit under ``policy``; None: under the best."""
     cfg = request.cfg
     batch, length = cfg.per_device_train_batch_size, cfg.max_length
     tried: list[tuple[str, Request]] = []
@@ -147,8 +149,8 @@ def changes(request: Request, device: Device, allowed: int) -> list[tuple[str, i
     found = []
     for what, other in tried:
         planner = Planner(other, device)
-        policies = [p for p in POLICIES if _applies(p, device)]
-        peak = min(planner.predict(policy).peak for policy in policies[-2:])
+        best = [p for p in POLICIES if _applies(p, device)][-2:]
+        peak = min(planner.predict(p).peak for p in ([policy] if policy else best))
         if peak <= allowed:
             found.append((what, peak))
     return found

@@ -88,10 +88,10 @@ class FastftTrainer(Trainer):
         self.batches.digest = digest.hexdigest()
         usual = super().training_step
 
-        def step(part: dict[str, Any], parts: int) -> Any:
-            # Where losses are means, not sums over a known number of tokens, they share one.
+        def step(part: dict[str, Any], share: float) -> Any:
+            # Where losses are means, not sums over a known number of tokens, each has its share.
             accumulation: int = self.current_gradient_accumulation_steps  # type: ignore[has-type]
-            self.current_gradient_accumulation_steps = accumulation * parts
+            self.current_gradient_accumulation_steps = accumulation * share  # type: ignore[assignment]
             try:
                 return usual(model, part, *args, **kw)
             finally:

@@ -23,14 +23,23 @@ SHAPE = {
 
 
 def llama(
-    *, fused: bool = True, dropout: float = 0.1, dtype: torch.dtype = torch.float32, **shape: int
+    *,
+    fused: bool = True,
+    dropout: float = 0.1,
+    dtype: torch.dtype = torch.float32,
+    use_dora: bool = False,
+    **shape: int,
 ) -> Any:
     """A Llama with LoRA on all linears, B not zero, in training."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **shape})).to(dtype)
     model.config.use_cache = False
     config = LoraConfig(
-        r=4, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=4,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        use_dora=use_dora,
     )
     model = get_peft_model(model, config)
     for name, parameter in model.named_parameters():

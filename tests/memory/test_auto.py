@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import random
 
 import pytest
@@ -92,3 +93,45 @@ def test_random_numbers_are_as_if_nothing_had_been_measured() -> None:
     torch.manual_seed(3)
     plain(input_ids=ids, labels=ids).loss.backward()
     assert torch.equal(after, torch.rand(1))
+
+
+def test_inside_somebody_elses_checkpoint() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = memory.checkpoint(llama(fused=False, dropout=0.0), "auto", budget=1 << 30)
+    for _ in range(3):
+        ids = torch.arange(8).view(1, 8)
+        loss = checkpoint(lambda i: model(input_ids=i, labels=i).loss, ids, use_reentrant=False)
+        loss.backward()
+
+
+def test_layers_that_all_differ_are_solved_quickly() -> None:
+    draw = random.Random(1)
+    layers = []
+    for _ in range(60):
+        kept = sorted((draw.randint(1, 1 << 30) for _ in range(4)), reverse=True)
+        costs = sorted(draw.random() for _ in range(4))
+        names = ("none", "lora", "attention", "full")
+        held = (0, 0, kept[0], kept[0])
+        layers.append([Choice(*c) for c in zip(names, kept, held, costs, strict=True)])
+    found = cheapest(layers[:12], 6 << 30)
+    assert found is not None
+    assert peak(tuple(found)) <= 6 << 30
+
+
+def test_hidden_states_passed_by_name_and_pickles() -> None:
+    model = llama(fused=False, dropout=0.0)
+    for layer in model.base_model.model.model.layers:
+        layer.register_forward_pre_hook(
+            lambda m, args, kwargs: ((), {"hidden_states": args[0], **kwargs}) if args else None,
+            with_kwargs=True,
+        )
+    model = memory.checkpoint(model, "auto", budget=1 << 30)
+    steps(model, 2)
+    assert memory.explain(model) == "4 x none"
+
+
+def test_a_pickle_keeps_the_policies_it_was_made_with() -> None:
+    model = memory.checkpoint(llama(fused=False), "auto", budget=1 << 30)
+    steps(model, 2)
+    assert memory.explain(pickle.loads(pickle.dumps(model))) == "4 x none"

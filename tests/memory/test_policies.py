@@ -13,6 +13,7 @@ from torch import nn
 import fastft
 from fastft import memory
 from fastft.errors import ArgumentError, DtypeError
+from fastft.memory import _attention
 from fastft.memory._auto import measure
 from fastft.memory._layers import Layer, find_layers, state_of
 from fastft.nn import call_counts
@@ -239,3 +240,72 @@ def test_bad_arguments() -> None:
     with pytest.raises(ArgumentError, match="repeated layers"):
         memory.checkpoint(nn.Linear(3, 3), "full")
     assert memory.explain(model).startswith("no policy")
+
+
+@pytest.mark.parametrize("what", ["dora", "hook"])
+def test_tiled_mlp_makes_the_value_where_somebody_looks_at_it(what: str) -> None:
+    def run(tile: int | None) -> list[list[torch.Tensor]]:
+        model = llama(dropout=0.0, use_dora=what == "dora")
+        memory.checkpoint(model, "none", mlp_tile=tile)
+        if what == "hook":
+            for layer in find_layers(model):
+                layer.mlp.down_proj.register_forward_hook(lambda m, args, out: out.sin())
+        return steps(model)
+
+    for got, want in zip(run(20), run(None), strict=True):
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=5e-5, atol=5e-6)
+
+
+@torch.library.custom_op("fastft_tests::drawing", mutates_args=())
+def drawing(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stands for attention with dropout: it draws, and is kept."""
+    mask = torch.bernoulli(torch.full_like(x, 0.5))
+    return x * mask, mask
+
+
+def _save_mask(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(output[1])
+
+
+drawing.register_autograd(lambda ctx, d, _: d * ctx.saved_tensors[0], setup_context=_save_mask)
+
+
+class Draws(nn.Linear):
+    """Attention, and dropout after it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, _ = torch.ops.fastft_tests.drawing(super().forward(x))
+        return torch.rand_like(x) * x**2
+
+
+def test_attention_that_draws_leaves_later_draws_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_attention, "ATTENTION_OPS", ("fastft_tests::drawing",))
+
+    def run(policy: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        layers = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), Draws(16, 16)) for _ in range(2)))
+        memory.checkpoint(layers, policy)
+        torch.manual_seed(1)
+        layers(torch.ones(8, 16, requires_grad=True)).sum().backward()
+        return [p.grad for p in layers.parameters() if p.grad is not None]
+
+    for a, b in zip(run("attention"), run("none"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nothing_outlives_what_was_saved() -> None:
+    import gc
+    import weakref
+
+    model = memory.checkpoint(llama(dropout=0.0), "lora")
+    seen: list[Any] = []
+    mlp = find_layers(model)[0].mlp
+    mlp.down_proj.register_forward_pre_hook(lambda m, args: seen.append(weakref.ref(args[0])))
+    ids = torch.arange(12).view(1, 12)
+    loss = model(input_ids=ids, labels=ids).loss
+    gc.collect()
+    assert seen[-1]() is None, "the GLU's result is made again, not kept"
+    loss.backward()
