@@ -8,10 +8,7 @@ short batch, and with plain PEFT's on a batch as it is timed.
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +20,8 @@ import torch
 from .checks import FACTOR
 from .declare import Options
 from .peers import missing
-from .records import ROOT, Record, make
+from .records import Record, make
+from .worker import run_worker
 
 NAME = "e2e"
 TIMEOUT = 3600
@@ -157,17 +155,7 @@ def _work(job: dict[str, Any], options: Options) -> dict[str, Any]:
         "tokens": options.tokens,
         "threads": torch.get_num_threads(),
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.e2e_worker", json.dumps(job)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise RuntimeError(lines[-1] if lines else f"exit status {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_worker("e2e_worker", job, TIMEOUT)
 
 
 def _judge(results: dict[str, Results], options: Options) -> None:

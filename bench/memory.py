@@ -7,22 +7,19 @@ above the model: activations, gradients, workspace.
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .declare import Options
 from .peers import missing
 from .plan import MODELS
-from .records import ROOT, Record, make
+from .records import Record, make
+from .worker import run_worker
 
 NAME = "memory"
 TIMEOUT = 900
@@ -129,19 +126,15 @@ def _round(
         "device": str(options.device), "dtype": options.dtype_name,
         "threads": torch.get_num_threads(), "gradient": str(gradient) if number == 0 else None,
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.memory_worker", json.dumps(job)],
-        cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        into.reason = f"failed: {lines[-1] if lines else done.returncode}"
+    try:
+        result = run_worker("memory_worker", job, TIMEOUT)
+    except RuntimeError as error:
+        into.reason = f"failed: {error}"
         return
     if number == 0:
         into.reason = _wrong(impl, gradient, folder)
         if into.reason is not None:
             return
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     into.seconds.extend(result["step_seconds"])
     into.peaks.append(result["peak_bytes"])
 

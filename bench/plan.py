@@ -7,8 +7,6 @@ built, after a tiny model has loaded its code.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +16,11 @@ from typing import Any
 import torch
 
 from .declare import Options
-from .records import ROOT, Record, make
+from .records import Record, make
+from .worker import run_worker
 
 NAME = "plan"
 TIMEOUT = 900
-ALLOWED_MEMORY, ALLOWED_TIME = 0.05, 0.20
 
 # Published configurations.
 MODELS: dict[str, dict[str, Any]] = {
@@ -154,14 +152,10 @@ def run(options: Options, emit: Callable[[Record], None]) -> list[Record]:
 
 
 def _trained(job: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.plan_worker", json.dumps(job)],
-        cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        return {}, lines[-1] if lines else f"exit status {done.returncode}"
-    return json.loads(done.stdout.splitlines()[-1]), None
+    try:
+        return run_worker("plan_worker", job, TIMEOUT), None
+    except RuntimeError as error:
+        return {}, str(error)
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -10,6 +10,7 @@ of x is kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,25 +117,11 @@ def _stacked(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     return out
 
 
-def fwd(
-    ys: list[Tensor],
-    ss: list[Tensor],
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    lora_as: list[Tensor],
-    lora_bs: list[Tensor],
-    scalings: list[float],
-    masks: list[Tensor | None],
-    dropout_ps: list[float],
-    owners: list[int],
-    spans: list[tuple[int, int]],
-) -> None:
+def fwd(*call: Any) -> None:
     """Writes ys[i] (M, N_i), and for adapter j of layer owners[j] over the rows spans[j] of x:
-    ss[j] = drop_j(x) A_j^T (rows, r_j)."""
-    thin_side = (lora_as, lora_bs, scalings, masks, dropout_ps, owners, spans)
-    fwd_adapters(ys, ss, x, weights, biases, *thin_side)
-    fwd_values(ys, ss, x, weights, biases, *thin_side)
+    ss[j] = drop_j(x) A_j^T (rows, r_j); the arguments are those of both halves."""
+    fwd_adapters(*call)
+    fwd_values(*call)
 
 
 def fwd_adapters(

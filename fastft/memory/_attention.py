@@ -99,10 +99,10 @@ class _Replay(TorchDispatchMode):
     def __init__(self, store: Store, results: list[Any]) -> None:
         super().__init__()
         self._store, self._results, self._next = store, results, 0
-        self._first: Any = None
+        self._first = _SavingFirst()
 
     def __enter__(self) -> _Replay:
-        self._next, self._first = 0, saving_first()
+        self._next = 0
         self._first.__enter__()
         super().__enter__()
         return self

@@ -109,7 +109,7 @@ class HostRing:
         tensor = tensor.detach()
         if not _dense(tensor):
             tensor = tensor.contiguous()
-        size = tensor.numel() * tensor.element_size()
+        size = tensor.nbytes
         buffers = self._free[_rounded(size)]
         whole = buffers.pop() if buffers else self._engine.host_buffer(_rounded(size))
         host = whole[:size]
@@ -178,7 +178,7 @@ class MetaRing:
 
     def park(self, tensor: Tensor) -> Parked:
         """The tensor's facts; it is let go."""
-        size = tensor.numel() * tensor.element_size()
+        size = tensor.nbytes
         host = torch.empty(0)
         facts = (tuple(tensor.size()), tuple(tensor.stride()), tensor.dtype, tensor.device)
         parked = Parked(0, host, *facts)

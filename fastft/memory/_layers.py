@@ -140,7 +140,7 @@ _LEAST = 1 << 16
 
 
 def _park(ring: Any, tensor: Tensor) -> Any:
-    if tensor.numel() * tensor.element_size() < _LEAST or tensor.device.type == "cpu":
+    if tensor.nbytes < _LEAST or tensor.device.type == "cpu":
         return tensor.detach()
     return ring.park(tensor)
 

@@ -87,7 +87,7 @@ def measure(device: torch.device, name: str, dtype: torch.dtype) -> Ceilings:
     def activation() -> None:
         torch.autograd.grad(ops.glu(gate, up), (gate, up), d_out)
 
-    moved = 8.0 * gate.numel() * gate.element_size()
+    moved = 8.0 * gate.nbytes
     q, k, v, d_heads = (draw(2, 8, 1024, 64).requires_grad_() for _ in range(4))
 
     def attention() -> None:

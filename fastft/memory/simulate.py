@@ -134,7 +134,7 @@ _PRODUCTS = frozenset(("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"))
 
 def _work_of(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> Work:
     name = func.name().partition(".")[0]
-    moved = float(sum(_size(t) for t in (*inputs, *outputs)))
+    moved = float(sum(t.nbytes for t in (*inputs, *outputs)))
     if name not in _PRODUCTS:
         return Work(name, 0.0, moved)
     left, right = inputs[-2:] if len(inputs) < 4 else inputs[1:3]
@@ -142,10 +142,6 @@ def _work_of(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> Work:
     rows, depth, columns = left.shape[-2], left.shape[-1], right.shape[-1]
     product = (rows, columns, depth)
     return Work(name, 2.0 * batch * rows * depth * columns, moved, product, left.element_size())
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 class Launchers:
@@ -196,7 +192,7 @@ class _Launcher:
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             count = _FLOPS.get((self._op, name))
             flops, product = (0.0, (0, 0, 0)) if count is None else count(*args, **kwargs)
-            moved = float(sum(_size(t) for t in tensors))
+            moved = float(sum(t.nbytes for t in tensors))
             floats = [t.element_size() for t in tensors if t.is_floating_point()]
             work = Work(f"{self._op}.{name}", flops, moved, product, min(floats, default=4))
             self._meter.work.append(work)

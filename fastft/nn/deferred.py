@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastft.errors import ArgumentError
-from fastft.ops._checks import without_autocast
+from fastft.ops._checks import autocast_as
 
 __all__ = ["CALLS", "DeferredLogits", "HeadAdapter", "Logits"]
 
@@ -135,8 +135,7 @@ class Logits:
 
     def context(self) -> AbstractContextManager[object]:
         """Autocast as it was for the head."""
-        device, dtype = self.hidden_states.device.type, self.autocast
-        return without_autocast(device) if dtype is None else torch.autocast(device, dtype=dtype)
+        return autocast_as(self.hidden_states.device.type, self.autocast)
 
     def trained(self) -> bool:
         """Whether the loss of each token apart would take the logits twice: the head, its bias or

@@ -6,16 +6,16 @@ forward, 2 again, 3 backward with frozen weights) where a checkpoint of the whol
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from fastft.ops._checks import autocast_dtype, without_autocast
-from fastft.ops._saving import noting, saves_first
+from fastft.ops._checks import autocast_as, autocast_dtype
+from fastft.ops._saving import Late, noting, saves_first
 
 __all__ = ["tiled"]
 
@@ -32,22 +32,11 @@ def tiled(module: nn.Module, run: Run, x: Tensor, tile: int) -> Tensor:
     """
     rows = x.reshape(-1, x.shape[-1])
     trained = [p for p in module.parameters() if p.requires_grad]
-    late = _Late() if saves_first() else None
+    late = Late() if saves_first() else None
     y: Tensor = _Tiled.apply(late, run, tile, rows, *trained)
     if late is not None:
         late.compute()
     return y.view(*x.shape[:-1], y.shape[-1])
-
-
-class _Late:
-    """The value of a call that has saved its input, not computed yet."""
-
-    call: Any
-
-    def compute(self) -> None:
-        """Writes it into the tensor the call has returned."""
-        with torch.no_grad():
-            _compute(*self.call)
 
 
 def _compute(run: Run, rows: Tensor, tile: int, y: Tensor) -> None:
@@ -64,7 +53,7 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, late: _Late | None, run: Run, tile: int, rows: Tensor, *trained: Tensor
+        ctx: Any, late: Late | None, run: Run, tile: int, rows: Tensor, *trained: Tensor
     ) -> Tensor:
         ctx.run, ctx.tile, ctx.trained = run, tile, trained
         ctx.autocast = autocast_dtype(rows.device.type)
@@ -75,7 +64,7 @@ class _Tiled(torch.autograd.Function):
             with noting(None):  # a tile's results are nobody's to make again
                 _compute(run, rows, tile, y)
         else:
-            late.call = (run, rows, tile, y)
+            late.work = functools.partial(_compute, run, rows, tile, y)
         return y
 
     @staticmethod
@@ -86,7 +75,7 @@ class _Tiled(torch.autograd.Function):
         d_rows = torch.empty_like(rows) if need else None
         sums: list[Tensor | None] = [None] * len(ctx.trained)
         cpu_state, devices, states = ctx.random
-        with torch.random.fork_rng(devices), _autocast(rows.device.type, ctx.autocast):
+        with torch.random.fork_rng(devices), autocast_as(rows.device.type, ctx.autocast):
             torch.set_rng_state(cpu_state)
             set_device_states(devices, states)
             for part in _parts(rows.shape[0], ctx.tile):
@@ -102,7 +91,3 @@ class _Tiled(torch.autograd.Function):
                         held = sums[i]
                         sums[i] = gradient if held is None else held.add_(gradient)
         return None, None, None, d_rows, *sums
-
-
-def _autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager[object]:
-    return without_autocast(device_type) if dtype is None else torch.autocast(device_type, dtype)

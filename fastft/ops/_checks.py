@@ -11,6 +11,7 @@ from fastft.errors import DeviceError, DtypeError, ShapeError
 
 __all__ = [
     "FLOATS",
+    "autocast_as",
     "autocast_dtype",
     "check_device",
     "check_dtype",
@@ -67,6 +68,11 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
+
+
+def autocast_as(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Autocast as ``autocast_dtype`` found it elsewhere."""
+    return without_autocast(device_type) if dtype is None else torch.autocast(device_type, dtype)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:

@@ -3,6 +3,7 @@ torch.compile sees. Both call the same launcher."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from fastft import backends
 from fastft.ops._checks import without_autocast
 from fastft.ops._library import register
-from fastft.ops._saving import saves_first
+from fastft.ops._saving import Late, saves_first
 from fastft.reference.lora_linear import lora_term
 
 __all__ = ["AUTO", "Constants", "LoraLinear", "choose", "late_values", "new_dropout_mask"]
@@ -174,17 +175,6 @@ def _backward(
     return dx, das, dbs
 
 
-class Late:
-    """The values of a call that has saved what its backward needs, not computed yet."""
-
-    call: Any
-
-    def compute(self) -> None:
-        """Writes them into the tensors the call has returned."""
-        with torch.no_grad():
-            _launch("fwd_values", *self.call)
-
-
 def late_values(backend: str, x: Tensor, lora_as: Sequence[Tensor]) -> Late | None:
     """In a recompute, where the backend can: room for a call that saves before it computes."""
     splits = hasattr(choose(backend, x, lora_as)[1], "fwd_values")
@@ -203,7 +193,7 @@ class LoraLinear(torch.autograd.Function):
             outputs = _forward(*call)
         else:
             outputs = _launch("fwd_adapters", None, *call)
-            late.call = (outputs, *call)
+            late.work = functools.partial(_launch, "fwd_values", outputs, *call)
         ctx.constants = constants
         ctx.save_for_backward(x, *tensors, *outputs[constants.layers :])
         return tuple(outputs[: constants.layers])

@@ -19,6 +19,7 @@ from torch import Tensor
 Inputs = tuple[Tensor | None, ...]
 
 __all__ = [
+    "Late",
     "Notebook",
     "note",
     "noting",
@@ -76,6 +77,17 @@ def saving_first() -> Iterator[None]:
         yield
     finally:
         _thread.saves_first = outer
+
+
+class Late:
+    """The value of a call that has returned room for it and saved what its backward needs."""
+
+    work: Callable[[], object]
+
+    def compute(self) -> None:
+        """Writes it into the tensors the call has returned."""
+        with torch.no_grad():
+            self.work()
 
 
 def values_wanted() -> bool:

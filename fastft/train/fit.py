@@ -12,8 +12,6 @@ from fastft.train.config import TrainConfig
 
 __all__ = ["Halving", "check_fit", "is_out_of_memory"]
 
-_LESS = ("lora", "attention", "full", "offload")
-
 
 def check_fit(
     cfg: TrainConfig, longest: int, notice: Callable[[str], None], force: bool = False
@@ -70,11 +68,10 @@ def check_fit(
 
 
 def _remedies(planner: Any, policy: str, allowed: int) -> list[str]:
-    from fastft.train.plan_report import changes
+    from fastft.train.plan_report import changes, policies_of
 
-    less = _LESS[_LESS.index(policy) + 1 :] if policy in _LESS else _LESS
-    if planner.device.type == "cpu":
-        less = tuple(name for name in less if name != "offload")
+    known = policies_of(planner.device)
+    less = known[known.index(policy) + 1 :] if policy in known else ()
     if not planner.request.cfg.fused or planner.request.cfg.gradient_checkpointing:
         less = ()
     found = [f"memory_policy: {name}" for name in less if planner.predict(name).peak <= allowed]

@@ -25,9 +25,8 @@ from fastft.train.plan_model import (
     weight_bytes,
 )
 
-__all__ = ["POLICIES", "Planner", "Prediction"]
+__all__ = ["Planner", "Prediction"]
 
-POLICIES = ("none", "lora", "attention", "full", "offload")
 # What a process on a CPU takes beside its tensors once it trains: scratch of attention and of
 # oneDNN, graphs, code (measured: 50 to 60 MB from SmolLM2-135M to Llama-3.2-1B).
 _PROCESS = 55 << 20
@@ -101,7 +100,7 @@ class Planner:
         self._steps = 1 if cfg.gradient_accumulation_steps == 1 else 2
         weights, largest, outside = weight_bytes(self.model, self.request)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        gradients = sum(p.numel() * p.element_size() for p in trained)
+        gradients = sum(p.nbytes for p in trained)
         states = sum(state_bytes(p.numel(), cfg) for p in trained)
         gpus = self.request.gpus
         # FSDP: shares of everything, and whole what is in no layer and two layers: this one and
@@ -223,7 +222,6 @@ def _simulate(
         memory.checkpoint(model, policy)
     meter = Meter()
     ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
-    parked = 0
     try:
         with metered(meter, device_type):
             meter.ignore([*model.parameters(), *model.buffers(), ids])
@@ -235,7 +233,7 @@ def _simulate(
                 parked = ring_of(ids.device).host_bytes
                 loss.backward()
                 del loss
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         first = str(error).splitlines()[0]
         raise ConfigError(
             "fastft plan",

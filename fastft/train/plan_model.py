@@ -56,7 +56,7 @@ def check_request(cfg: TrainConfig, method: str = "lora", gpus: int = 1) -> Requ
     """A request, or what is wrong with it.
 
     Raises:
-        ConfigError: an unknown method; dropout, DoRA or the like that it cannot have.
+        ConfigError: an unknown method.
     """
     if method not in METHODS:
         raise ConfigError(
@@ -149,7 +149,7 @@ def linear_numel(model: Any) -> int:
 
 def largest_linear(model: Any) -> int:
     """Bytes of the largest dequantised matrix."""
-    return max((w.numel() * w.element_size() for w in _linears(model)), default=0)
+    return max((w.nbytes for w in _linears(model)), default=0)
 
 
 def weight_bytes(model: Any, request: Request) -> tuple[int, int, int]:
@@ -161,14 +161,11 @@ def weight_bytes(model: Any, request: Request) -> tuple[int, int, int]:
     def size(module: Any) -> int:
         held = {id(t): t for t in (*module.parameters(), *module.buffers())}
         return int(
-            sum(
-                t.numel() * (_NF4_BYTES if key in quantised else t.element_size())
-                for key, t in held.items()
-            )
+            sum(t.numel() * _NF4_BYTES if key in quantised else t.nbytes for key, t in held.items())
         )
 
-    layers = [size(module) for module in find_layers(model)]
-    return size(model), max(layers, default=0), size(model) - sum(layers)
+    total, layers = size(model), [size(module) for module in find_layers(model)]
+    return total, max(layers, default=0), total - sum(layers)
 
 
 def state_bytes(numel: int, cfg: TrainConfig) -> float:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from fastft.errors import FastftError
+from fastft.memory import POLICIES
 from fastft.memory.ceilings import Ceilings
 from fastft.memory.devices import Device
-from fastft.train.plan import POLICIES, Planner, Prediction
+from fastft.train.plan import Planner, Prediction
 from fastft.train.plan_model import Request
 
-__all__ = ["Report", "changes", "picture", "report", "room", "show"]
+__all__ = ["Report", "changes", "picture", "policies_of", "report", "room", "show"]
 
 # Of a GPU's memory: the rest is CUDA's context and what its caching allocator cannot use.
 _SHARE = {"cuda": 0.93, "cpu": 0.95}
@@ -86,13 +87,12 @@ def report(
     request: Request,
     device: Device,
     ceilings: Ceilings | None = None,
-    policies: tuple[str, ...] = POLICIES,
     examples: int | None = None,
     epochs: float = 1.0,
 ) -> Report:
     """Predicts every policy and what follows from it."""
     planner = Planner(request, device, ceilings)
-    rows = [planner.predict(policy) for policy in policies if _applies(policy, device)]
+    rows = [planner.predict(policy) for policy in policies_of(device)]
     allowed = room(device)
     fitting = [row for row in rows if row.peak <= allowed]
     chosen = min(fitting, key=lambda row: row.seconds, default=None)
@@ -112,9 +112,9 @@ def report(
     return Report(request, device, source, allowed, rows, chosen, batch, length, remedies, hours)
 
 
-def _applies(policy: str, device: Device) -> bool:
-    """Offload frees nothing where the host is the device."""
-    return policy != "offload" or device.type == "cuda"
+def policies_of(device: Device) -> tuple[str, ...]:
+    """Those that differ there: offload frees nothing where the host is the device."""
+    return POLICIES if device.type == "cuda" else POLICIES[:-1]
 
 
 def changes(
@@ -149,8 +149,8 @@ def changes(
     found = []
     for what, other in tried:
         planner = Planner(other, device)
-        best = [p for p in POLICIES if _applies(p, device)][-2:]
-        peak = min(planner.predict(p).peak for p in ([policy] if policy else best))
+        tested = (policy,) if policy else policies_of(device)[-2:]
+        peak = min(planner.predict(p).peak for p in tested)
         if peak <= allowed:
             found.append((what, peak))
     return found
