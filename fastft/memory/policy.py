@@ -45,8 +45,8 @@ def checkpoint(
     * ``lora``: no result that one pass over saved tensors makes again (those of fused norms and
       GLUs): 4h + 2v + 2i. No product is computed twice.
     * ``attention``: the layer's input and the result of attention, 2h; all else is recomputed.
-    * ``full``: the layer's input, h; all is recomputed. In both, on the CPU, the last product of
-      the recompute, whose value nobody needs, is left out.
+    * ``full``: the layer's input, h; all is recomputed. In both, the last product of the
+      recompute, whose value nobody needs, is left out.
     * ``offload``: as ``attention``, and both tensors lie in pinned host memory, copied beside the
       computation, but for the last two layers. On the CPU the same as ``attention``.
     * ``auto``: for each layer the one of the first four that keeps the sum within ``budget`` at the

@@ -175,7 +175,11 @@ class Launchers:
 
 
 # Functions that only some launchers of an operation have.
-_OPTIONAL = {"fwd_values": ("cpu",), "fwd_adapters": ("cpu",), "lay_out": ()}
+_OPTIONAL = {
+    "fwd_values": ("cpu", "triton"),
+    "fwd_adapters": ("cpu", "triton"),
+    "lay_out": (),
+}
 
 
 class _Launcher:
@@ -209,16 +213,22 @@ class _Launcher:
 Counted = tuple[float, tuple[int, int, int]]
 
 
-def _lora(ys: Any, ss: Any, x: Tensor, weights: Any, *_: Any, values: bool = True) -> Counted:
-    """Of lora_linear's forward: the frozen products and the thin ones."""
+def _lora_adapters(ys: Any, ss: Any, x: Tensor, *_: Any) -> Counted:
+    """Of lora_linear's forward: the products of x and the As."""
+    return 2.0 * x.numel() * sum(s.shape[1] for s in ss), (0, 0, 0)
+
+
+def _lora_values(ys: Any, ss: Any, x: Tensor, weights: Any, *_: Any) -> Counted:
+    """Of lora_linear's forward: the frozen products, and those of the ss and the Bs."""
     rows, depth = x.shape
     out = sum(w.shape[0] for w in weights)
-    ranks = sum(s.shape[1] for s in ss)
-    thin = 2.0 * rows * ranks * depth
-    if not values:
-        return thin, (0, 0, 0)
-    thin += 2.0 * rows * sum(s.shape[1] for s in ss) * out / max(1, len(weights))
+    thin = 2.0 * rows * sum(s.shape[1] for s in ss) * out / max(1, len(weights))
     return 2.0 * rows * depth * out + thin, (rows, out, depth)
+
+
+def _lora(*call: Any) -> Counted:
+    flops, product = _lora_values(*call)
+    return flops + _lora_adapters(*call)[0], product
 
 
 def _lora_bwd(
@@ -267,8 +277,8 @@ def _d_weight(out: Tensor, slab: Tensor, hidden: Tensor, first: bool) -> Counted
 
 _FLOPS: dict[tuple[str, str], Callable[..., Counted]] = {
     ("lora_linear", "fwd"): _lora,
-    ("lora_linear", "fwd_values"): _lora,
-    ("lora_linear", "fwd_adapters"): lambda *args: _lora(*args, values=False),
+    ("lora_linear", "fwd_values"): _lora_values,
+    ("lora_linear", "fwd_adapters"): _lora_adapters,
     ("lora_linear", "bwd"): _lora_bwd,
     ("attention", "fwd"): _attention,
     ("attention", "bwd"): _attention_bwd,

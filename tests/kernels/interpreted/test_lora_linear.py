@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from fastft_kernels import lora_linear as launcher
@@ -14,15 +16,24 @@ from tests.kernels.cases import LORA_CASES, LoraCase, LoraInputs
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def _run(case: LoraInputs) -> dict[str, Tensor]:
-    """The launcher, on poisoned outputs."""
+def forward(case: LoraInputs, *parts: Callable[..., None]) -> tuple[list[Tensor], list[Tensor]]:
+    """ys and ss after each of the parts, poisoned before."""
     tokens, dtype = case.x.shape[0], case.x.dtype
     ys = [poison((tokens, w.shape[0]), dtype) for w in case.weights]
     rows = [stop - start for start, stop in case.spans]
     ss = [poison((n, a.shape[0]), dtype) for n, a in zip(rows, case.lora_as, strict=True)]
-    launcher.fwd(
-        ys, ss, case.x, case.weights, case.biases, case.lora_as, case.lora_bs, *case.constants()
-    )  # fmt: skip
+    for part in parts:
+        part(
+            ys, ss, case.x, case.weights, case.biases, case.lora_as, case.lora_bs,
+            *case.constants(),
+        )  # fmt: skip
+    return ys, ss
+
+
+def _run(case: LoraInputs) -> dict[str, Tensor]:
+    """The launcher, on poisoned outputs."""
+    dtype = case.x.dtype
+    ys, ss = forward(case, launcher.fwd)
     dx = poison(tuple(case.x.shape), dtype)
     das = [poison(tuple(a.shape), a.dtype) for a in case.lora_as]
     dbs = [poison(tuple(b.shape), b.dtype) for b in case.lora_bs]
@@ -45,6 +56,15 @@ def test_against_float64(name: str) -> None:
         assert_as_accurate(key, value, plain[key], truth[key])
     for tensor, old in zip(case.tensors(), before, strict=True):
         assert torch.equal(tensor, old), "an input was written to"
+
+
+@pytest.mark.parametrize("name", LORA_CASES)
+def test_the_halves_of_a_forward_are_the_whole(name: str) -> None:
+    case = LORA_CASES[name].inputs()
+    whole = forward(case, launcher.fwd)
+    halves = forward(case, launcher.fwd_adapters, launcher.fwd_values)
+    for one, other in zip(whole, halves, strict=True):
+        assert all(map(torch.equal, one, other))
 
 
 def test_same_inputs_same_bits() -> None:

@@ -15,7 +15,7 @@ from fastft_kernels import lora_linear as launcher
 
 from tests.kernels.bounds import assert_as_accurate
 from tests.kernels.cases import LORA_CASES, LoraCase, LoraInputs
-from tests.kernels.interpreted.test_lora_linear import _run
+from tests.kernels.interpreted.test_lora_linear import _run, forward
 
 BF16, F32 = torch.bfloat16, torch.float32
 ONE_EACH = {name for name, case in LORA_CASES.items() if not case.owners}
@@ -31,13 +31,13 @@ ALIGNED = {
 def _taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ways chosen from here on, in order."""
     seen: list[str] = []
-    plain = launcher.ways.pick
+    plain = ways.pick
 
     def pick(*arguments: Any) -> str:
         seen.append(plain(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(launcher.ways, "pick", pick)
+    monkeypatch.setattr(ways, "pick", pick)
     return seen
 
 
@@ -102,6 +102,19 @@ def test_same_inputs_same_bits(way: str) -> None:
         assert torch.equal(value, second[key]), key
 
 
+@pytest.mark.parametrize("way", ["border", "gemm"])
+@pytest.mark.parametrize("name", ["aligned-siblings", "aligned-siblings-dropout"])
+def test_the_halves_of_a_forward_are_the_whole(name: str, way: str) -> None:
+    case = LORA_CASES[name].inputs()
+    held = border.make(case.weights, list(LORA_CASES[name].ranks))
+    case.weights = held.weights
+    with ways.force(way):
+        whole = forward(case, launcher.fwd)
+        halves = forward(case, launcher.fwd_adapters, launcher.fwd_values)
+    for one, other in zip(whole, halves, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
 def test_a_border_is_found_by_its_views_alone() -> None:
     weights = [torch.randn(n, 24) for n in (8, 16)]
     held = border.make(weights, [4, 2])
@@ -127,7 +140,7 @@ def test_columns_past_the_ranks_meet_zeros() -> None:
         return plain(*arguments).fill_(float("nan"))
 
     with pytest.MonkeyPatch.context() as patch, ways.force("border"):
-        patch.setattr(launcher.border, "operand", poisoned)
+        patch.setattr(border, "operand", poisoned)
         _check(case, _run(case))
 
 

@@ -1,0 +1,165 @@
+"""The backward of ``fastft_kernels.lora_linear``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastft_kernels import _lora_gemm, border
+from fastft_kernels._common import device_guard
+from fastft_kernels._lora_calls import at, by, choose_way, clear_padding, dense, plain, scales_kept
+from fastft_kernels._lora_routed import Route, routes
+from fastft_kernels._lora_skinny import Copy, expand_add, outer, pair, pairs_well, shrink
+
+__all__ = ["bwd"]
+
+
+def bwd(
+    dx: Tensor | None,
+    das: list[Tensor | None],
+    dbs: list[Tensor | None],
+    dys: list[Tensor],
+    x: Tensor,
+    ss: list[Tensor],
+    weights: list[Tensor],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    scalings: list[float],
+    masks: list[Tensor | None],
+    dropout_ps: list[float],
+    owners: list[int],
+    spans: list[tuple[int, int]],
+) -> None:
+    """Writes dx (M, K), dA_j (r_j, K) and dB_j (N, r_j), each where it is not None."""
+    lora_as, lora_bs = dense(lora_as), dense(lora_bs)
+    keep_scales = scales_kept(masks, dropout_ps)
+    with device_guard(x):
+        d_ss: list[Tensor] = [torch.empty_like(s) for s in ss]
+        thin = (ss, lora_as, lora_bs, scalings, keep_scales, masks, owners, spans)
+        if routes(owners, spans, x):
+            return _bwd_routed(dx, das, dbs, dys, d_ss, x, weights, *thin)
+        way, held = "expand", None
+        if dx is not None and dx.numel() and plain(len(dys), owners, spans, (0, x.shape[0])):
+            way, held = choose_way("bwd", dx, dys, weights, lora_as, masks)
+        dropped = any(mask is not None for mask in masks)
+        left, copies = None, None
+        if way == "border" and held is not None:
+            left, copies = _bordered_dys(held, dys)
+        for (owner, span), members in by(zip(owners, spans, strict=True)).items():
+            _d_s_and_d_b(
+                d_ss, dbs, dys[owner][slice(*span)], members, ss, lora_bs, scalings,
+                dx is not None or any(das[j] is not None for j in members),
+                None if copies is None else copies[owner],
+            )  # fmt: skip
+        added = False
+        if dx is not None and left is not None and held is not None:
+            right = held.backward_operand(None if dropped else lora_as)
+            torch.mm(left[:, : right.shape[0]], right, out=dx)
+            added = not dropped
+        elif dx is not None and way == "gemm":
+            _lora_gemm.product(
+                dx, None, dys, weights, d_ss, lora_as, keep_scales, masks, transposed=False
+            )  # fmt: skip
+            added = True
+        elif dx is not None:
+            _frozen_dx(dx, dys, weights)
+        for span, members in by(spans).items():
+            rows = slice(*span)
+            if dx is not None and not added:
+                expand_add(
+                    dx[rows], None, at(d_ss, members), at(lora_as, members),
+                    at(keep_scales, members), at(masks, members), transposed=False,
+                )  # fmt: skip
+            wanted = [j for j in members if das[j] is not None]
+            if wanted:
+                outer(
+                    at(das, wanted), x[rows], at(d_ss, wanted), at(keep_scales, wanted),
+                    at(masks, wanted), transposed=False,
+                )  # fmt: skip
+    return None
+
+
+def _frozen_dx(dx: Tensor, dys: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    torch.mm(dys[0], weights[0], out=dx)
+    for dy, weight in zip(dys[1:], weights[1:], strict=True):
+        dx.addmm_(dy, weight)
+
+
+def _bordered_dys(held: border.Border, dys: Sequence[Tensor]) -> tuple[Tensor, list[Copy]]:
+    """Room for [dY_1 | dY_2 .. | dS_1 | dS_2 ..], and each layer's share of it."""
+    left = border.operand(dys[0], dys[0].shape[0], held.width, held.border)
+    thin = left[:, held.width :]
+    clear_padding(thin, held.ranks)
+    wides = left[:, : held.width].split(list(held.widths), 1)
+    places = held.rank_slices()
+    return left, [Copy(w, [thin[:, p]]) for w, p in zip(wides, places, strict=True)]
+
+
+def _d_s_and_d_b(
+    d_ss: list[Tensor],
+    dbs: Sequence[Tensor | None],
+    dy: Tensor,
+    members: Sequence[int],
+    ss: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    need_ds: bool,
+    copy: Copy | None,
+) -> None:
+    """dS_j and dB_j of one layer's adapters over the rows of dy."""
+    first = members[0]
+    db = dbs[first]
+    both = len(members) == 1 and need_ds
+    if both and db is not None and pairs_well(dy, lora_bs[first].shape[1]):
+        pair(d_ss[first], db, dy, ss[first], lora_bs[first], float(scalings[first]), copy)
+        return
+    wanted = [j for j in members if dbs[j] is not None]
+    none = [None] * len(members)
+    if wanted:
+        outer(
+            at(dbs, wanted), dy, at(ss, wanted), at(scalings, wanted), none[: len(wanted)],
+            transposed=True,
+        )  # fmt: skip
+    if need_ds:
+        shrink(
+            at(d_ss, members), dy, at(lora_bs, members), at(scalings, members), none,
+            transposed=True, copy=copy,
+        )  # fmt: skip
+
+
+def _bwd_routed(
+    dx: Tensor | None,
+    das: list[Tensor | None],
+    dbs: list[Tensor | None],
+    dys: list[Tensor],
+    d_ss: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    ss: list[Tensor],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    scalings: list[float],
+    keep_scales: list[float],
+    masks: list[Tensor | None],
+    owners: list[int],
+    spans: list[tuple[int, int]],
+) -> None:
+    """The backward of a mixed batch: four launches beside the frozen products."""
+    own_dys, none = [dys[i] for i in owners], [None] * len(owners)
+    if dx is not None or any(da is not None for da in das):
+        Route(own_dys, lora_bs, d_ss, spans, scalings, none).shrink(transposed=True)
+    if dx is not None:
+        _frozen_dx(dx, dys, weights)
+        Route([dx] * len(owners), lora_as, d_ss, spans, keep_scales, masks).expand(
+            list(by(spans).values()), transposed=False
+        )
+    wanted = [j for j, db in enumerate(dbs) if db is not None]
+    if wanted:
+        chosen = (own_dys, lora_bs, ss, spans, scalings, none)
+        Route(*(at(values, wanted) for values in chosen)).outer(at(dbs, wanted), transposed=True)
+    wanted = [j for j, da in enumerate(das) if da is not None]
+    if wanted:
+        chosen = ([x] * len(owners), lora_as, d_ss, spans, keep_scales, masks)
+        Route(*(at(values, wanted) for values in chosen)).outer(at(das, wanted), transposed=False)

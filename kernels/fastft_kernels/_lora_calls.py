@@ -1,0 +1,79 @@
+"""What both directions of ``fastft_kernels.lora_linear`` ask of a call: its way, its adapters by
+their rows, its scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastft_kernels import _lora_gemm, border, config, ways
+
+__all__ = ["at", "by", "choose_way", "clear_padding", "dense", "plain", "scales_kept"]
+
+
+def plain(
+    layers: int,
+    owners: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    whole: tuple[int, int],
+) -> bool:
+    """One adapter a layer, in order, over all rows."""
+    return list(owners) == list(range(layers)) and all(span == whole for span in spans)
+
+
+def choose_way(
+    direction: str,
+    narrow: Tensor,
+    wides: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+) -> tuple[str, border.Border | None]:
+    """The way of a call, and the border that holds its weights; ``narrow`` is x or dx."""
+    ranks = [a.shape[0] for a in lora_as]
+    held = border.find(weights, ranks)
+    possible = ["expand"]
+    if held is not None:
+        possible.append("border")
+    masked = {mask is not None for mask in masks}
+    # That kernel drops the terms of all siblings or of none; forward, the mask is in S already.
+    uniform = direction == "fwd" or len(masked) == 1
+    if uniform and _lora_gemm.fits([narrow, *wides, *weights]):
+        possible.append("gemm")
+    tokens, features = narrow.shape
+    widths = tuple(w.shape[0] for w in weights)
+    shape = ways.Shape(direction, tokens, features, widths, max(ranks), any(masked))
+    return ways.pick(config.for_device(narrow.device).name, shape, possible), held
+
+
+def clear_padding(thin: Tensor, ranks: Sequence[int]) -> None:
+    """The border's columns past the last rank meet zeros, but NaN times zero is NaN."""
+    if sum(ranks) < thin.shape[1]:
+        thin[:, sum(ranks) :].zero_()
+
+
+def by(keys: Iterable[Any]) -> dict[Any, list[int]]:
+    """Positions of equal keys, in the order they come."""
+    groups: dict[Any, list[int]] = {}
+    for position, key in enumerate(keys):
+        groups.setdefault(key, []).append(position)
+    return groups
+
+
+def at(values: Sequence[Any], positions: Sequence[int]) -> list[Any]:
+    return [values[i] for i in positions]
+
+
+def dense(adapters: Sequence[Tensor]) -> list[Tensor]:
+    """Adapters may be views (tied, sliced or transposed); the kernels read rows. Small to copy."""
+    return [adapter.contiguous() for adapter in adapters]
+
+
+def scales_kept(masks: Sequence[Tensor | None], ps: Sequence[float]) -> list[float]:
+    """1 / (1 - p) where there is a mask; with p = 1 everything is dropped, and 0 says so."""
+    return [
+        1.0 if mask is None else (1.0 / (1.0 - p) if p < 1.0 else 0.0)
+        for mask, p in zip(masks, ps, strict=True)
+    ]

@@ -1,0 +1,157 @@
+"""The forward of ``fastft_kernels.lora_linear``: the thin products, then the layers' values.
+
+In a recompute the two are parted: what the backward needs is there before the wide products run,
+and the last of them need not run at all (``fastft.ops._saving``).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastft_kernels import _lora_gemm, border
+from fastft_kernels._common import device_guard
+from fastft_kernels._lora_calls import at, by, choose_way, clear_padding, dense, plain, scales_kept
+from fastft_kernels._lora_routed import Route, routes
+from fastft_kernels._lora_skinny import Copy, expand_add, shrink
+
+__all__ = ["fwd", "fwd_adapters", "fwd_values"]
+
+
+class _Call(NamedTuple):
+    """What comes after ys and ss."""
+
+    x: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    lora_as: list[Tensor]
+    lora_bs: list[Tensor]
+    scalings: list[float]
+    masks: list[Tensor | None]
+    dropout_ps: list[float]
+    owners: list[int]
+    spans: list[tuple[int, int]]
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        return 0, self.x.shape[0]
+
+    def way(self, ys: list[Tensor]) -> tuple[str, border.Border | None]:
+        if not self.x.numel() or not plain(len(ys), self.owners, self.spans, self.whole):
+            return "expand", None
+        return choose_way("fwd", self.x, ys, self.weights, dense(self.lora_as), self.masks)
+
+
+def fwd(ys: list[Tensor], ss: list[Tensor], *call: Any) -> None:
+    """Writes y_i (M, N_i) for every layer, and for adapter j of layer owners[j] over the rows
+    spans[j] of x: s_j = drop_j(x) A_j^T (rows, r_j). The arguments are those of both halves."""
+    c = _Call(*call)
+    with device_guard(c.x):
+        way, held = c.way(ys)
+        left = copy = None
+        if way == "border" and held is not None:
+            # The pass over x that makes S leaves [x | S] behind.
+            left = _operand(c.x, held)
+            thin = left[:, c.x.shape[1] :]
+            copy = Copy(left[:, : c.x.shape[1]], [thin[:, p] for p in held.rank_slices()])
+        _adapters(ss, c, copy)
+        _values(ys, ss, c, way, held, left)
+
+
+def fwd_adapters(ys: list[Tensor], ss: list[Tensor], *call: Any) -> None:
+    """The ss of ``fwd``, of which ``fwd_values`` makes the ys."""
+    c = _Call(*call)
+    with device_guard(c.x):
+        _adapters(ss, c, None)
+
+
+def fwd_values(ys: list[Tensor], ss: list[Tensor], *call: Any) -> None:
+    """The ys of ``fwd``, from x and the ss."""
+    c = _Call(*call)
+    with device_guard(c.x):
+        way, held = c.way(ys)
+        left = None
+        if way == "border" and held is not None:
+            left = _operand(c.x, held)
+            left[:, : c.x.shape[1]].copy_(c.x)
+            for s, place in zip(ss, held.rank_slices(), strict=True):
+                left[:, c.x.shape[1] :][:, place].copy_(s)
+        _values(ys, ss, c, way, held, left)
+
+
+def _operand(x: Tensor, held: border.Border) -> Tensor:
+    """Room for [x | S]."""
+    left = border.operand(x, x.shape[0], x.shape[1], held.border)
+    clear_padding(left[:, x.shape[1] :], held.ranks)
+    return left
+
+
+def _adapters(ss: list[Tensor], c: _Call, copy: Copy | None) -> None:
+    lora_as, kept = dense(c.lora_as), scales_kept(c.masks, c.dropout_ps)
+    if routes(c.owners, c.spans, c.x):
+        xs = [c.x] * len(c.owners)
+        Route(xs, lora_as, ss, c.spans, kept, c.masks).shrink(transposed=False)
+        return
+    for span, members in by(c.spans).items():
+        shrink(
+            at(ss, members), c.x[slice(*span)], at(lora_as, members), at(kept, members),
+            at(c.masks, members), transposed=False, copy=copy,
+        )  # fmt: skip
+
+
+def _values(
+    ys: list[Tensor],
+    ss: list[Tensor],
+    c: _Call,
+    way: str,
+    held: border.Border | None,
+    left: Tensor | None,
+) -> None:
+    lora_bs = dense(c.lora_bs)
+    if left is not None and held is not None:
+        _border(ys, c, lora_bs, held, left)
+    elif way == "gemm":
+        layers = zip(ys, c.weights, c.biases, ss, lora_bs, c.scalings, strict=True)
+        for y, weight, bias, s, b, scaling in layers:
+            _lora_gemm.product(
+                y, bias, [c.x], [weight], [s], [b], [scaling], [None], transposed=True
+            )  # fmt: skip
+    else:
+        for y, weight in zip(ys, c.weights, strict=True):
+            torch.mm(c.x, weight.t(), out=y)
+        _expand(ys, ss, c, lora_bs)
+
+
+def _border(
+    ys: list[Tensor], c: _Call, lora_bs: list[Tensor], held: border.Border, left: Tensor
+) -> None:
+    """y_i = [x | S] [W_i | scaling_i B_i]^T + bias_i."""
+    right = held.forward_operand(lora_bs, c.scalings)
+    for y, bias, rows in zip(ys, c.biases, right.split(list(held.widths)), strict=True):
+        if bias is None:
+            torch.mm(left, rows.t(), out=y)
+        else:
+            torch.addmm(bias, left, rows.t(), out=y)
+
+
+def _expand(ys: list[Tensor], ss: list[Tensor], c: _Call, lora_bs: list[Tensor]) -> None:
+    """y_i += scaling_j s_j B_j^T over the rows of each adapter j, and the biases."""
+    with_bias: set[int] = set()
+    if routes(c.owners, c.spans, c.x):
+        wides, none = [ys[i] for i in c.owners], [None] * len(c.owners)
+        Route(wides, lora_bs, ss, c.spans, c.scalings, none).expand(
+            [[j] for j in range(len(c.owners))], transposed=True
+        )
+    else:
+        for (owner, span), members in by(zip(c.owners, c.spans, strict=True)).items():
+            bias = c.biases[owner] if span == c.whole else None
+            expand_add(
+                ys[owner][slice(*span)], bias, at(ss, members), at(lora_bs, members),
+                at(c.scalings, members), [None] * len(members), transposed=True,
+            )  # fmt: skip
+        with_bias = {o for o, span in zip(c.owners, c.spans, strict=True) if span == c.whole}
+    for i, bias in enumerate(c.biases):
+        if bias is not None and i not in with_bias:
+            ys[i].add_(bias)
