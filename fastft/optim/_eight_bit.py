@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from fastft.errors import ArgumentError
-from fastft.ops.optimizer_step import dynamic_map
+from fastft.ops.optimizer_step import STATE_BLOCK, dynamic_map
 from fastft.optim._base import FusedOptimizer
-from fastft.optim._shards import is_sharded
+from fastft.optim._batch import absmax_name, is_eight_bit
+from fastft.optim._shards import is_sharded, like_param, local
+from fastft.reference.optimizer_step import decode8, encode8
 
 __all__ = ["EightBitStates"]
 
@@ -32,19 +34,28 @@ class EightBitStates(FusedOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, with what bitsandbytes' optimizers expect in theirs: step counts as numbers and
-        the maps of the codes. Reads the step counts off the device."""
-        if any(is_sharded(p) for group in self.param_groups for p in group["params"]):
-            raise ArgumentError(
-                self._where, "state_dict", expected="whole parameters", got="sharded ones",
-                remedy="8-bit states of shards cannot be saved; use AdamW or Lion under FSDP2.",
-            )  # fmt: skip
+        the maps of the codes. Reads the step counts off the device.
+
+        Of sharded parameters the states are float32, sharded alike, so that
+        torch.distributed.checkpoint saves them and cuts them up anew; blocks are of the part that
+        is here. Loaded in the same shards they are the same codes and scales.
+        """
         state_dict = super().state_dict()
-        steps = [s["step"] for s in state_dict["state"].values() if isinstance(s["step"], Tensor)]
+        sharded = self._sharded(state_dict)
+        for index, p in sharded.items():
+            state_dict["state"][index] = _wide(state_dict["state"][index], p)
+        steps = [
+            s["step"]
+            for index, s in state_dict["state"].items()
+            if isinstance(s["step"], Tensor) and index not in sharded
+        ]
         numbers = iter(torch.stack([s.cpu() for s in steps]).tolist() if steps else ())
         for group in state_dict["param_groups"]:
             group.setdefault("eps", 0.0)  # theirs read one for every rule
         signed = {"1": True, "2": False}
         for index, own in state_dict["state"].items():
+            if index in sharded:
+                continue
             state = dict(own)
             if isinstance(state["step"], Tensor):
                 state["step"] = int(next(numbers))
@@ -71,6 +82,17 @@ class EightBitStates(FusedOptimizer):
                     state[ours] = state.pop(theirs)
             flat["state"][index] = {k: v for k, v in state.items() if not k.startswith("qmap")}
         super().load_state_dict(flat)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if is_sharded(p) and is_eight_bit(self, p, group):
+                    self.state[p] = _narrow(self.state[p], p)
+
+    def _sharded(self, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
+        """The sharded parameters that have a state, by its index."""
+        params = (p for group in self.param_groups for p in group["params"])
+        ids = (i for group in state_dict["param_groups"] for i in group["params"])
+        pairs = zip(ids, params, strict=True)
+        return {i: p for i, p in pairs if i in state_dict["state"] and is_sharded(p)}
 
     def _check_maps(self, state: dict[str, Any]) -> None:
         for name, signed in (("qmap1", True), ("qmap2", False)):
@@ -82,3 +104,33 @@ class EightBitStates(FusedOptimizer):
                     self._where, name, expected="bitsandbytes' dynamic map", got="another",
                     remedy="Only block-wise 8-bit states can be loaded.",
                 )  # fmt: skip
+
+
+def _wide(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
+    """The state of a shard with float32 values in place of codes and scales.
+
+    The largest magnitude of a block stands for itself, also where it is negative (no code is -1),
+    so that coding the values again gives the codes and scales back.
+    """
+    wide = {name: value for name, value in state.items() if not name.startswith("absmax")}
+    for name, signed in (("state1", True), ("state2", False)):
+        absmax = state.get(absmax_name(name))
+        if absmax is not None:
+            codes = local(state[name])
+            values = decode8(codes, absmax, signed, torch.float32)
+            if signed:
+                scales = absmax.repeat_interleave(STATE_BLOCK)[: codes.numel()].view_as(codes)
+                values = torch.where(codes == 0, -scales, values)
+            wide[name] = like_param(values, p)
+    return wide
+
+
+def _narrow(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
+    """The other way; what is in 8 bits already stays."""
+    narrow = dict(state)
+    for name, signed in (("state1", True), ("state2", False)):
+        value = state.get(name)
+        if value is not None and value.dtype != torch.uint8:
+            codes, narrow[absmax_name(name)] = encode8(local(value).float(), signed)
+            narrow[name] = like_param(codes, p)
+    return narrow
