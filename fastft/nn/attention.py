@@ -40,18 +40,31 @@ class _ConfigView:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.__dict__["_config"], name, value)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ConfigView, (self.__dict__["_config"],)
+
 
 class FusedAttention(Swapped):
     """An attention module that asks the interface for :func:`attention_forward`."""
 
+    # Not made from the module's own "config" at each call: torch 2.11 traces a look at that, in the
+    # module's dictionary, as a call of the property below.
+    fastft_own = ("fastft_config_view",)
+    fastft_config_view: _ConfigView
+
+    def fastft_enter(self) -> None:
+        """The view of the configuration the module has."""
+        self.fastft_config_view = _ConfigView(self.__dict__["config"])
+
     @property
     def config(self) -> Any:
         """The module's configuration, with fastft's attention in place of sdpa."""
-        return _ConfigView(self.__dict__["config"])
+        return self.fastft_config_view
 
     @config.setter
     def config(self, config: Any) -> None:
         self.__dict__["config"] = config
+        self.fastft_enter()
 
 
 def attention_forward(

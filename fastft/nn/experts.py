@@ -21,7 +21,7 @@ from fastft.ops._checks import autocast_dtype
 __all__ = ["FusedLoraExperts", "experts_of", "experts_refusal"]
 
 # What Transformers' decorator for expert modules leaves on each of them.
-_MARKS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_experts")
+_MARKS = ("has_gate", "has_bias", "is_transposed", "num_experts")
 _IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
 
 
@@ -47,7 +47,7 @@ def experts_refusal(outer: Any) -> str | None:
     if any(name not in _weights(experts) for name in wrappers):
         return f"no expert weight has the name {', '.join(wrappers)}"
     implementation = getattr(experts.config, "_experts_implementation", None)
-    if implementation not in _IMPLEMENTATIONS or experts._is_expert_parallel:
+    if implementation not in _IMPLEMENTATIONS or _is_parallel(experts):
         return f"experts implementation is {implementation}, or they are sharded over devices"
     for wrapper in wrappers.values():
         reason = _wrapper_refusal(wrapper)
@@ -60,6 +60,14 @@ def experts_refusal(outer: Any) -> str | None:
         if type(weight) is not nn.Parameter or weight.dim() != 3 or weight.requires_grad:
             return "the expert weights are trained, sharded or no stack of matrices"
     return None
+
+
+def _is_parallel(experts: Any) -> bool:
+    """Whether the experts are shared out over devices. Older Transformers do not say, and
+    experts in one of several processes may be."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    default = several and torch.distributed.get_world_size() > 1
+    return bool(getattr(experts, "_is_expert_parallel", default))
 
 
 def _wrapper_refusal(wrapper: Any) -> str | None:
@@ -162,7 +170,7 @@ def _experts_forward(outer: Any, x: Tensor, index: Tensor, weights: Tensor) -> T
     hidden = project(x[order // top_k], up)
     hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
     y = project(hidden, down)
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):
         y = experts.post_expert_norm(y)
     y = y * weights.reshape(-1)[order, None]
     back = torch.empty_like(order)

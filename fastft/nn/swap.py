@@ -18,6 +18,7 @@ from fastft import backends
 
 __all__ = [
     "Swapped",
+    "become",
     "call_refusal",
     "combined_class",
     "original_of",
@@ -31,10 +32,25 @@ class Swapped:
 
     fastft_original: type[nn.Module]
     fastft_facts: tuple[tuple[str, Hashable], ...] = ()
+    # Attributes a mixin gives the module as it enters, which go when it leaves.
+    fastft_own: tuple[str, ...] = ()
+
+    def fastft_enter(self) -> None:
+        """Runs when a module becomes of this class."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state: Any = super().__reduce_ex__(protocol)
         return (_revive, (_recipe(type(self)),), *state[2:])
+
+
+def become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Makes the module one of this class, of what it is or what it was."""
+    before: Any = type(module)
+    for name in before.fastft_own if issubclass(before, Swapped) else ():
+        module.__dict__.pop(name, None)
+    module.__class__ = cls
+    if isinstance(module, Swapped):
+        module.fastft_enter()
 
 
 @functools.cache

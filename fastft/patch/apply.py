@@ -16,7 +16,7 @@ from fastft.nn import packing, siblings
 from fastft.nn.calls import strict_modules
 from fastft.nn.head import FusedHead, FusedLoraHead
 from fastft.nn.lora import UNMERGED, forget_norms
-from fastft.nn.swap import Swapped, combined_class, original_of
+from fastft.nn.swap import Swapped, become, combined_class, original_of
 from fastft.patch.proofs import difference, site_key, tolerance, verifiable
 from fastft.patch.rules import RULES, Rule, Site, language_model_of
 
@@ -144,7 +144,7 @@ def accelerate(
     for site in planned:
         if site.fused is None:
             continue
-        site.module.__class__ = _joined(site)
+        become(site.module, _joined(site))
         if strict:
             strict_modules.add(site.module)
         if issubclass(site.fused, (FusedHead, FusedLoraHead)):
@@ -207,7 +207,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         original = original_of(module)
         if type(module) is not original:
-            module.__class__ = original
+            become(module, original)
             if original is PeftLinear:
                 forget_norms([module])
             module.__dict__.pop(UNMERGED, None)

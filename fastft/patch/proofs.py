@@ -18,7 +18,7 @@ from fastft.nn.experts import experts_of
 from fastft.nn.head import FusedHead, FusedLoraHead, deferring
 from fastft.nn.mlp import layout_of
 from fastft.nn.rope import FusedRope, fused_rope, rope_facts
-from fastft.nn.swap import original_of
+from fastft.nn.swap import become, original_of
 
 __all__ = [
     "difference",
@@ -96,11 +96,11 @@ def _relative(got: Tensor, expected: Tensor) -> float:
 @contextmanager
 def _as_class(module: nn.Module, kind: type[nn.Module]) -> Iterator[None]:
     before = type(module)
-    module.__class__ = kind
+    become(module, kind)
     try:
         yield
     finally:
-        module.__class__ = before
+        become(module, before)
 
 
 def float_parameter(module: nn.Module) -> nn.Parameter | None:
