@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from fastft_kernels import lora_linear as launcher
 from fastft_kernels import ways
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -71,7 +70,7 @@ def test_a_packed_model_trains_as_another(dropout: float, monkeypatch: pytest.Mo
     keys = list(model.state_dict())
     taken: list[str] = []
     pick = ways.pick
-    monkeypatch.setattr(launcher.ways, "pick", lambda *a: taken.append(pick(*a)) or taken[-1])
+    monkeypatch.setattr(ways, "pick", lambda *a: taken.append(pick(*a)) or taken[-1])
     with ways.force("border"):
         for number in range(3):
             expected = step(plain)
