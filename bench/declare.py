@@ -81,10 +81,13 @@ class Impl:
 
 @dataclass
 class Measured:
-    """Times in seconds, one per round (rounds of all implementations align), and peak memory."""
+    """Times in seconds, one per round (rounds of all implementations align), and peak memory; on a
+    GPU, where a suite asks, how many launches a step is and how long the host takes for them."""
 
     times: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
+    launches: int | None = None
+    host_seconds: float | None = None
 
     @property
     def median(self) -> float:
@@ -119,6 +122,7 @@ class Suite:
     check: Callable[[Any, Step], str | None]
     tiny: Callable[[Case], Case] | None = None
     measures_memory: bool = False
+    counts_launches: bool = False
     preload: tuple[str, ...] = ()
 
     def impl(self, name: str) -> Impl:

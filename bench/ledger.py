@@ -80,6 +80,8 @@ def kernels(root: Path = ROOT) -> dict[str, list[Path]]:
     for op in _triton_ops(root):
         found[f"triton/{op}"] = sorted(set(_imported(root, _TRITON / f"{op}.py")))
     for source in sorted((root / _CUDA).glob("*.cu")):
+        if "__global__" not in source.read_text(encoding="utf-8"):
+            continue  # no kernel in it
         relative = source.relative_to(root)
         launcher = Path("fastft/cuda") / f"{source.stem}.py"
         files = {relative, *_included(root, relative)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,30 @@ class Clock:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
+
+
+def launches(run: Callable[[], None]) -> int:
+    """Kernels, copies and fills that one call puts on the GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in found.events())
+
+
+def host_seconds(run: Callable[[], None], calls: int = 20) -> float:
+    """Median time until a call returns that finds the GPU idle: the host's share of it, and more
+    where it waits for the GPU."""
+    times = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return statistics.median(times)
 
 
 def trim() -> None:

@@ -217,12 +217,12 @@ def build_torchao(inputs: Inputs) -> Step:
     return _step(inputs, lambda p: _clipped(inputs, p, AdamW8bit(p, **OPTIONS, **more)), "8-bit")
 
 
-def _fastft(inputs: Inputs, kind: str) -> Step:
+def _fastft(inputs: Inputs, kind: str, **options: Any) -> Step:
     from fastft import optim
 
     # Without a clip no gradient is summed either: as the others.
     clip = MAX_NORM if clips(inputs.case) else None
-    more = {"max_grad_norm": clip, "skip_nonfinite": clip is not None}
+    more = {"max_grad_norm": clip, "skip_nonfinite": clip is not None, **options}
     name = "8-bit" if "8bit" in kind else "change"
     return _step(inputs, lambda p: getattr(optim, kind)(p, **OPTIONS, **more).step, name)
 
@@ -236,6 +236,16 @@ def build_fastft(inputs: Inputs) -> Step:
 def build_fastft_8bit(inputs: Inputs) -> Step:
     """fastft.optim.AdamW8bit: the same with 8-bit states."""
     return _fastft(inputs, "AdamW8bit")
+
+
+def build_fastft_host(inputs: Inputs) -> Step:
+    """fastft.optim.AdamW8bit with its states in pinned host memory."""
+    return _fastft(inputs, "AdamW8bit", states="host")
+
+
+def gpu_only(case: Case, options: Options) -> str | None:
+    """Why states in host memory are no case of their own on a CPU."""
+    return None if options.device.type == "cuda" else "does not apply: a CPU's memory is the host's"
 
 
 def build_copy(inputs: Inputs) -> Step:
@@ -265,6 +275,16 @@ def bytes_per_param(own: Measured, by_impl: Mapping[str, Measured], case: Case) 
     return None if own.peak_bytes is None else own.peak_bytes / case["total"]
 
 
+def launches(own: Measured, by_impl: Mapping[str, Measured], case: Case) -> float | None:
+    """Kernels, copies and fills of a step; on a GPU."""
+    return own.launches
+
+
+def host_us(own: Measured, by_impl: Mapping[str, Measured], case: Case) -> float | None:
+    """Time until a step returns, the GPU having been idle; on a GPU."""
+    return None if own.host_seconds is None else own.host_seconds * 1e6
+
+
 def of_copy(own: Measured, by_impl: Mapping[str, Measured], case: Case) -> float | None:
     """How near the floor: the copy's time over the step's."""
     copy = by_impl.get("copy")
@@ -286,15 +306,19 @@ SUITE = Suite(
         Impl("copy", build_copy),
         Impl("fastft", build_fastft),
         Impl("fastft-8bit", build_fastft_8bit),
+        Impl("fastft-host", build_fastft_host, not_here=gpu_only),
     ),
     metrics=(
         Metric("ns_per_param", "ns", False, ns_per_param),
         Metric("of_copy", "fraction", True, of_copy),
         Metric("bytes_per_param", "bytes", False, bytes_per_param),
+        Metric("launches", "launches", False, launches),
+        Metric("host_us", "us", False, host_us),
     ),
     prepare=prepare,
     check=check,
     tiny=tiny,
     measures_memory=True,
+    counts_launches=True,
     preload=("fastft.optim",),
 )

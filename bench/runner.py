@@ -8,7 +8,7 @@ import torch
 
 from . import peak
 from .declare import Case, Impl, Measured, Options, Step, Suite
-from .measure import Clock
+from .measure import Clock, host_seconds, launches
 from .peers import missing
 from .records import Record, make
 
@@ -43,6 +43,10 @@ def _run_case(suite: Suite, case: Case, options: Options, out: Emit) -> None:
         else:
             refused[impl.name] = reason or "not built"
     measured = interleave(steps, options)
+    if suite.counts_launches and options.device.type == "cuda":
+        for name, step in steps.items():
+            measured[name].launches = launches(step.run)
+            measured[name].host_seconds = host_seconds(step.run)
     # The inputs and all implementations leave before memory is measured in processes of their own.
     del inputs
     steps.clear()

@@ -169,6 +169,9 @@ def plan(
     method: Annotated[str, typer.Option(help="lora, qlora or full.")] = "lora",
     r: Annotated[int | None, typer.Option("--rank", "--r", help="Rank of the adapters.")] = None,
     optim: Annotated[str | None, typer.Option(help="AdamW, AdamW8bit, Lion or Lion8bit.")] = None,
+    optim_states: Annotated[
+        str | None, typer.Option(help="device, host or paged: where the optimizer's states are.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences of a micro-batch.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float32 or auto.")] = None,
@@ -195,6 +198,7 @@ def plan(
         given = {
             "r": r,
             "optim": optim,
+            "optim_states": optim_states,
             "per_device_train_batch_size": batch,
             "max_length": length,
             "dtype": dtype,

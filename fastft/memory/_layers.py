@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from fastft import backends
 from fastft.memory._attention import Store, full_contexts, keep_attention
-from fastft.memory._host import CudaEngine, HostRing, MetaRing, Parked
+from fastft.memory._host import HostRing, MetaRing, Parked
 from fastft.memory._saved import saving
 from fastft.nn.swap import Swapped, combined_class, original_of, swapped_class
+from fastft.streams import CudaEngine
 
 __all__ = [
     "POLICIES",

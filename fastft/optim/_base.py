@@ -14,13 +14,16 @@ from fastft.errors import ArgumentError
 from fastft.ops.optimizer_step import ROUNDINGS
 from fastft.optim._batch import Batch
 from fastft.optim._flat import Flat, flatten
+from fastft.optim._host import HostBatch
 from fastft.optim._hyper import RefusedError, check_hyper
+from fastft.optim._places import PLACES
+from fastft.optim._saved import SavedState
 from fastft.optim._shards import aligned, global_norm, is_sharded, shard_offset
 
 __all__ = ["FusedOptimizer"]
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(SavedState):
     """What the optimizers share: one call a step, clip, skip, states, rounding.
 
     Args:
@@ -41,6 +44,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             buffer each, so that step, clip and ``zero_grad`` are one pass whatever their number.
             Gradients are then zeroed and not dropped; a parameter without one steps by a gradient
             of zero. Not for stochastic rounding, whose bits go by parameter, nor for shards.
+        states: where the states of parameters on a GPU are. "device": there. "host": in pinned
+            host memory, from where 64 MiB at a time visit the GPU beside the step; it takes 192 MiB
+            there, and a step takes as long as the states take over the bus, both ways at once. The
+            same bits. "paged": in managed memory, which the driver moves to the host where the GPU
+            runs full, and back as it is touched.
 
     ``foreach``, ``fused`` and ``capturable`` are accepted and change nothing: all steps run on the
     device in one call, never wait for it, and can be captured in a CUDA graph.
@@ -72,6 +80,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         rounding: str = "nearest",
         seed: int = 0,
         flat: bool = False,
+        states: str = "device",
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
@@ -87,6 +96,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             ("rounding", rounding, rounding in ROUNDINGS, " or ".join(ROUNDINGS)),
             ("differentiable", differentiable, not differentiable, "False"),
             ("flat", flat, not flat or rounding != "stochastic", "False with stochastic rounding"),
+            ("states", states, states in PLACES, " or ".join(PLACES)),
+            ("states", states, states == "device" or not flat, "device with flat=True"),
         ):
             if not valid:
                 raise ArgumentError(where, name, expected=expected, got=repr(value))
@@ -101,7 +112,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     "foreach=True, in torch; here leave foreach out.",
                 )  # fmt: skip
         self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
-        self.rounding, self.seed, self.flat = rounding, seed, flat
+        self.rounding, self.seed, self.flat, self.states = rounding, seed, flat, states
         self._start()
         # torch moves "step" to the device when it loads groups that say they are capturable.
         flags = {"foreach": foreach, "fused": fused, "capturable": capturable}
@@ -200,7 +211,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if sharded:
             grads = [aligned(g, p) for p, g in zip(params, grads, strict=True)]
         measures = self.max_grad_norm is not None or self.skip_nonfinite
-        if measures and (several or sharded):
+        in_pieces = self.states == "host"
+        if measures and (several or sharded or in_pieces):
             norm = global_norm(grads)
         self._norm_is_global = norm is not None
         for device, part in _by_device(params, grads, groups):
@@ -229,16 +241,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         needs_norm: bool,
     ) -> None:
         batch = self._batch(device, params, groups)
-        batch.set_hyper(self)
-        batch.launcher.step(
-            batch.tensors,
-            batch.grads(grads, self),
-            batch.hyper,
-            self._stats_of(device),
-            max_norm=(self.max_grad_norm or 0.0) if needs_norm else 0.0,
-            needs_norm=needs_norm,
-            seed=self.seed,
-        )
+        batch.run(self, grads, self._stats_of(device), needs_norm)
 
     def _inverse_scale(self, device: torch.device) -> Tensor | float:
         scale = getattr(self, "grad_scale", None)
@@ -286,7 +289,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         key = (device, self.n_states(groups[0]), tuple(map(id, params)), tuple(map(id, groups)))
         batch = self._batches.pop(key, None)
         if batch is None or batch.is_stale(self, params):
-            batch = Batch(self, list(zip(params, groups, strict=True)))
+            kind = Batch if self.ring_of(device) is None else HostBatch
+            batch = kind(self, list(zip(params, groups, strict=True)))
         self._batches[key] = batch
         if len(self._batches) > self.kept_batches:
             self._batches.pop(next(iter(self._batches)))
@@ -311,72 +315,17 @@ class FusedOptimizer(torch.optim.Optimizer):
                     position += 1
         return self._keys[id(p)], shard_offset(p)
 
-    # State in and out.
-
     def _start(self) -> None:
         self._batches, self._stats, self._keys, self._flats = {}, {}, {}, []
+        self._rings = {}
         self._scaled: dict[torch.device, bool] = {}
         self._norm_is_global = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        # torch's own leaves out what it does not know.
-        names = ("max_grad_norm", "skip_nonfinite", "rounding", "seed", "flat", "_stats", "_where")
-        own = {name: getattr(self, name) for name in names}
-        return {**super().__getstate__(), **own, "_more": self._more}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # From a copy or a pickle, or (with two keys) from load_state_dict.
-        if "_where" in state:
-            self._start()
-        super().__setstate__(state)
-        self._batches, self._keys, self._flats = {}, {}, []
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch."""
         self.defaults.update(self._more)
         super().add_param_group(param_group)
         self._keys, self._flats = {}, []
-
-    def state_dict(self) -> dict[str, Any]:
-        """As in torch. Step counts that flat parameters share are each one's own in it."""
-        state_dict = super().state_dict()
-        if self.flat:
-            state_dict["state"] = {
-                index: {**state, "step": state["step"].clone()}
-                for index, state in state_dict["state"].items()
-            }
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch; states keep the dtype they were saved in, whatever the parameters'.
-
-        Raises:
-            ArgumentError: the state of an amsgrad optimizer.
-        """
-        if any(group.get("amsgrad") for group in state_dict.get("param_groups", [])):
-            raise ArgumentError(
-                self._where, "amsgrad", expected="False", got="True", remedy="It is not offered."
-            )
-        # What hooks have made of it; this one is the last.
-        seen = [state_dict]
-        handle = self.register_load_state_dict_pre_hook(lambda _, own: seen.append(own))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        saved = seen[-1]["state"]
-        saved_ids = [i for group in seen[-1]["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(saved_ids, params, strict=True):
-            for key, value in saved.get(index, {}).items():
-                now = self.state[p][key]
-                both = isinstance(value, Tensor) and isinstance(now, Tensor)
-                if both and (now.dtype != value.dtype or key == "step"):
-                    self.state[p][key] = value.to(now.device, copy=True)
-        self._batches, self._flats = {}, []
 
 
 _Part = tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastft import ops
 from fastft.ops.optimizer_step import HYPER, STATE_BLOCK, launcher_of
+from fastft.optim._places import home, new_memory, put
 from fastft.optim._shards import like_param, local
 
 if TYPE_CHECKING:
@@ -28,38 +29,62 @@ class Batch:
         for p, _ in members:
             optimizer.refuse(p, p if p.grad is None else p.grad)
         make_states(optimizer, members)
-        states = [optimizer.state_of(p) for p, _ in members]
-        keys = [optimizer.random_key(p) for p, _ in members]
-        names = optimizer.state_names[: max(optimizer.n_states(group) for _, group in members)]
+        self._states = [optimizer.state_of(p) for p, _ in members]
+        self._names = optimizer.state_names[: max(optimizer.n_states(g) for _, g in members)]
         self._orders = [_order(local(p)) for p, _ in members]
-
-        def dense(tensors: Sequence[Tensor | None]) -> list[Any]:
-            pairs = zip(tensors, self._orders, strict=True)
-            return [None if t is None else _dense(local(t), order) for t, order in pairs]
-
         # Parameters go in themselves where they can: where their data moves, the table follows.
-        params = dense([p for p, _ in members])
-        views = [(p, v) for (p, _), v in zip(members, params, strict=True) if v is not p]
-        self._views = [(p, local(p).data_ptr()) for p, _ in views]
+        self._params = self._dense([p for p, _ in members])
+        self._views = [
+            (p, local(p).data_ptr())
+            for (p, _), view in zip(members, self._params, strict=True)
+            if view is not p or self.holds_views
+        ]
+        self._facts = [(p.dtype, p.numel()) for p, _ in members]
+        self._held = {name: [s.get(name) for s in self._states] for name in ("step", *self._names)}
+        self._groups = list({id(group): group for _, group in members}.values())
+        index = {id(group): i for i, group in enumerate(self._groups)}
+        self._group_of = [index[id(group)] for _, group in members]
+        self._rows: list[tuple[Any, ...]] = []
+        self._lay_out(optimizer, [optimizer.random_key(p) for p, _ in members])
+        self.hyper = torch.zeros(len(self._group_of), len(HYPER), device=self._params[0].device)
+
+    # Whether the call holds views of the parameters' memory, not the parameters.
+    holds_views = False
+
+    def _dense(self, tensors: Sequence[Tensor | None]) -> list[Any]:
+        """The part here of tensors of the members, as it lies in memory."""
+        pairs = zip(tensors, self._orders, strict=True)
+        return [None if t is None else _dense(local(t), order) for t, order in pairs]
+
+    def _lay_out(self, optimizer: FusedOptimizer, keys: list[tuple[int, int]]) -> None:
+        states = self._states
         self.tensors = ops.StepTensors(
             optimizer.rule,
-            params,
+            self._params,
             [s["step"] for s in states],
-            [dense([s[name] for s in states]) for name in names],
-            [[s.get(absmax_name(name)) for s in states] for name in names],
-            dense([s.get("compensation") for s in states]),
+            [self._dense([s[name] for s in states]) for name in self._names],
+            [[s.get(absmax_name(name)) for s in states] for name in self._names],
+            self._dense([s.get("compensation") for s in states]),
             optimizer.rounding,
             [key for key, _ in keys],
             [offset for _, offset in keys],
         )
         self.launcher = launcher_of(self.tensors)
-        self.hyper = torch.zeros(len(members), len(HYPER), device=self.tensors.device)
-        self._facts = [(p.dtype, p.numel()) for p, _ in members]
-        self._held = {name: [s.get(name) for s in states] for name in ("step", *names)}
-        self._groups = list({id(group): group for _, group in members}.values())
-        index = {id(group): i for i, group in enumerate(self._groups)}
-        self._group_of = [index[id(group)] for _, group in members]
-        self._rows: list[tuple[Any, ...]] = []
+
+    def run(
+        self, optimizer: FusedOptimizer, grads: list[Tensor], stats: Tensor, needs_norm: bool
+    ) -> None:
+        """The step of these parameters."""
+        self.set_hyper(optimizer)
+        self.launcher.step(
+            self.tensors,
+            self.grads(grads, optimizer),
+            self.hyper,
+            stats,
+            max_norm=(optimizer.max_grad_norm or 0.0) if needs_norm else 0.0,
+            needs_norm=needs_norm,
+            seed=optimizer.seed,
+        )
 
     def is_stale(self, optimizer: FusedOptimizer, params: list[Tensor]) -> bool:
         """Whether parameters have another size or dtype, views of them other memory, or their
@@ -82,7 +107,7 @@ class Batch:
                     return grads
             except RuntimeError:
                 pass  # a sparse one, which is refused below
-        for p, g in zip(self.tensors.params, grads, strict=True):
+        for p, g in zip(self._params, grads, strict=True):
             optimizer.refuse(p, g)
         pairs = zip(grads, self._orders, strict=True)
         return [_dense(local(g), order).contiguous() for g, order in pairs]
@@ -142,18 +167,22 @@ def make_states(optimizer: FusedOptimizer, members: Members) -> None:
     for p, group in members:
         _adopt(optimizer, p)
         plan += [(p, *wanted) for wanted in _missing(optimizer, p, group)]
-    # One allocation for each dtype: neighbours in memory, and starts of 16 bytes.
-    totals: dict[torch.dtype, int] = {}
-    for _, _, size, dtype in plan:
-        totals[dtype] = totals.get(dtype, 0) + _padded(size)
-    arenas = {
-        dtype: torch.zeros(total, dtype=dtype, device=local(members[0][0]).device)
-        for dtype, total in totals.items()
-    }
+    # One allocation for each dtype and memory: neighbours in it, and starts of 16 bytes.
+    totals: dict[tuple[bool, torch.dtype], int] = {}
+    for _, key, size, dtype in plan:
+        kind = (key == "step", dtype)
+        totals[kind] = totals.get(kind, 0) + _padded(size)
+    device = local(members[0][0]).device
+    arenas = {}
+    for (counts, dtype), total in totals.items():
+        place = "device" if counts else optimizer.states
+        memory = new_memory(optimizer, place, device, total * dtype.itemsize)
+        arenas[counts, dtype] = memory.view(dtype)
     used = dict.fromkeys(arenas, 0)
     for p, key, size, dtype in plan:
-        part = arenas[dtype][used[dtype] : used[dtype] + size]
-        used[dtype] += _padded(size)
+        kind = (key == "step", dtype)
+        part = arenas[kind][used[kind] : used[kind] + size]
+        used[kind] += _padded(size)
         state = optimizer.state_of(p)
         if key == "step":
             state[key] = part.view(())
@@ -183,22 +212,26 @@ def _adopt(optimizer: FusedOptimizer, p: Tensor) -> None:
     for name, value in list(state.items()):
         if value is None:  # torch's momentum before the first step
             del state[name]
-        elif isinstance(value, Tensor) and local(value).device != here.device:
-            state[name] = value.to(here.device)
+        elif (
+            isinstance(value, Tensor)
+            and local(value).device != home(optimizer, name, here.device)[1]
+        ):
+            state[name] = put(optimizer, name, value, here.device)
     wide = torch.promote_types(p.dtype, torch.float32)
     for name in optimizer.state_names:
         value = state.get(name)
         if value is not None and value.dtype not in (wide, torch.uint8):
-            state[name] = value.to(wide)  # torch keeps them in the parameters' dtype
+            # torch keeps them in the parameters' dtype.
+            state[name] = put(optimizer, name, value.to(wide), here.device)
     for name in (*optimizer.state_names, "compensation"):
         value = state.get(name)
         if value is not None and value.shape == p.shape:
             part = local(value)
             if part.stride() != here.stride():
                 laid = torch.empty_strided(
-                    here.shape, here.stride(), dtype=part.dtype, device=here.device
-                )
-                state[name] = like_param(laid.copy_(part), p)
+                    here.shape, here.stride(), dtype=part.dtype, device=part.device
+                ).copy_(part)
+                state[name] = put(optimizer, name, like_param(laid, p), here.device)
 
 
 def _missing(

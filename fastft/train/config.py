@@ -55,7 +55,8 @@ class TrainConfig:
     Schedule and optimizer (names of ``transformers.TrainingArguments``); ``max_steps`` above 0
         overrides ``num_train_epochs``; ``warmup_steps`` below 1 is a fraction of all steps;
         ``eval_steps`` and ``save_steps`` of 0 mean "at the end only". ``optim``: of
-        ``fastft.optim``; 8-bit states take a quarter of the memory, Lion half.
+        ``fastft.optim``; 8-bit states take a quarter of the memory, Lion half. ``optim_states``:
+        where a GPU's run keeps them: ``device``, pinned ``host`` memory, or ``paged`` between both.
     Numerics:
         dtype: dtype of the frozen model. ``auto`` is bfloat16 where the machine computes it
             natively, else float32. Adapters stay float32.
@@ -109,6 +110,7 @@ class TrainConfig:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     optim: Literal["AdamW", "AdamW8bit", "Lion", "Lion8bit"] = "AdamW"
+    optim_states: Literal["device", "host", "paged"] = "device"
 
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
     autocast: bool = False
@@ -154,6 +156,11 @@ class TrainConfig:
         self._require("eval_fraction", 0 <= self.eval_fraction < 1, "a value in [0, 1)")
         self._require(
             "optim", self.fused or self.optim == "AdamW", "AdamW where fused is false: torch's own"
+        )
+        self._require(
+            "optim_states",
+            self.fused or self.optim_states == "device",
+            "device where fused is false: torch's own",
         )
         self._require(
             "memory_policy",

@@ -13,6 +13,7 @@ from typing import Any
 from fastft.errors import ConfigError
 from fastft.memory.ceilings import Ceilings
 from fastft.memory.devices import Device
+from fastft.optim._ring import RING_BYTES, SLOTS
 from fastft.train.config import TrainConfig
 from fastft.train.plan_model import (
     Request,
@@ -43,7 +44,7 @@ class Prediction:
         workspace: one layer's temporaries, slabs of logits, on a CPU what a process takes beside
             its tensors.
         peak: the sum; less where gradients come as activations go.
-        host: bytes in host memory (offload).
+        host: bytes in host memory (offload, optimizer states).
         parts: seconds by kind of operation.
     """
 
@@ -101,7 +102,7 @@ class Planner:
         weights, largest, outside = weight_bytes(self.model, self.request)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         gradients = sum(p.nbytes for p in trained)
-        states = sum(state_bytes(p.numel(), cfg) for p in trained)
+        states = int(sum(state_bytes(p.numel(), cfg) for p in trained))
         gpus = self.request.gpus
         # FSDP: shares of everything, and whole what is in no layer and two layers: this one and
         # the next.
@@ -113,6 +114,9 @@ class Planner:
             workspace += _PROCESS
         parts = self._parts(step.work)
         parts["optimizer"] = (2 * (gradients + states) + gradients) / self._copies() / gpus
+        away = states // gpus if self.device.type == "cuda" and cfg.optim_states != "device" else 0
+        if cfg.optim_states == "host":  # both directions at once; reading and writing a piece
+            parts["optimizer"] = max(parts["optimizer"], away / (self.device.pcie * 1e9))
         if self.ceilings is not None and self.ceilings.fresh:
             parts["mapping memory"] = step.taken * self.ceilings.fresh
         if self.request.method == "qlora":
@@ -121,8 +125,10 @@ class Planner:
         weights, gradients, states = (
             weights // gpus + gathered,
             gradients // gpus,
-            int(states) // gpus,
+            states // gpus - away,
         )
+        if cfg.optim_states == "host":
+            states += min(SLOTS * away, RING_BYTES)
         return Prediction(
             policy=policy,
             batch=batch,
@@ -133,7 +139,7 @@ class Planner:
             activations=kept,
             workspace=workspace,
             peak=weights + gradients + states + kept + workspace,
-            host=step.parked,
+            host=step.parked + away,
             seconds=sum(parts.values()),
             trainable=sum(p.numel() for p in trained),
             parameters=sum(p.numel() for p in self.model.parameters()),

@@ -137,6 +137,8 @@ def changes(
         )
     if not cfg.optim.endswith("8bit") and request.method == "full":
         with_cfg(f"optim: {cfg.optim}8bit", optim=f"{cfg.optim}8bit")
+    if cfg.optim_states == "device" and device.type == "cuda" and request.method == "full":
+        with_cfg("optim_states: host", optim_states="host")
     if length > 512:
         with_cfg(f"max_length: {length // 2}", max_length=length // 2)
     if request.method == "full":

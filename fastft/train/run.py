@@ -293,6 +293,7 @@ def optimizer_options(cfg: TrainConfig) -> tuple[type, dict[str, Any]]:
         "lr": cfg.learning_rate,
         "betas": (cfg.adam_beta1, cfg.adam_beta2),
         "max_grad_norm": cfg.max_grad_norm or None,
+        "states": cfg.optim_states,
     }
     if cfg.optim.startswith("AdamW"):
         kwargs["eps"] = cfg.adam_epsilon

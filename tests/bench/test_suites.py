@@ -66,7 +66,8 @@ def test_everything_installed_gives_a_number(name: str) -> None:
     assert "fastft" not in absent
     metrics = {m.name for m in SUITES[name].metrics}
     seen = {r.metric for r in found}
-    assert seen == metrics - {"peak_bytes", "bytes_per_param"}
+    # Memory is measured in other processes, launches on a GPU.
+    assert seen == metrics - {"peak_bytes", "bytes_per_param", "launches", "host_us"}
     assert all(r.value is None or r.value > 0 or r.metric == "extra_over_frozen" for r in found)
 
 

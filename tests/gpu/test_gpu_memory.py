@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastft import memory
-from fastft.memory._host import CudaEngine, HostRing
+from fastft.memory._host import HostRing
+from fastft.streams import CudaEngine
 from tests.memory.models import VOCABULARY, llama
 
 pytestmark = pytest.mark.gpu

@@ -56,8 +56,9 @@ def test_compiles(source: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert out.stat().st_size > 0
-    spills = re.findall(r"(\d+) bytes spill stores", done.stderr)
-    assert len(spills) >= len(architectures), "ptxas reports every kernel"
-    assert set(spills) == {"0"}, f"spills: {spills}"
+    if "__global__" in source.read_text():
+        spills = re.findall(r"(\d+) bytes spill stores", done.stderr)
+        assert len(spills) >= len(architectures), "ptxas reports every kernel"
+        assert set(spills) == {"0"}, f"spills: {spills}"
     for forbidden in ("torch/", "Python.h", "pybind11"):
         assert forbidden not in source.read_text()

@@ -52,6 +52,9 @@ class LateEngine:
     def wait(self, event: int) -> None:
         self.run_until(event)
 
+    def finish(self, event: int) -> None:
+        self.run_until(event)
+
     def run_until(self, event: int) -> None:
         while self.queue and self.queue[0][0] <= event:
             self.queue.pop(0)[1]()

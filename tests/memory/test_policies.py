@@ -147,14 +147,16 @@ def test_attention_runs_once_a_layer_under_attention_and_twice_under_full() -> N
 def test_restore_and_fastft_restore_leave_no_trace() -> None:
     model = llama()
     types = [type(module) for module in model.modules()]
+    held = [set(vars(module)) for module in model.modules()]
     memory.checkpoint(model, "attention")
     memory.checkpoint(model, "lora", mlp_tile=8)
     assert memory.explain(model) == "4 x lora"
     memory.restore(model)
     assert [type(module) for module in model.modules()] == types
-    assert not any(key.startswith("fastft") for m in model.modules() for key in vars(m))
+    assert [set(vars(module)) for module in model.modules()] == held
     memory.checkpoint(model, "full")
     fastft.restore(model)
+    assert not any(key.startswith("fastft") for m in model.modules() for key in vars(m))
     assert not any(isinstance(m, Layer) or state_of(m) for m in model.modules())
     assert memory.explain(model).startswith("no policy")
 

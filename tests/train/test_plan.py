@@ -50,6 +50,16 @@ def test_weights_and_states_of_an_8b_model_by_hand(folders):
     full = planner(folders["Llama-3.1-8B"], "full", optim="AdamW8bit").predict("full")
     assert full.gradients == 2 * base
     assert full.optimizer == pytest.approx(2.03 * base, rel=2e-3)
+    hosted = planner(folders["Llama-3.1-8B"], "full", optim="AdamW8bit", optim_states="host")
+    away = hosted.predict("full")
+    assert away.host - full.host == full.optimizer
+    assert away.optimizer == 3 * 64 << 20
+    assert full.peak - away.peak == full.optimizer - away.optimizer
+    # An H100's bus carries 50 GB a second each way.
+    assert away.parts["optimizer"] == pytest.approx(full.optimizer / 50e9)
+    assert away.parts["optimizer"] > full.parts["optimizer"]
+    paged = planner(folders["Llama-3.1-8B"], "full", optim="AdamW8bit", optim_states="paged")
+    assert paged.predict("full").optimizer == 0
     # 7 of 8 billion weights at half a byte and an eighth of one in 32.
     qlora = planner(folders["Llama-3.1-8B"], "qlora").predict("full")
     linear = layers * (2 * h * h + 2 * h * v + 3 * h * i)

@@ -1,0 +1,131 @@
+"""What an optimizer gives to files, copies and pickles, and takes from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft.errors import ArgumentError
+from fastft.optim._places import put
+from fastft.optim._ring import Ring, new_ring
+from fastft.optim._shards import local
+
+__all__ = ["SavedState"]
+
+
+class SavedState(torch.optim.Optimizer):
+    """The part of ``FusedOptimizer`` that keeps, saves and loads states."""
+
+    states: str
+    flat: bool
+    defaults: dict[str, Any]
+    _where: str
+    _more: dict[str, Any]
+    _batches: dict[Any, Any]
+    _keys: dict[int, int]
+    _flats: list[Any]
+    _rings: dict[torch.device, Ring | None]
+
+    def _start(self) -> None:
+        """Nothing is known yet."""
+        raise NotImplementedError
+
+    def ring_of(self, device: torch.device) -> Ring | None:
+        """Through which states of parameters on a device visit it; None where they stay there."""
+        if self.states == "host" and device not in self._rings:
+            self._rings[device] = new_ring(device)
+        return self._rings.get(device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.wait_for_states()
+        # torch's own leaves out what it does not know.
+        names = (
+            "max_grad_norm",
+            "skip_nonfinite",
+            "rounding",
+            "seed",
+            "flat",
+            "states",
+            "_stats",
+            "_where",
+        )
+        own = {name: getattr(self, name) for name in names}
+        return {**super().__getstate__(), **own, "_more": self._more}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # From a copy or a pickle, or (with two keys) from load_state_dict.
+        if "_where" in state:
+            self._start()
+        super().__setstate__(state)
+        self._batches, self._keys, self._flats = {}, {}, []
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch. Step counts that flat parameters share are each one's own in it."""
+        self.wait_for_states()
+        state_dict = super().state_dict()
+        if self.flat:
+            state_dict["state"] = {
+                index: {**state, "step": state["step"].clone()}
+                for index, state in state_dict["state"].items()
+            }
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch; states keep the dtype they were saved in, whatever the parameters'.
+
+        Raises:
+            ArgumentError: the state of an amsgrad optimizer.
+        """
+        if any(group.get("amsgrad") for group in state_dict.get("param_groups", [])):
+            raise ArgumentError(
+                self._where, "amsgrad", expected="False", got="True", remedy="It is not offered."
+            )
+        # What hooks have made of it; this one is the last.
+        seen = [state_dict]
+
+        def last(_: Any, own: dict[str, Any]) -> dict[str, Any] | None:
+            seen.append(own)
+            return None if self.states == "device" else _without_tensors(own)
+
+        handle = self.register_load_state_dict_pre_hook(last)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        saved = seen[-1]["state"]
+        saved_ids = [i for group in seen[-1]["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(saved_ids, params, strict=True):
+            for key, value in saved.get(index, {}).items():
+                now = self.state[p][key]
+                if not isinstance(value, Tensor) or not isinstance(now, Tensor):
+                    continue
+                if self.states != "device" and key != "step":
+                    self.state[p][key] = put(self, key, value, local(p).device)
+                elif now.dtype != value.dtype or key == "step":
+                    self.state[p][key] = value.to(now.device, copy=True)
+        self._batches, self._flats = {}, []
+
+    def wait_for_states(self) -> None:
+        """The host goes on when states in host memory are written; ``state_dict`` calls it, and so
+        does who reads ``state``."""
+        for ring in self._rings.values():
+            if ring is not None:
+                ring.finish()
+
+
+def _without_tensors(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The same with empty states: torch would carry them to the parameters' device."""
+    light = {
+        index: {
+            key: value.new_empty(0) if isinstance(value, Tensor) and key != "step" else value
+            for key, value in own.items()
+        }
+        for index, own in state_dict["state"].items()
+    }
+    return {**state_dict, "state": light}
