@@ -138,9 +138,7 @@ class Plan:
         # Layers that no batch reaches (another tower's) cost nothing under "full".
         unseen = [Choice("full", 0, 0, 0.0)]
         choices = [self._measured.get(kind, unseen) for kind in self._kinds]
-        budget = self._budget
-        if budget is None:
-            budget = max(0, int(_SHARE * free_memory(device)) - self._reserved)
+        budget = budget_or_free(self._budget, self._reserved, device)
         found = cheapest(choices, budget)
         if found is None:
             least = sum(c[-1].kept for c in choices) + max(c[-1].held for c in choices)
@@ -266,6 +264,11 @@ def _say(size: int) -> str:
 def reserved_bytes(model: nn.Module) -> int:
     """What training will allocate beside activations: gradients and states of trained weights."""
     return sum(_STATE_BYTES * p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def budget_or_free(budget: int | None, reserved: int, device: torch.device) -> int:
+    """The budget, or most of what is free beside the bytes that are reserved."""
+    return max(0, int(_SHARE * free_memory(device)) - reserved) if budget is None else budget
 
 
 def free_memory(device: torch.device) -> int:

@@ -135,33 +135,49 @@ class HostRing:
 
 
 class MetaRing:
-    """Of meta tensors: nothing is copied, all is counted.
+    """Of meta tensors: nothing is copied, all is counted, what is on its way among it.
 
     Attributes:
         host_bytes: bytes that are parked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, window: int = 2, ahead: int = 1) -> None:
         self.host_bytes = 0
+        self._window, self._ahead = window, ahead
+        self._leaving: deque[Tensor] = deque()
+        self._coming: dict[int, Tensor] = {}
+        self._parked: weakref.WeakValueDictionary[int, Parked] = weakref.WeakValueDictionary()
+        self._count = 0
 
     def park(self, tensor: Tensor) -> Parked:
-        """The tensor's facts; it is let go."""
+        """The tensor's facts; it is let go as the ring lets it go."""
+        self._coming.clear()
         size = tensor.nbytes
-        host = torch.empty(0)
         facts = (tuple(tensor.size()), tuple(tensor.stride()), tensor.dtype, tensor.device)
-        parked = Parked(0, host, *facts)
+        parked = Parked(self._count, torch.empty(0), *facts)
         self.host_bytes += size
-        weakref.finalize(parked, self._free, size)
+        weakref.finalize(parked, self._gone, self._count, size)
+        self._parked[self._count] = parked
+        self._count += 1
+        self._leaving.append(tensor.detach())
+        while len(self._leaving) > self._window:
+            self._leaving.popleft()
         return parked
 
-    def _free(self, size: int) -> None:
+    def _gone(self, place: int, size: int) -> None:
         self.host_bytes -= size
+        self._coming.pop(place, None)
 
     def fetch(self, parked: Parked) -> Tensor:
-        """A tensor of those facts."""
-        return torch.empty_strided(
-            parked.size, parked.stride, dtype=parked.dtype, device=parked.device
-        )
+        """A tensor of those facts, and room for those before it."""
+        self._leaving.clear()
+        for place in range(parked.place, parked.place - 1 - self._ahead, -1):
+            before = parked if place == parked.place else self._parked.get(place)
+            if before is not None and place not in self._coming:
+                self._coming[place] = torch.empty_strided(
+                    before.size, before.stride, dtype=before.dtype, device=before.device
+                )
+        return self._coming.pop(parked.place)
 
 
 def _rounded(size: int) -> int:

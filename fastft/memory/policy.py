@@ -9,7 +9,7 @@ from torch import nn
 
 from fastft import native
 from fastft.errors import ArgumentError, DtypeError, nearest
-from fastft.memory._auto import Plan, reserved_bytes
+from fastft.memory._auto import Plan, budget_or_free, reserved_bytes
 from fastft.memory._compress import FORMATS
 from fastft.memory._layers import (
     POLICIES,
@@ -26,6 +26,8 @@ __all__ = ["checkpoint", "explain", "restore"]
 _WHERE = "fastft.memory.checkpoint"
 # Layers at the end whose tensors offload leaves on the device: their backward comes at once.
 _ON_DEVICE = 2
+# Of the budget, for the intermediates of one MLP; tokens of a tile are a multiple of the unit.
+_TILE_SHARE, _TILE_UNIT = 0.125, 256
 
 
 def checkpoint(
@@ -34,7 +36,7 @@ def checkpoint(
     budget: int | None = None,
     *,
     compression: str | None = None,
-    mlp_tile: int | None = None,
+    mlp_tile: int | str | None = None,
 ) -> nn.Module:
     """Puts the repeated layers of ``model`` under a policy, in place.
 
@@ -67,14 +69,15 @@ def checkpoint(
     Args:
         model: any model with repeated layers (lists of modules with two or more matrices each).
         policy: one of the above.
-        budget: bytes for activations, the recomputed layer's among them, with "auto". None: nine
-            tenths of the device's free memory, less gradients and two float32 states of trained
-            parameters that do not exist yet.
+        budget: bytes for activations, the recomputed layer's among them, where the policy or the
+            tile is "auto". None: nine tenths of the device's free memory, less gradients and two
+            float32 states of trained parameters that do not exist yet.
         compression: None, or, with ``none`` and ``lora``, a lossy format for large activations:
             "int8" (rounded stochastically) or "float8" (e4m3), one scale a row.
         mlp_tile: tokens that a fused gated MLP treats at a time, its input saved and its gate and
             up made again: 8 units of work for 6, for sequences whose intermediates of one layer
-            are too large. Adapter gradients are then sums over tiles, equal up to rounding.
+            are too large. Adapter gradients are then sums over tiles, equal up to rounding. "auto":
+            as many as take an eighth of the budget, so that shorter batches are not tiled at all.
 
     Returns:
         ``model``. Transformers' and a Trainer's own checkpointing have no effect on these layers.
@@ -109,7 +112,8 @@ def checkpoint(
         )
     restore(model)
     for mlp in mlps if mlp_tile is not None else ():
-        mlp.__dict__[TILE] = mlp_tile
+        tile = _tile(mlp, budget, reserved_bytes(model)) if mlp_tile == "auto" else mlp_tile
+        mlp.__dict__[TILE] = tile
     last = len(layers) - _ON_DEVICE
     if native.available() and any(p.device.type == "cpu" for p in model.parameters()):
         native.module().tight_heap()
@@ -118,6 +122,17 @@ def checkpoint(
     for index, layer in enumerate(layers):
         set_state(layer, LayerState(index, chosen, index >= last, compression, plan))
     return model
+
+
+def _tile(mlp: FusedGatedMLP, budget: int | None, reserved: int) -> int:
+    """Tokens whose intermediates, gate, up, their product and the gradients of the three, take this
+    share of the budget."""
+    weights = [p for p in mlp.parameters() if p.is_floating_point()]  # type: ignore[attr-defined]
+    device = weights[0].device
+    width = getattr(mlp, mlp.fastft_layout.down).in_features
+    itemsize = min(p.element_size() for p in weights)
+    room = _TILE_SHARE * budget_or_free(budget, reserved, device)
+    return max(1, int(room / (6 * width * itemsize)) // _TILE_UNIT) * _TILE_UNIT
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -151,14 +166,14 @@ def _check(model: Any, policy: Any, budget: Any, compression: Any, mlp_tile: Any
             got=repr(policy),
             remedy=nearest(str(policy), names) or None,
         )
-    if budget is not None and policy != "auto":
-        raise ArgumentError(
-            _WHERE, "budget", expected="None, except with policy 'auto'", got=repr(budget)
-        )
+    if budget is not None and "auto" not in (policy, mlp_tile):
+        expected = "None, except with policy or mlp_tile 'auto'"
+        raise ArgumentError(_WHERE, "budget", expected=expected, got=repr(budget))
     if budget is not None and (type(budget) is not int or budget < 1):
         raise ArgumentError(_WHERE, "budget", expected="bytes, 1 or more", got=repr(budget))
-    if mlp_tile is not None and (type(mlp_tile) is not int or mlp_tile < 1):
-        raise ArgumentError(_WHERE, "mlp_tile", expected="tokens, 1 or more", got=repr(mlp_tile))
+    if mlp_tile not in (None, "auto") and (type(mlp_tile) is not int or mlp_tile < 1):
+        expected = "tokens, 1 or more, or 'auto'"
+        raise ArgumentError(_WHERE, "mlp_tile", expected=expected, got=repr(mlp_tile))
     if compression is not None and compression not in FORMATS:
         expected = f"None or one of {', '.join(FORMATS)}"
         raise ArgumentError(_WHERE, "compression", expected=expected, got=repr(compression))

@@ -18,6 +18,7 @@ from fastft.train.config import TrainConfig
 from fastft.train.plan_model import (
     Request,
     dtype_of,
+    largest_gradients,
     largest_linear,
     linear_numel,
     load_config,
@@ -105,11 +106,13 @@ class Planner:
         states = int(sum(state_bytes(p.numel(), cfg) for p in trained))
         gpus = self.request.gpus
         # FSDP: shares of everything, and whole what is in no layer and two layers: this one and
-        # the next.
+        # the next. Of the same two the gradients are whole until they are reduced.
         gathered = 2 * largest + outside if gpus > 1 else 0
         held = gradients if cfg.gradient_accumulation_steps > 1 else 0
         workspace = max(0, step.peak - step.kept + held - gradients)
         kept = min(step.kept - held, step.peak - gradients)
+        if gpus > 1:
+            workspace += 2 * largest_gradients(self.model)
         if self.device.type == "cpu":
             workspace += _PROCESS
         parts = self._parts(step.work)

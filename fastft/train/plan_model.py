@@ -152,6 +152,16 @@ def largest_linear(model: Any) -> int:
     return max((w.nbytes for w in _linears(model)), default=0)
 
 
+def largest_gradients(model: Any) -> int:
+    """Bytes of the gradients of the repeated layer that has the most."""
+    from fastft.memory._layers import find_layers
+
+    sizes = [
+        sum(p.nbytes for p in layer.parameters() if p.requires_grad) for layer in find_layers(model)
+    ]
+    return max(sizes, default=0)
+
+
 def weight_bytes(model: Any, request: Request) -> tuple[int, int, int]:
     """Bytes of parameters and buffers, of the largest repeated layer, and of what is in none."""
     from fastft.memory._layers import find_layers

@@ -136,3 +136,20 @@ def test_the_meta_ring_counts() -> None:
     assert ring.fetch(held).stride() == x.stride()
     del held
     assert ring.host_bytes == 0
+
+
+def test_the_meta_ring_holds_what_the_ring_would() -> None:
+    """Device memory of what is on its way: two that leave, one that comes before its time."""
+    ring = MetaRing()
+    made = [torch.empty(4, device="meta") for _ in range(5)]
+    alive = [weakref.ref(t.untyped_storage()) for t in made]
+    held = [ring.park(t) for t in made]
+    del made
+    assert [ref() is not None for ref in alive] == [False, False, False, True, True]
+    ring.fetch(held[4])
+    assert not any(ref() is not None for ref in alive)
+    assert list(ring._coming) == [3]
+    ring.fetch(held[3])
+    assert list(ring._coming) == [2]
+    del held
+    assert not ring._coming

@@ -221,13 +221,23 @@ def test_tiled_mlp_draws_the_same_dropout_again() -> None:
     torch.testing.assert_close(dx, expected)
 
 
+def test_a_tile_from_the_budget() -> None:
+    per_token = 6 * 128 * 4  # gate, up, product and their gradients, in float32
+    for tokens, tile in ((100, 256), (600, 512), (5000, 4864)):
+        model = memory.checkpoint(llama(), "full", budget=8 * tokens * per_token, mlp_tile="auto")
+        assert {layer.mlp.__dict__["fastft_tile"] for layer in find_layers(model)} == {tile}
+    model = memory.checkpoint(llama(dropout=0.0), "auto", budget=1 << 22, mlp_tile="auto")
+    expected = steps(memory.checkpoint(llama(dropout=0.0), "full"))
+    assert same(steps(model), expected), "48 tokens are not tiled"
+
+
 def test_bad_arguments() -> None:
     model = llama(num_hidden_layers=2)
     with pytest.raises(DtypeError, match=r"torch\.nn\.Module"):
         memory.checkpoint(3, "full")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="did you mean 'attention'"):
         memory.checkpoint(model, "attentoin")
-    with pytest.raises(ArgumentError, match="except with policy 'auto'"):
+    with pytest.raises(ArgumentError, match="except with policy or mlp_tile 'auto'"):
         memory.checkpoint(model, "full", budget=1 << 30)
     with pytest.raises(ArgumentError, match="bytes, 1 or more"):
         memory.checkpoint(model, "auto", budget=0)
