@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from fastft import ops
+from fastft.files import write_text
 
 __all__ = ["Ceilings", "load", "measure", "save"]
 
@@ -166,6 +166,4 @@ def save(path: Path, found: Ceilings) -> None:
     except (OSError, ValueError, AttributeError):
         pass
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    scratch.write_text(json.dumps([*kept, asdict(found)], indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    write_text(path, json.dumps([*kept, asdict(found)], indent=2) + "\n")

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastft.errors import ConfigError, FastftError
+from fastft.files import write_text
 from fastft.train.config import TrainConfig, load_config
 
 __all__ = [
@@ -85,9 +86,7 @@ def mark(folder: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             sizes[path.name] = path.stat().st_size
-    temporary = folder / f".{MARK}"
-    temporary.write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / MARK)
+    write_text(folder / MARK, json.dumps(sizes, indent=2) + "\n")
 
 
 def is_whole(folder: Path) -> bool:
@@ -213,9 +212,7 @@ def write_config(cfg: TrainConfig) -> None:
     import yaml
 
     path = Path(cfg.output_dir) / CONFIG_FILE
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(yaml.safe_dump(cfg.to_dict(), sort_keys=False), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, yaml.safe_dump(cfg.to_dict(), sort_keys=False))
     except OSError as error:
         raise save_failed(cfg, error) from error

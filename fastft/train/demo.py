@@ -4,7 +4,6 @@ in a process of its own, from the same seed over the same batches, and a report 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastft.errors import ConfigError, FastftError
+from fastft.files import write_text
 from fastft.train.config import DEFAULT_DATA, DEFAULT_MODEL, TrainConfig
 
 __all__ = [
@@ -181,9 +181,7 @@ def _data_files(settings: DemoSettings, view: View) -> dict[str, Any]:
             json.dumps({"messages": messages_of(i), "module": i.module, "name": i.name})
             for i in items
         ]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, "\n".join(lines) + "\n")
     sizes = ", ".join(f"{len(items)} {split}" for split, items in splits.items())
     view.notice(f"{sum(map(len, splits.values()))} documented functions: {sizes}; split by module")
     return {"data": str(paths["train"]), "eval_data": str(paths["test"])}

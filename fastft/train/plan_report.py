@@ -4,12 +4,12 @@ largest batch and sequence, and what to change where nothing fits."""
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastft.errors import FastftError
+from fastft.files import write_text
 from fastft.memory import POLICIES
 from fastft.memory.ceilings import Ceilings
 from fastft.memory.devices import Device
@@ -228,11 +228,9 @@ def picture(found: Report, path: Path) -> None:
     bars = {row.policy: {part: getattr(row, part) / 1e9 for part in PARTS} for row in found.rows}
     limit = found.device.memory / 1e9
     svg = stacked_bars(bars, PARTS, "GB at the peak", limit, found.device.name)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(svg, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, svg)
     except OSError as error:
         raise FastftError(
             "fastft plan",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft.errors import FastftError
+from fastft.files import write_text
 from fastft.train.charts import bar_chart, line_chart
 from fastft.train.demo import SIDES, WARMUP_STEPS, DemoSettings, SideRecord
 from fastft.train.machine import package_version
@@ -108,10 +109,8 @@ def write_report(records: list[SideRecord], settings: DemoSettings, seconds: flo
 
 
 def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, text)
     except OSError as error:
         raise FastftError(
             "report", str(path), expected="a file that can be written", got=str(error)
