@@ -1,4 +1,8 @@
-"""GPU tests: skipped with a reason where there is no GPU, reported to bench.gpu where there is."""
+"""GPU tests: skipped with a reason where there is no GPU, reported to bench.gpu where there is.
+
+With FASTFT_REHEARSAL set, under Triton's interpreter, those that need no GPU of their own run on
+the CPU (tests/kernels/test_interpreted.py): a GPU's time is not for finding a test's mistakes.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,11 @@ from typing import Any
 import pytest
 import torch
 
+REHEARSAL = bool(os.environ.get("FASTFT_REHEARSAL"))
+if REHEARSAL:
+    from tests.kernels import interpreter_bf16
+
+    interpreter_bf16.install()
 _OBSERVED = pytest.StashKey["Observed"]()
 
 
@@ -27,11 +36,17 @@ class Observed:
 
 
 @pytest.fixture
-def device() -> torch.device:
-    """The GPU."""
+def gpu() -> torch.device:
+    """The GPU, for what nothing else can do: its clock, streams, graphs, large cases."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device: run `make gpu` on a machine that has one")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The GPU; in a rehearsal the CPU."""
+    return torch.device("cpu") if REHEARSAL else request.getfixturevalue("gpu")
 
 
 @pytest.fixture

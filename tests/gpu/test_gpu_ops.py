@@ -4,6 +4,7 @@ kernels on, and sizes like those of real models, where the real code paths are."
 from __future__ import annotations
 
 import functools
+import os
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -45,6 +46,7 @@ from tests.kernels.step_cases import MIXED, STEP_CASES, StepCase, StepState, ass
 
 pytestmark = pytest.mark.gpu
 
+REHEARSAL = bool(os.environ.get("FASTFT_REHEARSAL"))  # see conftest.py
 KERNELS = list(ledger.kernels())
 LARGE_LORA = {
     "attention-bf16": LoraCase(
@@ -90,6 +92,12 @@ LARGE_STEP = (
     (65_536, BF16, F32),
     *[(4096, F32, F32)] * 300,
 )
+if REHEARSAL:  # the interpreter is slow
+    for table in (
+        LARGE_LORA, LARGE_DIVERGENCE, LARGE_LOSS, LARGE_GLU, LARGE_NORM, LARGE_DORA,
+        LARGE_BLOCK_CASES,
+    ):  # fmt: skip
+        table.clear()
 
 
 def of(op: str) -> Any:
@@ -179,7 +187,7 @@ def lora_through_op(inputs: LoraInputs, backend: str) -> dict[str, Tensor]:
 def test_lora_linear(kernel: str, name: str, device: torch.device, observed: Any) -> None:
     case = {**LORA_CASES, **LARGE_LORA}[name]
     facts = {"dtype": case.dtype, "adapter_dtype": case.adapter_dtype, "r": max(case.ranks)}
-    backend = backend_of(kernel, device_type="cuda", **facts)
+    backend = backend_of(kernel, device_type=device.type, **facts)
     inputs = case.inputs(device)
     got = lora_through_op(inputs, backend)
     compare(observed, got, inputs.autograd(case.dtype), inputs.autograd(torch.float64))
@@ -203,7 +211,7 @@ def test_lora_linear_ways(
     """Each way on every case it can take; where it cannot, the others serve."""
     case = {**LORA_CASES, **LARGE_LORA}[name]
     facts = {"dtype": case.dtype, "adapter_dtype": case.adapter_dtype, "r": max(case.ranks)}
-    backend = backend_of(kernel, device_type="cuda", **facts)
+    backend = backend_of(kernel, device_type=device.type, **facts)
     inputs = case.inputs(device)
     held = lora_launcher(inputs, backend).lay_out(inputs.weights, case.ranks[: len(case.widths)])
     inputs.weights = held.weights
@@ -229,7 +237,7 @@ def test_lora_linear_ways(
 def test_lora_linear_ways_same_inputs_same_bits(
     kernel: str, way: str, device: torch.device
 ) -> None:
-    backend = backend_of(kernel, device_type="cuda", dtype=BF16, adapter_dtype=F32, r=16)
+    backend = backend_of(kernel, device_type=device.type, dtype=BF16, adapter_dtype=F32, r=16)
     inputs = LORA_CASES["aligned-siblings"].inputs(device)
     held = lora_launcher(inputs, backend).lay_out(
         inputs.weights, LORA_CASES["aligned-siblings"].ranks
@@ -241,9 +249,9 @@ def test_lora_linear_ways_same_inputs_same_bits(
 
 
 @of("lora_linear")
-def test_lora_linear_same_inputs_same_bits(kernel: str, device: torch.device) -> None:
-    backend = backend_of(kernel, device_type="cuda", dtype=BF16, adapter_dtype=F32, r=16)
-    inputs = LARGE_LORA["attention-bf16"].inputs(device)
+def test_lora_linear_same_inputs_same_bits(kernel: str, gpu: torch.device) -> None:
+    backend = backend_of(kernel, device_type=gpu.type, dtype=BF16, adapter_dtype=F32, r=16)
+    inputs = LARGE_LORA["attention-bf16"].inputs(gpu)
     first, second = (lora_through_op(inputs, backend) for _ in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
@@ -251,7 +259,7 @@ def test_lora_linear_same_inputs_same_bits(kernel: str, device: torch.device) ->
 @of("lora_linear")
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_dropout_keeps_the_fraction_asked_for(kernel: str, p: float, device: torch.device) -> None:
-    backend = backend_of(kernel, device_type="cuda", dtype=BF16, adapter_dtype=F32, r=16)
+    backend = backend_of(kernel, device_type=device.type, dtype=BF16, adapter_dtype=F32, r=16)
     inputs = LoraCase(1, 8, (8,), (1,), BF16).inputs(device)
     launcher = lora_launcher(inputs, backend)
     mask = torch.empty((1000, 513), dtype=torch.uint8, device=device)
@@ -262,9 +270,9 @@ def test_dropout_keeps_the_fraction_asked_for(kernel: str, p: float, device: tor
 
 @of("lora_linear")
 @pytest.mark.parametrize("r", [16, 64])
-def test_lora_linear_time(kernel: str, r: int, device: torch.device, observed: Any) -> None:
-    backend = backend_of(kernel, device_type="cuda", dtype=BF16, adapter_dtype=F32, r=r)
-    inputs = LoraCase(8192, 4096, (4096,), (r,), BF16, F32, bias=False).inputs(device)
+def test_lora_linear_time(kernel: str, r: int, gpu: torch.device, observed: Any) -> None:
+    backend = backend_of(kernel, device_type=gpu.type, dtype=BF16, adapter_dtype=F32, r=r)
+    inputs = LoraCase(8192, 4096, (4096,), (r,), BF16, F32, bias=False).inputs(gpu)
     lora_through_op(inputs, backend)
     name = f"forward+backward 8192x4096x4096 bf16 r={r}"
     observed.time_ms[name] = median_ms(lambda: lora_through_op(inputs, backend))
@@ -288,7 +296,7 @@ def loss_through_op(
 @pytest.mark.parametrize("name", [*LOSS_CASES, *LARGE_LOSS])
 def test_linear_cross_entropy(kernel: str, name: str, device: torch.device, observed: Any) -> None:
     case = {**LOSS_CASES, **LARGE_LOSS}[name]
-    backend = backend_of(kernel, device_type="cuda", dtype=case.dtype)
+    backend = backend_of(kernel, device_type=device.type, dtype=case.dtype)
     inputs = case.inputs(device)
     got, accuracy = loss_through_op(inputs, backend, case.chunk)
     truth = inputs.autograd(torch.float64)
@@ -302,26 +310,26 @@ def test_linear_cross_entropy(kernel: str, name: str, device: torch.device, obse
 @pytest.mark.parametrize("name", [*DIVERGENCE_CASES, *LARGE_DIVERGENCE])
 def test_linear_divergence(kernel: str, name: str, device: torch.device, observed: Any) -> None:
     case = {**DIVERGENCE_CASES, **LARGE_DIVERGENCE}[name]
-    backend = backend_of(kernel, device_type="cuda", dtype=case.dtype)
+    backend = backend_of(kernel, device_type=device.type, dtype=case.dtype)
     inputs = case.inputs(device)
     truth = inputs.autograd(torch.float64)
     compare(observed, inputs.through_op(backend), inputs.autograd(case.dtype), truth, case.dtype)
 
 
 @of("linear_cross_entropy")
-def test_compaction_of_ignored_tokens(kernel: str, device: torch.device, observed: Any) -> None:
+def test_compaction_of_ignored_tokens(kernel: str, gpu: torch.device, observed: Any) -> None:
     """Above the size where ignored tokens are dropped first: same results, zeros where ignored."""
-    backend = backend_of(kernel, device_type="cuda", dtype=BF16)
-    inputs = LossCase(4096, 2048, 32000, BF16, False, 2048).inputs(device)
+    backend = backend_of(kernel, device_type=gpu.type, dtype=BF16)
+    inputs = LossCase(4096, 2048, 32000, BF16, False, 2048).inputs(gpu)
     got, _ = loss_through_op(inputs, backend, 2048)
     assert not got["d_hidden"][inputs.labels == IGNORED].any()
     compare(observed, got, inputs.autograd(BF16), inputs.autograd(torch.float64), BF16)
 
 
 @of("linear_cross_entropy")
-def test_linear_cross_entropy_time(kernel: str, device: torch.device, observed: Any) -> None:
-    backend = backend_of(kernel, device_type="cuda", dtype=BF16)
-    inputs = LossCase(8192, 2048, 32000, BF16, False, 2048).inputs(device)
+def test_linear_cross_entropy_time(kernel: str, gpu: torch.device, observed: Any) -> None:
+    backend = backend_of(kernel, device_type=gpu.type, dtype=BF16)
+    inputs = LossCase(8192, 2048, 32000, BF16, False, 2048).inputs(gpu)
 
     def run() -> None:
         hidden = inputs.hidden.detach().requires_grad_()
@@ -337,7 +345,7 @@ def test_linear_cross_entropy_time(kernel: str, device: torch.device, observed: 
 @pytest.mark.parametrize("name", [*GLU_CASES, *LARGE_GLU])
 def test_glu(kernel: str, name: str, device: torch.device, observed: Any) -> None:
     case = {**GLU_CASES, **LARGE_GLU}[name]
-    backend = backend_of(kernel, device_type="cuda", dtype=case.dtype)
+    backend = backend_of(kernel, device_type=device.type, dtype=case.dtype)
     inputs = case.inputs(device)
     gate, up = (t.detach().requires_grad_() for t in (inputs.gate, inputs.up))
     y = ops.glu(gate, up, case.activation, backend=backend)
@@ -347,9 +355,9 @@ def test_glu(kernel: str, name: str, device: torch.device, observed: Any) -> Non
 
 
 @of("glu")
-def test_glu_time(kernel: str, device: torch.device, observed: Any) -> None:
-    backend = backend_of(kernel, device_type="cuda", dtype=BF16)
-    inputs = GluCase(8192, 14336, BF16).inputs(device)
+def test_glu_time(kernel: str, gpu: torch.device, observed: Any) -> None:
+    backend = backend_of(kernel, device_type=gpu.type, dtype=BF16)
+    inputs = GluCase(8192, 14336, BF16).inputs(gpu)
     gate, up = (t.detach().requires_grad_() for t in (inputs.gate, inputs.up))
     forward, both = "forward 8192x14336 bf16", "forward+backward 8192x14336 bf16"
     observed.time_ms[forward] = median_ms(lambda: ops.glu(gate, up, backend=backend))
@@ -363,7 +371,7 @@ def test_glu_time(kernel: str, device: torch.device, observed: Any) -> None:
 @pytest.mark.parametrize("name", [*NORM_CASES, *LARGE_NORM])
 def test_rms_norm(kernel: str, name: str, device: torch.device, observed: Any) -> None:
     case = {**NORM_CASES, **LARGE_NORM}[name]
-    backend = backend_of(kernel, device_type="cuda", dtype=case.dtype)
+    backend = backend_of(kernel, device_type=device.type, dtype=case.dtype)
     inputs = case.inputs(device)
     x, weight = (t.detach().requires_grad_() for t in (inputs.x, inputs.weight))
     y = ops.rms_norm(
@@ -381,7 +389,7 @@ def _block_test(op: str) -> Any:
     @pytest.mark.parametrize("name", names)
     def test(kernel: str, name: str, device: torch.device, observed: Any) -> None:
         case = {**BLOCK_CASES, **LARGE_BLOCK_CASES}[name]
-        backend = backend_of(kernel, device_type="cuda", dtype=case.dtype)
+        backend = backend_of(kernel, device_type=device.type, dtype=case.dtype)
         got, plain, truth = (
             case.results(b, d, device)
             for b, d in ((backend, None), (None, None), (None, torch.float64))
@@ -397,9 +405,9 @@ test_norm_of_a_residual_stream = _block_test("rms_norm")
 
 
 @of("rms_norm")
-def test_rms_norm_time(kernel: str, device: torch.device, observed: Any) -> None:
-    backend = backend_of(kernel, device_type="cuda", dtype=BF16)
-    inputs = NormCase(8192, 4096, BF16).inputs(device)
+def test_rms_norm_time(kernel: str, gpu: torch.device, observed: Any) -> None:
+    backend = backend_of(kernel, device_type=gpu.type, dtype=BF16)
+    inputs = NormCase(8192, 4096, BF16).inputs(gpu)
     x, weight = inputs.x.detach().requires_grad_(), inputs.weight
     forward, both = "forward 8192x4096 bf16", "forward+backward 8192x4096 bf16"
     observed.time_ms[forward] = median_ms(lambda: ops.rms_norm(x, weight, backend=backend))
@@ -413,7 +421,7 @@ def test_rms_norm_time(kernel: str, device: torch.device, observed: Any) -> None
 @pytest.mark.parametrize("name", [*DORA_CASES, *LARGE_DORA])
 def test_dora_scale(kernel: str, name: str, device: torch.device, observed: Any) -> None:
     case = {**DORA_CASES, **LARGE_DORA}[name]
-    backend = backend_of(kernel, device_type="cuda", dtype=case.dtype)
+    backend = backend_of(kernel, device_type=device.type, dtype=case.dtype)
     inputs = case.inputs(device)
     z, scale = (t.detach().requires_grad_() for t in (inputs.z, inputs.scale))
     y = ops.dora_scale(z, scale, inputs.bias, backend=backend)
@@ -423,9 +431,9 @@ def test_dora_scale(kernel: str, name: str, device: torch.device, observed: Any)
 
 
 @of("dora_scale")
-def test_dora_scale_time(kernel: str, device: torch.device, observed: Any) -> None:
-    backend = backend_of(kernel, device_type="cuda", dtype=BF16)
-    inputs = DoraCase(8192, 4096, BF16).inputs(device)
+def test_dora_scale_time(kernel: str, gpu: torch.device, observed: Any) -> None:
+    backend = backend_of(kernel, device_type=gpu.type, dtype=BF16)
+    inputs = DoraCase(8192, 4096, BF16).inputs(gpu)
     z, scale = (t.detach().requires_grad_() for t in (inputs.z, inputs.scale))
     name = "forward+backward 8192x4096 bf16"
     observed.time_ms[name] = median_ms(
@@ -436,12 +444,12 @@ def test_dora_scale_time(kernel: str, device: torch.device, observed: Any) -> No
     assert observed.time_ms[name] > 0
 
 
-def step_backend(kernel: str, case: StepCase) -> str:
+def step_backend(kernel: str, case: StepCase, device: torch.device) -> str:
     """The backend of a kernel, where it can run the case."""
     backend = kernel.split("/")[0]
     launcher = backends.launcher("optimizer_step", backend)
     reason = launcher if isinstance(launcher, str) else launcher.supports(
-        device_type="cuda", dtype=F16, rule=case.rule, state_bits=case.state_bits,
+        device_type=device.type, dtype=F16, rule=case.rule, state_bits=case.state_bits,
         rounding=case.rounding,
     )  # fmt: skip
     if reason is not None:
@@ -456,7 +464,7 @@ def take_step(state: StepState, backend: str, **options: Any) -> None:
 
 
 @of("optimizer_step")
-@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("large", [False] if REHEARSAL else [False, True])
 @pytest.mark.parametrize("name", STEP_CASES)
 def test_optimizer_step(
     kernel: str, name: str, large: bool, device: torch.device, observed: Any
@@ -464,7 +472,7 @@ def test_optimizer_step(
     case = STEP_CASES[name]
     if large:
         case = replace(case, shapes=LARGE_STEP)
-    backend = step_backend(kernel, case)
+    backend = step_backend(kernel, case, device)
     found = assert_step(case, functools.partial(_step_with, backend), device)
     for key, truth in found["truth"].items():
         if key.startswith("p"):
@@ -478,10 +486,10 @@ def _step_with(backend: str, tensors: Any, grads: Any, hyper: Any, stats: Any, *
 
 @of("optimizer_step")
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_a_step_is_skipped_on_the_device(kernel: str, bad: float, device: torch.device) -> None:
+def test_a_step_is_skipped_on_the_device(kernel: str, bad: float, gpu: torch.device) -> None:
     case = STEP_CASES["adamw-clip"]
-    backend = step_backend(kernel, case)
-    state = case.make(device)
+    backend = step_backend(kernel, case, gpu)
+    state = case.make(gpu)
     state.grads[0][-1] = bad
     before = state.copy()
     # Tables for these addresses go up first; the step itself may not wait for the device.
@@ -498,11 +506,11 @@ def test_a_step_is_skipped_on_the_device(kernel: str, bad: float, device: torch.
 
 
 @of("optimizer_step")
-def test_a_step_on_another_stream(kernel: str, device: torch.device) -> None:
+def test_a_step_on_another_stream(kernel: str, gpu: torch.device) -> None:
     """The update runs on the current stream: work before it there is seen, without a sync."""
     case = StepCase("adamw", shapes=((1_000_000, F32, F32),))
-    backend = step_backend(kernel, case)
-    expected, own = case.make(device), case.make(device)
+    backend = step_backend(kernel, case, gpu)
+    expected, own = case.make(gpu), case.make(gpu)
     final = own.grads[0].clone()
     take_step(expected, backend)
     own.grads[0].zero_()
@@ -518,11 +526,11 @@ def test_a_step_on_another_stream(kernel: str, device: torch.device) -> None:
 
 @of("optimizer_step")
 @pytest.mark.parametrize("name", ["adamw", "adamw-8bit-stochastic"])
-def test_a_step_is_captured(kernel: str, name: str, device: torch.device) -> None:
+def test_a_step_is_captured(kernel: str, name: str, gpu: torch.device) -> None:
     """A CUDA graph replays steps: counts, corrections and random bits move on."""
     case = replace(STEP_CASES[name], shapes=((100_000, BF16, BF16),))
-    backend = step_backend(kernel, case)
-    eager, graphed = case.make(device), case.make(device)
+    backend = step_backend(kernel, case, gpu)
+    eager, graphed = case.make(gpu), case.make(gpu)
     for _ in range(4):
         take_step(eager, backend, seed=5)
     take_step(graphed, backend, seed=5)
@@ -538,11 +546,11 @@ def test_a_step_is_captured(kernel: str, name: str, device: torch.device) -> Non
 
 @of("optimizer_step")
 @pytest.mark.parametrize("name", ["adamw", "adamw-8bit-stochastic"])
-def test_step_time(kernel: str, name: str, device: torch.device, observed: Any) -> None:
+def test_step_time(kernel: str, name: str, gpu: torch.device, observed: Any) -> None:
     dtype = BF16 if "8bit" in name else F32
     case = replace(STEP_CASES[name], shapes=((65_536, dtype, dtype),) * 448)
-    backend = step_backend(kernel, case)
-    state = case.make(device)
+    backend = step_backend(kernel, case, gpu)
+    state = case.make(gpu)
     label = f"{name}, 448 tensors of 65536"
     observed.time_ms[label] = median_ms(lambda: take_step(state, backend, max_norm=1.0))
     assert observed.time_ms[label] > 0

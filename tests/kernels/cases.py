@@ -174,8 +174,8 @@ LORA_CASES = {
     # The same with samples apart, which one launch serves: any adapter on any two samples.
     "mixed-batch-apart": LoraCase(
         96,
-        40,
-        (33, 20),
+        72,
+        (71, 20),
         (5, 8, 3, 16, 2, 5, 70),
         BF16,
         F32,

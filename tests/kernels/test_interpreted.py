@@ -19,11 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
-def test_interpreted(file: Path) -> None:
+def _run(file: Path, **more: str) -> str:
+    """What pytest prints of a file whose tests all pass."""
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
+        **more,
         "TRITON_INTERPRET": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -42,9 +43,21 @@ def test_interpreted(file: Path) -> None:
     ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None, done.stdout
-    assert "skipped" not in done.stdout, done.stdout
+    assert re.search(r"(\d+) passed", done.stdout) is not None, done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_interpreted(file: Path) -> None:
+    assert "skipped" not in _run(file)
+
+
+def test_rehearsal_of_the_gpu_tests() -> None:
+    """Those that need no GPU's clock, streams or memory run as they will there."""
+    printed = _run(ROOT / "tests" / "gpu" / "test_gpu_ops.py", FASTFT_REHEARSAL="1")
+    passed = re.search(r"(\d+) passed", printed)
+    assert passed is not None
+    assert int(passed[1]) > 100
 
 
 def test_every_operation_is_interpreted() -> None:
