@@ -64,6 +64,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     kernel = parameters.get("kernel")
     # A test ends in its call; one that never got so far ends in its setup.
     ends = report.when == "call" or (report.when == "setup" and not report.passed)
+    # What a backend does not offer says nothing of the kernel it has.
+    ends = ends and not (report.skipped and "not offered" in str(report.longrepr))
     if path and kernel and ends:
         seen = item.stash.get(_OBSERVED, Observed())
         line = {

@@ -46,6 +46,7 @@ from tests.kernels.step_cases import MIXED, STEP_CASES, StepCase, StepState, ass
 
 pytestmark = pytest.mark.gpu
 
+NOT_OFFERED = "not offered"  # see conftest.py
 REHEARSAL = bool(os.environ.get("FASTFT_REHEARSAL"))  # see conftest.py
 KERNELS = list(ledger.kernels())
 LARGE_LORA = {
@@ -445,7 +446,7 @@ def test_dora_scale_time(kernel: str, gpu: torch.device, observed: Any) -> None:
 
 
 def step_backend(kernel: str, case: StepCase, device: torch.device) -> str:
-    """The backend of a kernel, where it can run the case."""
+    """The backend of a kernel; a skip for what its backend does not offer, or the build lacks."""
     backend = kernel.split("/")[0]
     launcher = backends.launcher("optimizer_step", backend)
     reason = launcher if isinstance(launcher, str) else launcher.supports(
@@ -453,7 +454,7 @@ def step_backend(kernel: str, case: StepCase, device: torch.device) -> str:
         rounding=case.rounding,
     )  # fmt: skip
     if reason is not None:
-        pytest.skip(reason)
+        pytest.skip(f"{NOT_OFFERED}: {reason}" if "no Triton kernel for" in reason else reason)
     return backend
 
 
