@@ -11,9 +11,14 @@ import pytest
 import torch
 
 from bench.__main__ import options_for, parse
+from bench.optim import SMOLLM2, lora_shapes
 from bench.records import has_native_bf16, pick_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+# Of the adapters of two layers of SmolLM2 at rank 16.
+PARAMS = sum(torch.Size(shape).numel() for shape in lora_shapes(SMOLLM2, 2))
 
 
 def test_a_run_writes_its_json(tmp_path: Path) -> None:
@@ -30,8 +35,8 @@ def test_a_run_writes_its_json(tmp_path: Path) -> None:
     for case in ("lora SmolLM2 28 tensors", "flat 1 tensor"):
         for impl in ("torch-fused", "fastft"):
             assert numbers[case, impl, "ns_per_param"] > 0
-            # Two float32 moments; what else there is, is small beside them.
-            assert 8 <= numbers[case, impl, "bytes_per_param"] < 10
+            # Two float32 moments, and the pages of what runs for the first time: 2 MB at most.
+            assert 8 <= numbers[case, impl, "bytes_per_param"] < 8 + (1 << 21) / PARAMS
     reasons = {r["impl"]: r["reason"] for r in lines if r["value"] is None}
     assert reasons["torch-foreach"] == "left out: --impls"
     assert "fastft" in done.stderr
