@@ -63,8 +63,12 @@ class Outcome:
 
 
 _PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider")
-# A package that this machine lacks breaks the collection of other tests, not of these.
-_TESTS = ("--continue-on-collection-errors", "tests")
+# Triton's compiler takes most of the tests' time, and one core of the host for each of them; what
+# measures time runs after them, alone. A package that this machine lacks breaks the collection of
+# some tests, not of the others.
+_TESTS = ("--continue-on-collection-errors", "tests/gpu")
+_PARALLEL = ("-n", "8", "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
+_LINES = {_REPORT: "{out}/tests.jsonl"}
 _BENCH = (sys.executable, "-m", "bench")
 
 
@@ -80,7 +84,8 @@ STEPS: tuple[Step, ...] = (
         170,
         {"FASTFT_CUDA": "1"},
     ),
-    Step("tests", (*_PYTEST, *_TESTS), 200, {_REPORT: "{out}/tests.jsonl"}),
+    Step("tests", (*_PYTEST, *_PARALLEL, "-k", "not _time", *_TESTS), 160, _LINES),
+    Step("times", (*_PYTEST, "-k", "_time", *_TESTS), 40, _LINES),
     _bench("ways", 80, "--rounds", "5"),
     # What the ways took decides which of them the suites after it measure.
     Step("table", (sys.executable, "-m", "bench.ways", "{out}/ways.jsonl"), 20),
@@ -189,8 +194,10 @@ def environment_for(capability: str) -> dict[str, str]:
 def collect(lines: Iterable[str], found: Mapping[str, Any]) -> dict[str, Entry]:
     """Entries of the kernels whose GPU tests all passed, from the lines of tests.jsonl.
 
-    A line is {"kernel", "test", "outcome", "error": {...}, "time_ms": {...}}. A kernel with a
-    failed or skipped test, or with none, gets no entry: the ledger says nothing it has not seen.
+    A line is {"kernel", "test", "outcome", "error": {...}, "time_ms": {...}}; its outcome is
+    pytest's, "collected" before the test runs, or "not offered" by the backend. A kernel with a
+    failed or skipped test, with one that did not come to its end, or with none, gets no entry: the
+    ledger says nothing it has not seen.
     """
     tests: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
@@ -199,8 +206,13 @@ def collect(lines: Iterable[str], found: Mapping[str, Any]) -> dict[str, Entry]:
             tests.setdefault(test["kernel"], []).append(test)
     sources = ledger.kernels()
     entries = {}
-    for kernel, results in tests.items():
-        if kernel not in sources or any(test["outcome"] != "passed" for test in results):
+    for kernel, found_of in tests.items():
+        ended = [test for test in found_of if test["outcome"] != "collected"]
+        begun = {test["test"] for test in found_of}
+        results = [test for test in ended if test["outcome"] != "not offered"]
+        whole = begun == {test["test"] for test in ended}
+        passed = results and all(test["outcome"] == "passed" for test in results)
+        if kernel not in sources or not whole or not passed:
             continue
         error: dict[str, float] = {}
         time_ms: dict[str, float] = {}

@@ -25,11 +25,11 @@ class MatrixOptimizer(FusedOptimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any], **options: Any) -> None:
         super().__init__(params, defaults, **options)
-        for name in ("flat", "capturable"):
-            if options.get(name):
+        for name, only in (("flat", False), ("capturable", False), ("states", "device")):
+            if options.get(name, only) != only:
                 raise ArgumentError(
-                    self._where, name, expected="False", got="True",
-                    remedy="Matrices stay whole, and the host waits for their norm.",
+                    self._where, name, expected=repr(only), got=repr(options[name]),
+                    remedy="Matrices and their states stay whole, and the host waits for a norm.",
                 )  # fmt: skip
 
     def updates(

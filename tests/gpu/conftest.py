@@ -55,26 +55,36 @@ def observed(request: pytest.FixtureRequest) -> Observed:
     return request.node.stash.setdefault(_OBSERVED, Observed())
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Appends a line for each test of a kernel to the file bench.gpu names."""
-    report: Any = yield
+def _write(item: pytest.Item, outcome: str, seen: Observed) -> None:
+    """A line for a test of a kernel in the file bench.gpu names."""
     path = os.environ.get("FASTFT_GPU_REPORT")
-    parameters = getattr(getattr(item, "callspec", None), "params", {})
-    kernel = parameters.get("kernel")
-    # A test ends in its call; one that never got so far ends in its setup.
-    ends = report.when == "call" or (report.when == "setup" and not report.passed)
-    # What a backend does not offer says nothing of the kernel it has.
-    ends = ends and not (report.skipped and "not offered" in str(report.longrepr))
-    if path and kernel and ends:
-        seen = item.stash.get(_OBSERVED, Observed())
+    kernel = getattr(getattr(item, "callspec", None), "params", {}).get("kernel")
+    if path and kernel:
         line = {
             "kernel": kernel,
             "test": item.nodeid,
-            "outcome": report.outcome,
+            "outcome": outcome,
             "error": seen.error,
             "time_ms": seen.time_ms,
         }
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """A test that never ends, because the time is up, is missed."""
+    for item in session.items:
+        _write(item, "collected", Observed())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """How each test of a kernel ended."""
+    report: Any = yield
+    # A test ends in its call; one that never got so far ends in its setup.
+    if report.when == "call" or (report.when == "setup" and not report.passed):
+        # What a backend does not offer says nothing of the kernel it has.
+        not_offered = report.skipped and "not offered" in str(report.longrepr)
+        outcome = "not offered" if not_offered else report.outcome
+        _write(item, outcome, item.stash.get(_OBSERVED, Observed()))
     return report

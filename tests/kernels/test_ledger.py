@@ -130,8 +130,8 @@ def test_a_failed_write_leaves_the_old_ledger(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def _line(kernel: str = KERNEL, outcome: str = "passed", **more: Any) -> str:
-    return json.dumps({"kernel": kernel, "test": "t", "outcome": outcome, **more})
+def _line(kernel: str = KERNEL, outcome: str = "passed", test: str = "t", **more: Any) -> str:
+    return json.dumps({"kernel": kernel, "test": test, "outcome": outcome, **more})
 
 
 def test_only_kernels_whose_tests_all_passed_are_entered() -> None:
@@ -151,6 +151,15 @@ def test_only_kernels_whose_tests_all_passed_are_entered() -> None:
     assert entry.error == {"p": 3e-7, "m": 1e-8}
     assert entry.time_ms == {"step": 0.5}
     assert entry.source == ledger.source_hash(ledger.kernels()[KERNEL])
+
+
+def test_a_kernel_whose_tests_were_cut_short_is_not_entered() -> None:
+    begun = [_line(outcome="collected", test=name) for name in "abc"]
+    passed = [_line(test=name) for name in "ab"]
+    assert gpu.collect([*begun, *passed], FACTS) == {}
+    not_offered = _line(outcome="not offered", test="c")
+    assert gpu.collect([*begun, *passed, not_offered], FACTS)[KERNEL].tests == 2
+    assert gpu.collect([*begun[2:], not_offered], FACTS) == {}
 
 
 def _python(text: str) -> tuple[str, ...]:
@@ -199,8 +208,8 @@ def test_steps_build_test_and_measure_within_the_limit() -> None:
     names = [step.name for step in gpu.STEPS]
     # The table of ways is written before anything is measured that chooses by it.
     suites = ["ways", "table", "layer", "lora", "loss", "block", "optim", "memory"]
-    assert names == ["build", "tests", *suites]
-    assert set(gpu.SUITES) == set(names[2:]) - {"table"}
+    assert names == ["build", "tests", "times", *suites]
+    assert set(gpu.SUITES) == set(names[3:]) - {"table"}
     assert gpu.TOTAL_LIMIT_S < 540
     build = gpu.STEPS[0]
     assert build.environment["FASTFT_CUDA"] == "1"

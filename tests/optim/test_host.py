@@ -178,5 +178,7 @@ def test_refused() -> None:
     p = nn.Parameter(torch.ones(3))
     with pytest.raises(ArgumentError, match=r"states.*device or host or paged.*'disk'"):
         optim.AdamW([p], states="disk")
+    with pytest.raises(ArgumentError, match=r"states: expected 'device', got 'host'"):
+        optim.Adafactor([p], states="host")
     with pytest.raises(ArgumentError, match=r"states.*flat"):
         optim.AdamW([p], states="host", flat=True)
