@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from fastft.errors import FastftError
 
 __all__ = ["CudaEngine", "Engine"]
 
@@ -15,6 +18,9 @@ class Engine(Protocol):
 
     def host_buffer(self, size: int) -> Tensor:
         """Pinned bytes."""
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is in such memory."""
 
     def copy(self, target: Tensor, source: Tensor) -> Any:
         """Launches a copy of bytes on the side stream, behind all that the main stream has launched
@@ -27,6 +33,18 @@ class Engine(Protocol):
         """The host goes on behind the event."""
 
 
+# From this size on memory is pinned where it lies: torch's own allocator of pinned memory rounds up
+# to powers of two.
+_ROUNDED = 1 << 20
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
+
+
+def _unpin(address: int) -> None:
+    """Before memory goes; a copy may still be on its way."""
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(address)
+
+
 class CudaEngine:
     """The engine of one CUDA device."""
 
@@ -35,7 +53,23 @@ class CudaEngine:
         self._side = torch.cuda.Stream(device)
 
     def host_buffer(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        if size < _ROUNDED:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        buffer = torch.empty(size, dtype=torch.uint8)
+        with torch.cuda.device(self._device):
+            status = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, _PORTABLE))
+        if status:
+            raise FastftError(
+                "fastft", "host memory", expected=f"{size} bytes that can be pinned",
+                got=f"CUDA error {status}",
+                remedy="Free host memory, or raise the limit on locked memory (ulimit -l).",
+            )  # fmt: skip
+        ends = weakref.finalize(buffer.untyped_storage(), _unpin, buffer.data_ptr())
+        ends.atexit = False
+        return buffer
+
+    def holds(self, tensor: Tensor) -> bool:
+        return tensor.is_pinned()
 
     def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
         self._side.wait_stream(torch.cuda.current_stream(self._device))

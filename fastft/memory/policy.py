@@ -127,10 +127,12 @@ def checkpoint(
 def _tile(mlp: FusedGatedMLP, budget: int | None, reserved: int) -> int:
     """Tokens whose intermediates, gate, up, their product and the gradients of the three, take this
     share of the budget."""
-    weights = [p for p in mlp.parameters() if p.is_floating_point()]  # type: ignore[attr-defined]
+    weights = list(mlp.parameters())  # type: ignore[attr-defined]
     device = weights[0].device
     width = getattr(mlp, mlp.fastft_layout.down).in_features
-    itemsize = min(p.element_size() for p in weights)
+    # Quantised weights are computed with in 16 bits.
+    sizes = [p.element_size() for p in weights if p.is_floating_point() and not p.requires_grad]
+    itemsize = min(sizes, default=2)
     room = _TILE_SHARE * budget_or_free(budget, reserved, device)
     return max(1, int(room / (6 * width * itemsize)) // _TILE_UNIT) * _TILE_UNIT
 

@@ -47,7 +47,8 @@ class FusedOptimizer(SavedState):
         states: where the states of parameters on a GPU are. "device": there. "host": in pinned
             host memory, from where 64 MiB at a time visit the GPU beside the step; it takes 192 MiB
             there, and a step takes as long as the states take over the bus, both ways at once. The
-            same bits. "paged": in managed memory, which the driver moves to the host where the GPU
+            same bits, but that a clip's norm may differ by a rounding. Not for shards, nor in CUDA
+            graphs. "paged": in managed memory, which the driver moves to the host where the GPU
             runs full, and back as it is touched.
 
     ``foreach``, ``fused`` and ``capturable`` are accepted and change nothing: all steps run on the
@@ -98,6 +99,7 @@ class FusedOptimizer(SavedState):
             ("flat", flat, not flat or rounding != "stochastic", "False with stochastic rounding"),
             ("states", states, states in PLACES, " or ".join(PLACES)),
             ("states", states, states == "device" or not flat, "device with flat=True"),
+            ("states", states, states != "host" or not capturable, "not host with capturable=True"),
         ):
             if not valid:
                 raise ArgumentError(where, name, expected=expected, got=repr(value))
@@ -212,6 +214,8 @@ class FusedOptimizer(SavedState):
             grads = [aligned(g, p) for p, g in zip(params, grads, strict=True)]
         measures = self.max_grad_norm is not None or self.skip_nonfinite
         in_pieces = self.states == "host"
+        for p, g in zip(params, grads, strict=True) if in_pieces else ():
+            self.refuse(p, g)
         if measures and (several or sharded or in_pieces):
             norm = global_norm(grads)
         self._norm_is_global = norm is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastft import ops
 from fastft.ops.optimizer_step import HYPER, STATE_BLOCK, launcher_of
-from fastft.optim._places import home, new_memory, put
+from fastft.optim._places import check_place, is_home, new_memory, put
 from fastft.optim._shards import like_param, local
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Batch:
     def __init__(self, optimizer: FusedOptimizer, members: Members) -> None:
         for p, _ in members:
             optimizer.refuse(p, p if p.grad is None else p.grad)
+        check_place(optimizer, [p for p, _ in members])
         make_states(optimizer, members)
         self._states = [optimizer.state_of(p) for p, _ in members]
         self._names = optimizer.state_names[: max(optimizer.n_states(g) for _, g in members)]
@@ -212,10 +213,7 @@ def _adopt(optimizer: FusedOptimizer, p: Tensor) -> None:
     for name, value in list(state.items()):
         if value is None:  # torch's momentum before the first step
             del state[name]
-        elif (
-            isinstance(value, Tensor)
-            and local(value).device != home(optimizer, name, here.device)[1]
-        ):
+        elif isinstance(value, Tensor) and not is_home(optimizer, name, local(value), here.device):
             state[name] = put(optimizer, name, value, here.device)
     wide = torch.promote_types(p.dtype, torch.float32)
     for name in optimizer.state_names:

@@ -11,6 +11,7 @@ from fastft.errors import ArgumentError
 from fastft.ops.optimizer_step import STATE_BLOCK, dynamic_map
 from fastft.optim._base import FusedOptimizer
 from fastft.optim._batch import absmax_name, is_eight_bit
+from fastft.optim._places import put
 from fastft.optim._shards import is_sharded, like_param, local
 from fastft.reference.optimizer_step import decode8, encode8
 
@@ -84,8 +85,8 @@ class EightBitStates(FusedOptimizer):
         super().load_state_dict(flat)
         for group in self.param_groups:
             for p in group["params"]:
-                if is_sharded(p) and is_eight_bit(self, p, group):
-                    self.state[p] = _narrow(self.state[p], p)
+                if is_sharded(p) and is_eight_bit(self, p, group) and self.state.get(p):
+                    self.state[p] = self._narrow(self.state[p], p)
 
     def _sharded(self, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
         """The sharded parameters that have a state, by its index."""
@@ -93,6 +94,18 @@ class EightBitStates(FusedOptimizer):
         ids = (i for group in state_dict["param_groups"] for i in group["params"])
         pairs = zip(ids, params, strict=True)
         return {i: p for i, p in pairs if i in state_dict["state"] and is_sharded(p)}
+
+    def _narrow(self, state: dict[str, Any], p: Tensor) -> dict[str, Any]:
+        """The other way from :func:`_wide`; what is in 8 bits already stays."""
+        narrow = dict(state)
+        device = local(p).device
+        for name, signed in (("state1", True), ("state2", False)):
+            value = state.get(name)
+            if value is not None and value.dtype != torch.uint8:
+                codes, scales = encode8(local(value).float(), signed)
+                narrow[name] = put(self, name, like_param(codes, p), device)
+                narrow[absmax_name(name)] = put(self, absmax_name(name), scales, device)
+        return narrow
 
     def _check_maps(self, state: dict[str, Any]) -> None:
         for name, signed in (("qmap1", True), ("qmap2", False)):
@@ -123,14 +136,3 @@ def _wide(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
                 values = torch.where(codes == 0, -scales, values)
             wide[name] = like_param(values, p)
     return wide
-
-
-def _narrow(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
-    """The other way; what is in 8 bits already stays."""
-    narrow = dict(state)
-    for name, signed in (("state1", True), ("state2", False)):
-        value = state.get(name)
-        if value is not None and value.dtype != torch.uint8:
-            codes, narrow[absmax_name(name)] = encode8(local(value).float(), signed)
-            narrow[name] = like_param(codes, p)
-    return narrow

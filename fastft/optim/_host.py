@@ -49,6 +49,7 @@ class _Piece:
     rows: slice
     runs: list[tuple[Tensor, Tensor]]
     tensors: ops.StepTensors
+    launcher: Any
 
 
 class HostBatch(Batch):
@@ -61,6 +62,8 @@ class HostBatch(Batch):
         if ring is None:
             raise RuntimeError("no ring for this device")
         self._ring = ring
+        # A batch that this one replaces may be the last to hold slots that are being copied from.
+        ring.begin()
         states = self._flat_states()
         pieces = _cut([p.numel() for p in self._params], states, ring.piece_bytes)
         plans = [_Plan(shares, states) for shares in pieces]
@@ -91,8 +94,8 @@ class HostBatch(Batch):
             first = len(self._group_of)
             self._group_of += [groups[share.member] for share in shares]
             rows = slice(first, len(self._group_of))
-            self._pieces.append(_Piece(shares, slot, rows, plan.runs(slots[slot]), tensors))
-        self.launcher = launcher_of(self._pieces[0].tensors)
+            runs = plan.runs(slots[slot])
+            self._pieces.append(_Piece(shares, slot, rows, runs, tensors, launcher_of(tensors)))
 
     def _flat_states(self) -> list[dict[str, tuple[Tensor, int]]]:
         """By state: its elements in memory's order, and how many of the parameter's share one."""
@@ -132,7 +135,7 @@ class HostBatch(Batch):
             event, coming = coming, self._bring(following)
             if event is not None:
                 self._ring.inward.wait(event)
-            self.launcher.step(
+            piece.launcher.step(
                 piece.tensors,
                 [share.of(flat[share.member]) for share in piece.shares],
                 self.hyper[piece.rows],
@@ -180,22 +183,26 @@ class _Plan:
             for i, share in enumerate(shares)
             for name, found in states[share.member].items()
         ]
-        self.size, end = _ALIGN, (0, 0)
+        self.size, end, ended = _ALIGN, (0, 0), False
         for i, name, host in sorted(held, key=lambda entry: entry[2].data_ptr()):
             if not host.numel():
                 self._at[i, name] = (0, host)
                 continue
             storage = host.untyped_storage()
             first = int(host.storage_offset()) * host.element_size()
-            # An arena starts each tensor at a multiple of 16 elements.
+            # An arena starts each tensor at a multiple of 16 elements; what lies between the end of
+            # one and the start of the next is nobody's.
             gap = first - end[1] if storage.data_ptr() == end[0] else -1
-            if not 0 <= gap < 16 * host.element_size():
+            most = 16 * host.element_size() if ended and shares[i].start == 0 else 1
+            if not 0 <= gap < most:
                 self._runs.append([storage, first, 0, -(-self.size // _ALIGN) * _ALIGN])
             run = self._runs[-1]
             run[2] = first + host.nbytes - run[1]
             self._at[i, name] = (run[3] + first - run[1], host)
             self.size = run[3] + run[2]
             end = (storage.data_ptr(), first + host.nbytes)
+            whole, share = states[shares[i].member][name]
+            ended = -(-shares[i].stop // share) == whole.numel()
 
     def views(self, slot: Tensor) -> dict[tuple[int, str], Tensor]:
         """Each share's states in a slot."""

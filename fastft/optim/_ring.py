@@ -42,12 +42,15 @@ class Ring:
     def __init__(self, inward: Engine, outward: Engine, device: torch.device) -> None:
         self.inward, self.outward, self._device = inward, outward, device
         self._leaving: dict[int, Any] = {}
+        self._last: Any = None
         self._slots: list[Tensor] = []
 
     def slots(self, size: int) -> list[Tensor]:
         """The slots, each of at least so many bytes."""
         if not self._slots or self._slots[0].numel() < size:
             self.begin()
+            # Of states that grow, few sizes: whoever made its pieces in the old slots holds them.
+            size = max(size, min(self.piece_bytes, 1 << size.bit_length()))
             self._slots = [
                 torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(SLOTS)
             ]
@@ -61,8 +64,8 @@ class Ring:
 
     def finish(self) -> None:
         """The host goes on behind all that was sent: states can be read."""
-        for event in self._leaving.values():
-            self.outward.finish(event)
+        if self._last is not None:
+            self.outward.finish(self._last)
 
     def bring(self, slot: int, runs: Runs) -> Any:
         """Launches the copies of a piece into a slot; the event of their end."""
@@ -76,7 +79,7 @@ class Ring:
     def send(self, slot: int, runs: Runs) -> None:
         """Launches the copies of a piece back."""
         for host, here in runs:
-            self._leaving[slot] = self.outward.copy(host, here)
+            self._leaving[slot] = self._last = self.outward.copy(host, here)
 
 
 def new_ring(device: torch.device) -> Ring | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastft.errors import ArgumentError
-from fastft.optim._places import put
+from fastft.optim._places import check_place, put
 from fastft.optim._ring import Ring, new_ring
 from fastft.optim._shards import local
 
@@ -85,6 +85,8 @@ class SavedState(torch.optim.Optimizer):
             raise ArgumentError(
                 self._where, "amsgrad", expected="False", got="True", remedy="It is not offered."
             )
+        for group in self.param_groups:
+            check_place(self, group["params"])
         # What hooks have made of it; this one is the last.
         seen = [state_dict]
 
@@ -123,7 +125,7 @@ def _without_tensors(state_dict: dict[str, Any]) -> dict[str, Any]:
     """The same with empty states: torch would carry them to the parameters' device."""
     light = {
         index: {
-            key: value.new_empty(0) if isinstance(value, Tensor) and key != "step" else value
+            key: torch.empty(0) if isinstance(value, Tensor) and key != "step" else value
             for key, value in own.items()
         }
         for index, own in state_dict["state"].items()

@@ -107,10 +107,12 @@ class ScheduleFreeAdamW(FusedOptimizer):
     @torch.no_grad()
     def eval(self) -> None:
         """Puts x, the average, in the parameters' place; y is kept in the state."""
+        self.wait_for_states()
         for group, p, state in self._with_state(training=True):
             state["y"] = p.detach().clone()
             beta1 = float(group["betas"][0])
-            x = torch.lerp(p.to(state["z"].dtype), state["z"], 1 - 1 / beta1)
+            z = state["z"].to(p.device)
+            x = torch.lerp(p.to(z.dtype), z, 1 - 1 / beta1)
             p.copy_(x)
 
     @torch.no_grad()

@@ -66,6 +66,11 @@ def check_request(cfg: TrainConfig, method: str = "lora", gpus: int = 1) -> Requ
             got=repr(method),
             remedy=nearest(method, METHODS) or None,
         )
+    if gpus > 1 and cfg.optim_states == "host":
+        raise ConfigError(
+            "fastft plan", "optim_states", expected="device or paged with several GPUs",
+            got="'host'", remedy="States of shards are not moved to the host.",
+        )  # fmt: skip
     return Request(cfg, method, gpus=gpus)
 
 

@@ -15,7 +15,7 @@ LAYERS: dict[str, set[str]] = {
     "files": set(),
     "_version": set(),
     "native": {"errors"},
-    "streams": set(),
+    "streams": {"errors"},
     "backends": {"errors"},
     "reference": set(),
     "cpu": {"native", "cpu", "errors"},

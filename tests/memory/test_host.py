@@ -35,6 +35,11 @@ class LateEngine:
         self.pinned.append(torch.full((size,), POISON, dtype=torch.uint8))
         return self.pinned[-1]
 
+    def holds(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in [
+            t.untyped_storage().data_ptr() for t in self.pinned
+        ]
+
     def copy(self, target: Tensor, source: Tensor) -> int:
         storages = weakref.ref(target.untyped_storage()), weakref.ref(source.untyped_storage())
         places = target.data_ptr(), source.data_ptr(), target.numel()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft import optim
-from fastft.errors import ArgumentError
+from fastft.errors import ArgumentError, DtypeError
 from fastft.optim import _saved
 from fastft.optim._ring import Ring
 from tests.memory.test_host import LateEngine
@@ -153,11 +153,64 @@ def test_copies_and_added_groups(engines: list[LateEngine]) -> None:
     copied = copy.deepcopy(optimizer)
     assert copied.states == "host"
     assert _same(_states(copied), _states(optimizer))
+    for group in copied.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    copied.step()
+    again = next(iter(copied._rings.values())).inward
+    held = [s["exp_avg"] for s in copied.state.values()]
+    assert all(again.holds(t) for t in held if t.numel()), "a copy's states are pinned too"
     late = nn.Parameter(torch.ones(50, 50))
     optimizer.add_param_group({"params": [("late", late)]})
     late.grad = torch.ones_like(late)
     optimizer.step()
     assert float(late.detach().max()) < 1
+
+
+def test_formats_and_dtypes_beside_each_other(engines: list[LateEngine]) -> None:
+    """Each piece is stepped by who can: float64 goes to the reference, 8 bits do not come first."""
+
+    def run(states: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        wide = nn.Parameter(torch.randn(3000))
+        found = [wide, nn.Parameter(torch.randn(2000, dtype=torch.float64))]
+        narrow = nn.Parameter(torch.randn(5000))
+        first = optim.AdamW(found, lr=1e-2, states=states, skip_nonfinite=False)
+        groups = [{"params": [wide], "state_bits": 32}, {"params": [narrow]}]
+        second = optim.AdamW8bit(groups, lr=1e-2, states=states, skip_nonfinite=False)
+        for _ in range(3):
+            for p in (*found, narrow):
+                p.grad = torch.sin(p.detach() * 7)
+            first.step()
+            second.step()
+        return [p.detach() for p in (*found, narrow)]
+
+    for ours, theirs in zip(run("host"), run("device"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_schedule_free_evaluates_what_has_arrived(engines: list[LateEngine]) -> None:
+    plain, hosted = _params("AdamW"), _params("AdamW")
+    for params, more in ((plain, {}), (hosted, {"states": "host"})):
+        optimizer = _make("ScheduleFreeAdamW", params, **more)
+        _train(params, optimizer, range(2))
+        optimizer.eval()
+    assert _same(list(hosted.values()), list(plain.values()))
+
+
+def test_a_batch_that_is_replaced_keeps_its_slots_till_they_are_read(
+    engines: list[LateEngine],
+) -> None:
+    a, b = nn.Parameter(torch.randn(60)), nn.Parameter(torch.randn(1900))
+    optimizer = optim.AdamW([a, b], states="host")
+    for used in ((a,), (a, b), (a,)):
+        a.grad = b.grad = None
+        for p in used:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    a.data = a.data.clone()
+    optimizer.step()
+    optimizer.wait_for_states()
 
 
 def test_step_in_backward(engines: list[LateEngine]) -> None:
@@ -180,5 +233,10 @@ def test_refused() -> None:
         optim.AdamW([p], states="disk")
     with pytest.raises(ArgumentError, match=r"states: expected 'device', got 'host'"):
         optim.Adafactor([p], states="host")
+    with pytest.raises(ArgumentError, match=r"states.*capturable"):
+        optim.AdamW([p], states="host", capturable=True)
+    p.grad = torch.ones(3).to_sparse()
+    with pytest.raises(DtypeError, match="sparse"):
+        optim.AdamW([p], states="host").step()
     with pytest.raises(ArgumentError, match=r"states.*flat"):
         optim.AdamW([p], states="host", flat=True)
