@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from . import (
     ways,
 )
 from .declare import Options, Suite
+from .ledger import write_atomically
 from .records import Record, pick_dtype
 from .report import show
 from .runner import run_suite
@@ -133,10 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def write(path: Path, records: list[Record]) -> None:
     """One JSON object a line, under a temporary name first: a stopped run leaves no half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(record.to_json() + "\n" for record in records))
-    os.replace(temporary, path)
+    write_atomically(path, "".join(record.to_json() + "\n" for record in records))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ import ast
 import datetime
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from fastft.files import write_text
 
 __all__ = ["LEDGER", "Entry", "Status", "kernels", "load", "record", "source_hash", "status"]
 
@@ -162,17 +162,9 @@ def now() -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces ``path`` as a whole."""
+    """Replaces ``path`` as a whole; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)  # mkstemp's own mode is private; results are committed
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_text(path, text)
 
 
 def _triton_ops(root: Path) -> list[str]:

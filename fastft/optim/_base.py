@@ -213,10 +213,10 @@ class FusedOptimizer(SavedState):
         if sharded:
             grads = [aligned(g, p) for p, g in zip(params, grads, strict=True)]
         measures = self.max_grad_norm is not None or self.skip_nonfinite
-        in_pieces = self.states == "host"
-        for p, g in zip(params, grads, strict=True) if in_pieces else ():
-            self.refuse(p, g)
+        in_pieces = self.states == "host" and any(self.ring_of(p.device) for p in params)
         if measures and (several or sharded or in_pieces):
+            for p, g in zip(params, grads, strict=True):
+                self.refuse(p, g)
             norm = global_norm(grads)
         self._norm_is_global = norm is not None
         for device, part in _by_device(params, grads, groups):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,10 +28,10 @@ def new_memory(optimizer: SavedState, place: str, device: torch.device, size: in
     ring = optimizer.ring_of(device) if place == "host" else None
     if ring is not None:
         return ring.inward.host_buffer(size).zero_()
-    if place == "paged" and device.type == "cuda":
-        with torch.cuda.use_mem_pool(_paged_pool(device.index)[0], device):
-            return torch.zeros(size, dtype=torch.uint8, device=device)
-    return torch.zeros(size, dtype=torch.uint8, device=device)
+    paged = place == "paged" and device.type == "cuda"
+    pool = torch.cuda.use_mem_pool(_paged_pool(device.index)[0], device) if paged else nullcontext()
+    with pool:
+        return torch.zeros(size, dtype=torch.uint8, device=device)
 
 
 @functools.cache

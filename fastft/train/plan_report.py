@@ -137,7 +137,8 @@ def changes(
         )
     if not cfg.optim.endswith("8bit") and request.method == "full":
         with_cfg(f"optim: {cfg.optim}8bit", optim=f"{cfg.optim}8bit")
-    if cfg.optim_states == "device" and device.type == "cuda" and request.method == "full":
+    alone = device.type == "cuda" and request.gpus == 1  # states of shards stay on their device
+    if alone and cfg.optim_states == "device" and request.method == "full":
         with_cfg("optim_states: host", optim_states="host")
     if length > 512:
         with_cfg(f"max_length: {length // 2}", max_length=length // 2)
@@ -146,7 +147,7 @@ def changes(
     if request.method in ("lora", "full") and device.type == "cuda":
         tried.append(("method qlora", dataclasses.replace(request, method="qlora")))
     for gpus in (2, 4, 8):
-        if device.type == "cuda" and gpus > request.gpus:
+        if device.type == "cuda" and gpus > request.gpus and cfg.optim_states != "host":
             tried.append((f"{gpus} GPUs", dataclasses.replace(request, gpus=gpus)))
     found = []
     for what, other in tried:

@@ -41,7 +41,7 @@ class _Call(NamedTuple):
     def way(self, ys: list[Tensor]) -> tuple[str, border.Border | None]:
         if not self.x.numel() or not plain(len(ys), self.owners, self.spans, self.whole):
             return "expand", None
-        return choose_way("fwd", self.x, ys, self.weights, dense(self.lora_as), self.masks)
+        return choose_way("fwd", self.x, ys, self.weights, self.lora_as, self.masks)
 
 
 def fwd(ys: list[Tensor], ss: list[Tensor], *call: Any) -> None:
