@@ -16,8 +16,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
-#if defined(__AVX512BF16__)
-#include <immintrin.h>  // for the one instruction no compiler emits by itself; see thin.inc
+#if defined(__AVX512F__)
+#include <immintrin.h>  // for what no compiler emits by itself; see thin.inc, optimizer_avx512.inc
 #endif
 
 #include "fastft/dynamic8.h"

@@ -8,7 +8,7 @@
 #if defined(__CUDACC__)
 #define FASTFT_HD __host__ __device__ __forceinline__
 #else
-#define FASTFT_HD inline
+#define FASTFT_HD inline __attribute__((always_inline))
 #endif
 
 // csrc/cpu/isa.cpp is compiled once per instruction set into one library. Without a namespace of

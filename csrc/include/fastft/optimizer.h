@@ -2,10 +2,6 @@
 // schedule-free AdamW. The same functors run in csrc/cpu and csrc/cuda.
 #pragma once
 
-#if defined(__AVX512F__) && !defined(__CUDACC__)
-#include <immintrin.h>
-#endif
-
 #include "fastft/numeric.h"
 #include "fastft/philox.h"
 
@@ -62,16 +58,6 @@ FASTFT_HD float step_sqrt(float value) {
 FASTFT_HD float step_sign(float value) {
   return value > 0.0f ? 1.0f : (value < 0.0f ? -1.0f : 0.0f);
 }
-
-#if defined(__AVX512F__) && !defined(__CUDACC__)
-// Sixteen elements at a time, where csrc/cpu works in registers.
-inline __m512 step_sqrt(__m512 value) { return _mm512_sqrt_ps(value); }
-inline __m512 step_sign(__m512 value) {
-  const __m512 zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1.0f);
-  const __m512 up = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(value, zero, _CMP_GT_OQ), one);
-  return _mm512_mask_sub_ps(up, _mm512_cmp_ps_mask(value, zero, _CMP_LT_OQ), zero, one);
-}
-#endif
 
 FASTFT_HD double step_pow(double base, double exponent) {
 #if defined(__CUDA_ARCH__)
