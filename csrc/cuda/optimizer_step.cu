@@ -206,9 +206,11 @@ __device__ void store_state(const float (&in)[kLane], int64_t codes, float* absm
 }
 
 // Eight bfloat16, each up with the probability of what is cut off, by the bits that
-// csrc/cpu/optimizer_step.inc gives the same elements.
-__device__ void store_stochastic(const float (&values)[kLane], const StepTensor& t, int64_t start,
-                                 int count, uint64_t seed, uint32_t step) {
+// csrc/cpu/optimizer_step.inc gives the same elements. words: where those of a parameter or of a
+// state begin in a block's.
+__device__ void store_stochastic(const float (&values)[kLane], int64_t address, const StepTensor& t,
+                                 int64_t start, int count, uint32_t words, uint64_t seed,
+                                 uint32_t step) {
   const uint64_t first = static_cast<uint64_t>(t.offset + start);
   const uint32_t tensor = static_cast<uint32_t>(t.key);
   uint64_t block = first / kStateBlock;
@@ -222,10 +224,10 @@ __device__ void store_stochastic(const float (&values)[kLane], const StepTensor&
       key = rounding_key(block, step, tensor, seed);
     }
     const uint32_t place = static_cast<uint32_t>(element % kStateBlock);
-    const uint32_t word = rounding_word(key, place / 2);
+    const uint32_t word = rounding_word(key, words + place / 2);
     rounded[i] = round_stochastic(values[i], (word >> (16 * (place & 1))) & 0xffffu);
   }
-  store(rounded, t.param, start, count);
+  store(rounded, address, start, count);
 }
 
 template <typename Rule>
@@ -236,8 +238,9 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks)
   const StepTensor t = tables.tensors[index];
   const Chunk chunk = chunk_of(tables, t, blockIdx.x);
   const StepScalars s = scalars[index];
-  const bool eight_bit = is_eight_bit(t);
+  const StateKind kind = state_kind(t);
   const Rounding how = rounding(t);
+  const uint32_t step = static_cast<uint32_t>(*reinterpret_cast<const float*>(t.step));
   // Every lane of a warp takes each turn: the largest of a block is that of all of them.
   for (int64_t tile = threadIdx.x / 32 * kStateBlock; tile < chunk.size;
        tile += kThreads / 32 * kStateBlock) {
@@ -255,19 +258,24 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks)
 #pragma unroll
       for (int i = 0; i < kLane; ++i) p[i] += rest[i];
     }
-    if (eight_bit) {
+    if (kind == StateKind::kEightBit) {
       load_state<true>(first, t.state1, absmax1, start, count);
       if (Rule::kStates > 1) load_state<false>(second, t.state2, absmax2, start, count);
     } else {
-      if (t.state1) load<float>(first, t.state1, start, count);
-      if (t.state2) load<float>(second, t.state2, start, count);
+      const DType dtype = kind == StateKind::kBFloat16 ? DType::kBFloat16 : DType::kFloat32;
+      if (t.state1) load_as(first, dtype, t.state1, start, count);
+      if (t.state2) load_as(second, dtype, t.state2, start, count);
     }
 #pragma unroll
     for (int i = 0; i < kLane; ++i) Rule::update(p[i], g[i], first[i], second[i], s);
-    if (eight_bit) {
+    if (kind == StateKind::kEightBit) {
       __syncwarp();  // the block's scale has been read by all before one lane writes it
       store_state<true>(first, t.state1, absmax1, start, count);
       if (Rule::kStates > 1) store_state<false>(second, t.state2, absmax2, start, count);
+    } else if (kind == StateKind::kBFloat16) {
+      if (t.state1) store_stochastic(first, t.state1, t, start, count, kRoundingWords, seed, step);
+      if (t.state2)
+        store_stochastic(second, t.state2, t, start, count, 2 * kRoundingWords, seed, step);
     } else {
       if (t.state1) store(first, t.state1, start, count);
       if (t.state2) store(second, t.state2, start, count);
@@ -281,8 +289,7 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks)
         break;
       default:
         if (how == Rounding::kStochastic) {
-          store_stochastic(p, t, start, count, seed,
-                           static_cast<uint32_t>(*reinterpret_cast<const float*>(t.step)));
+          store_stochastic(p, t.param, t, start, count, 0, seed, step);
           break;
         }
         store_rounded<bfloat16>(p, t.param, start, count);

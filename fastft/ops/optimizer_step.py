@@ -13,8 +13,8 @@
 Columns of ``hyper``: lr, b1, b2, eps, wd, e, sign. sgd: b1 is the momentum, b2 the dampening, e 1
 for Nesterov's. sign is -1 where the objective is maximised, which turns g.
 
-States are float32, or 8-bit codes of blocks of 256 that bitsandbytes' maps decode
-(:mod:`fastft.reference.optimizer_step`). Parameters in bfloat16 are rounded to nearest, at random
+States are float32, bfloat16 (always rounded at random), or 8-bit codes of blocks of 256 that
+bitsandbytes' maps decode (:mod:`fastft.reference.optimizer_step`). Parameters in bfloat16 are rounded to nearest, at random
 with the probability of what is cut off (``stochastic``), or with a second bfloat16 that holds what
 was cut off (``compensated``). The random bits of an element depend on the seed, its tensor's key,
 its place in the tensor and the tensor's step alone.
@@ -54,6 +54,7 @@ __all__ = [
 _WHERE = "fastft.ops.optimizer_step"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(_FLOATS)}
+_STATE_CODES = {torch.uint8: 1, torch.bfloat16: 2}
 
 STATE_BLOCK = 256
 HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "extra", "sign")
@@ -62,18 +63,18 @@ ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule: its code in csrc/include/fastft/optimizer.h, how many states, whether in 8 bits."""
+    """A rule: its code in csrc/include/fastft/optimizer.h, how many states, in how many bits."""
 
     code: int
     states: int
-    eight_bit: bool
+    bits: tuple[int, ...]
 
 
 RULES = {
-    "adamw": Rule(0, 2, eight_bit=True),
-    "lion": Rule(1, 1, eight_bit=True),
-    "sgd": Rule(2, 1, eight_bit=True),
-    "schedule_free": Rule(3, 2, eight_bit=False),
+    "adamw": Rule(0, 2, (32, 16, 8)),
+    "lion": Rule(1, 1, (32, 16, 8)),
+    "sgd": Rule(2, 1, (32, 16, 8)),
+    "schedule_free": Rule(3, 2, (32,)),
 }
 
 # Columns of the table of csrc/include/fastft/optimizer.h.
@@ -90,8 +91,8 @@ class StepTensors:
             place.
         steps: n 0-dim float32 tensors, t of each, incremented.
         states: for each state of the rule n tensors of the parameters' shapes, float32 (float64 for
-            float64 parameters), or uint8 where in 8 bits. Empty for sgd without momentum.
-        absmax: like ``states``, float32 (ceil(numel / 256),), None where the state is float32.
+            float64 parameters), bfloat16, or uint8 where in 8 bits. Empty for sgd without momentum.
+        absmax: like ``states``, float32 (ceil(numel / 256),), None where the state is not in 8 bits.
         compensation: n bfloat16 tensors of the parameters' shapes for ``compensated``, else None.
         rounding: one of ``ROUNDINGS``; bfloat16 parameters only, others are rounded to nearest.
         keys, offsets: of the random bits: element i of tensor j draws (keys[j], offsets[j] + i).
@@ -139,9 +140,9 @@ class StepTensors:
 
     @property
     def state_bits(self) -> int:
-        """8 where any state is in 8 bits, else 32."""
-        eight = any(t is not None for tensors in self.absmax for t in tensors)
-        return 8 if eight else 32
+        """The fewest bits that any state has."""
+        sizes = {t.element_size() for tensors in self.states for t in tensors}
+        return min(32, *(8 * size for size in sizes)) if sizes else 32
 
     def table(self, grads: Sequence[Tensor]) -> tuple[Tensor, bool]:
         """The rows of csrc/include/fastft/optimizer.h, int64 (n, 12) on the CPU, and whether
@@ -155,12 +156,13 @@ class StepTensors:
             return self._table, False
         self._seen = now
         how = ROUNDINGS.index(self.rounding)
-        eight = self.absmax[0] if self.absmax else [None] * len(self.params)
+        first: Sequence[Tensor | None] = self.states[0] if self.states else [None] * len(grads)
         codes = [
-            _DTYPE_CODES[p.dtype] + 4 * _DTYPE_CODES[dtype] + 16 * (scale is not None)
-            + 32 * (how if p.dtype == torch.bfloat16 and (how != 2 or rest is not None) else 0)
-            for p, dtype, scale, rest in zip(
-                self.params, now[2], eight, self.compensation, strict=True)
+            _DTYPE_CODES[p.dtype] + 4 * _DTYPE_CODES[dtype]
+            + 16 * (0 if state is None else _STATE_CODES.get(state.dtype, 0))
+            + 64 * (how if p.dtype == torch.bfloat16 and (how != 2 or rest is not None) else 0)
+            for p, dtype, state, rest in zip(
+                self.params, now[2], first, self.compensation, strict=True)
         ]  # fmt: skip
         self._table[:, _PARAM] = torch.tensor(now[0])
         self._table[:, _GRAD] = torch.tensor(now[1])
@@ -281,13 +283,17 @@ def _check_tensors(tensors: StepTensors) -> None:
         scales = {values[i] is None for values in tensors.absmax}
         if len(scales) > 1:
             raise ShapeError(_WHERE, "absmax", expected="of all states or none", got="of some")
+        wide = torch.promote_types(p.dtype, torch.float32)
+        unscaled = (wide, torch.bfloat16) if 16 in rule.bits and wide == torch.float32 else (wide,)
         for state, absmax in zip(tensors.states, tensors.absmax, strict=True):
             scale = absmax[i]
-            wide = torch.promote_types(p.dtype, torch.float32)
-            dtype = wide if scale is None else torch.uint8
-            _check_like("states", state[i], (dtype,), p.device, shape)
+            allowed = unscaled if scale is None else (torch.uint8,)
+            _check_like("states", state[i], allowed, p.device, shape)
+            if state[i].dtype != tensors.states[0][i].dtype:
+                got = f"{tensors.states[0][i].dtype} and {state[i].dtype}"
+                raise DtypeError(_WHERE, "states", expected="one dtype of a parameter's", got=got)
             if scale is not None:
-                if not rule.eight_bit:
+                if 8 not in rule.bits:
                     raise ArgumentError(
                         _WHERE, "absmax", expected=f"None with {tensors.rule}", got="8-bit states"
                     )

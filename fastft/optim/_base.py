@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastft import ops
 from fastft.errors import ArgumentError
-from fastft.ops.optimizer_step import ROUNDINGS
+from fastft.ops.optimizer_step import ROUNDINGS, RULES
 from fastft.optim._batch import Batch
 from fastft.optim._flat import Flat, flatten
 from fastft.optim._host import HostBatch
@@ -33,8 +33,9 @@ class FusedOptimizer(SavedState):
             None where the trainer clips already.
         skip_nonfinite: leave out steps whose gradient norm is not finite, and count them. It takes
             a read of all gradients, which the clip takes anyway.
-        state_bits: 32 or 8; a param group may say another. 8: tensors of fewer than 4,096
-            elements (``min_8bit_size``) keep float32 states, as in bitsandbytes.
+        state_bits: 32, 16 or 8; a param group may say another. 16: bfloat16, rounded at random
+            whatever ``rounding`` says: to nearest, a second moment could not shrink. 8: tensors of
+            fewer than 4,096 elements (``min_8bit_size``) keep float32 states, as in bitsandbytes.
         rounding: of bfloat16 parameters: "nearest", "stochastic", or "compensated" with a second
             bfloat16 for what rounding takes away.
         seed: of stochastic rounding. An element's bits depend on it, on the parameter's name (if
@@ -92,11 +93,14 @@ class FusedOptimizer(SavedState):
         check_hyper(where, ranged)
         for name, value, valid, expected in (
             ("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0, "> 0"),
-            ("state_bits", state_bits, state_bits in (8, 32), "8 or 32"),
-            ("state_bits", state_bits, state_bits == 32 or "state1" in self.state_names, "32"),
+            ("state_bits", state_bits, state_bits in (8, 16, 32), "8, 16 or 32"),
+            ("state_bits", state_bits, state_bits != 8 or "state1" in self.state_names, "16 or 32"),
+            ("state_bits", state_bits, state_bits in RULES[self.rule].bits, "32"),
+            ("state_bits", state_bits, state_bits == 32 or bool(self.state_names), "32"),
             ("rounding", rounding, rounding in ROUNDINGS, " or ".join(ROUNDINGS)),
             ("differentiable", differentiable, not differentiable, "False"),
             ("flat", flat, not flat or rounding != "stochastic", "False with stochastic rounding"),
+            ("flat", flat, not flat or state_bits != 16, "False with state_bits=16"),
             ("states", states, states in PLACES, " or ".join(PLACES)),
             ("states", states, states == "device" or not flat, "device with flat=True"),
             ("states", states, states != "host" or not capturable, "not host with capturable=True"),

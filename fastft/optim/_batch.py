@@ -161,12 +161,18 @@ def is_eight_bit(optimizer: FusedOptimizer, p: Tensor, group: dict[str, Any]) ->
     return group["state_bits"] == 8 and p.numel() >= optimizer.min_8bit_size
 
 
+def state_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
+    """Of the states that a parameter of this group gets where they are not in 8 bits."""
+    wide = torch.promote_types(p.dtype, torch.float32)
+    return torch.bfloat16 if group["state_bits"] == 16 and wide == torch.float32 else wide
+
+
 def make_states(optimizer: FusedOptimizer, members: Members) -> None:
     """States of parameters that have none, in one arena; loaded ones are put where, and laid out
     as, the parameter is."""
     plan = []
     for p, group in members:
-        _adopt(optimizer, p)
+        _adopt(optimizer, p, state_dtype(p, group))
         plan += [(p, *wanted) for wanted in _missing(optimizer, p, group)]
     # One allocation for each dtype and memory: neighbours in it, and starts of 16 bytes.
     totals: dict[tuple[bool, torch.dtype], int] = {}
@@ -201,7 +207,7 @@ def _padded(size: int) -> int:
     return -(-size // 16) * 16
 
 
-def _adopt(optimizer: FusedOptimizer, p: Tensor) -> None:
+def _adopt(optimizer: FusedOptimizer, p: Tensor, narrow: torch.dtype) -> None:
     state = optimizer.state_of(p)
     if not state:
         return
@@ -218,7 +224,7 @@ def _adopt(optimizer: FusedOptimizer, p: Tensor) -> None:
     wide = torch.promote_types(p.dtype, torch.float32)
     for name in optimizer.state_names:
         value = state.get(name)
-        if value is not None and value.dtype not in (wide, torch.uint8):
+        if value is not None and value.dtype not in (wide, torch.uint8, narrow):
             # torch keeps them in the parameters' dtype.
             state[name] = put(optimizer, name, value.to(wide), here.device)
     for name in (*optimizer.state_names, "compensation"):
@@ -237,7 +243,6 @@ def _missing(
 ) -> list[tuple[str, int, torch.dtype]]:
     """Key, elements and dtype of each state that is not there."""
     numel, state = local(p).numel(), optimizer.state_of(p)
-    wide = torch.promote_types(p.dtype, torch.float32)
     wanted = [("step", 1, torch.float32)]
     for name in optimizer.state_names[: optimizer.n_states(group)]:
         if name in state:
@@ -246,7 +251,7 @@ def _missing(
             wanted.append((name, numel, torch.uint8))
             wanted.append((absmax_name(name), -(-numel // STATE_BLOCK), torch.float32))
         else:
-            wanted.append((name, numel, wide))
+            wanted.append((name, numel, state_dtype(p, group)))
     if optimizer.rounding == "compensated" and p.dtype == torch.bfloat16:
         wanted.append(("compensation", numel, torch.bfloat16))
     return [entry for entry in wanted if entry[0] not in state]

@@ -87,14 +87,17 @@ class AdamW8bit(EightBitStates, AdamW):
 
 
 class AdamWBF16(AdamW):
-    """AdamW for models trained in bfloat16 without float32 copies of their weights.
+    """AdamW for models trained in bfloat16 without float32 copies of anything: 4 bytes of state a
+    parameter, in bfloat16 like ``torch.optim.AdamW``'s of such a model, but parameters and states
+    are rounded stochastically, so that what is far below the spacing of bfloat16 counts.
 
     Args:
-        kahan: keep what rounding takes away in a second bfloat16 (2 bytes a parameter) instead of
-            rounding stochastically: the pair holds 16 bits of mantissa.
-        others: as in :class:`AdamW`.
+        kahan: keep what rounding takes away from the parameters in a second bfloat16 (2 bytes a
+            parameter) instead: the pair holds 16 bits of mantissa. States are float32 then.
+        others: as in :class:`AdamW`; ``state_bits=32`` for float32 states, 8 bytes.
     """
 
     def __init__(self, params: Iterable[Any], *args: Any, kahan: bool = False, **more: Any) -> None:
         more.setdefault("rounding", "compensated" if kahan else "stochastic")
+        more.setdefault("state_bits", 32 if kahan else 16)
         super().__init__(params, *args, **more)

@@ -66,7 +66,7 @@ def step(
         gradient = g.to(wide) * (coefficient * inverse_scale * row[6])
         value = _RULES[tensors.rule](value, gradient, states, t, row)
         for k, state in enumerate(states):
-            _close(tensors, k, i, state)
+            _close(tensors, k, i, state, seed)
         if tensors.rounding == "nearest" or p.dtype != torch.bfloat16:
             p.copy_(value)
         elif tensors.rounding == "stochastic":
@@ -84,9 +84,13 @@ def _open(tensors: Any, k: int, i: int, dtype: torch.dtype) -> Tensor:
     return decode8(state, absmax, k == 0, dtype)
 
 
-def _close(tensors: Any, k: int, i: int, value: Tensor) -> None:
+def _close(tensors: Any, k: int, i: int, value: Tensor, seed: int) -> None:
     state, absmax = tensors.states[k][i], tensors.absmax[k][i]
-    if absmax is None:
+    if absmax is None and state.dtype == torch.bfloat16:
+        t, key, offset = int(tensors.steps[i].item()), tensors.keys[i], tensors.offsets[i]
+        bits = random_bits(state.numel(), seed, t, key, offset, k + 1)
+        state.copy_(round_stochastic(value.float(), bits.view(state.shape).to(state.device)))
+    elif absmax is None:
         state.copy_(value)
     else:
         codes, scales = encode8(value.float(), k == 0)
@@ -143,14 +147,18 @@ _RULES: dict[str, Callable[[Tensor, Tensor, list[Tensor], float, list[float]], T
 _MASK = 0xFFFFFFFF
 
 
-def random_bits(count: int, seed: int, step: int, key: int, offset: int) -> Tensor:
+def random_bits(
+    count: int, seed: int, step: int, key: int, offset: int, state: int = 0
+) -> Tensor:
     """16 uniform bits for each of the elements offset .. offset + count, int64 (count,).
 
     A block of 256 elements has a key: Philox4x32 with 7 rounds (Salmon et al. 2011) of its place,
     the step and ``key`` under the seed. Word w of the block is a keyed hash of w, and serves
-    elements 2 w and 2 w + 1.
+    elements 2 w and 2 w + 1. ``state``: 0 for the parameter, k for its k-th state, whose words are
+    the 128 behind.
     """
-    blocks = torch.arange(offset // 256, (offset + count - 1) // 256 + 1 if count else 0)
+    first = offset // 256
+    blocks = torch.arange(first, (offset + count - 1) // 256 + 1 if count else first)
     c0, c1 = blocks & _MASK, blocks >> 32
     c2, c3 = torch.full_like(blocks, step & _MASK), torch.full_like(blocks, key & _MASK)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
@@ -160,7 +168,7 @@ def random_bits(count: int, seed: int, step: int, key: int, offset: int) -> Tens
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
     first, second = (c0 ^ c2)[:, None], (c1 ^ c3)[:, None]
-    x = _multiply(0x9E3779B9, torch.arange(128))[1][None] ^ first
+    x = _multiply(0x9E3779B9, 128 * state + torch.arange(128))[1][None] ^ first
     x = _multiply(0x7FEB352D, x ^ (x >> 16))[1]
     x = _multiply(0x846CA68B, ((x ^ (x >> 15)) + second) & _MASK)[1]
     words = x ^ (x >> 16)

@@ -104,6 +104,8 @@ class StepCase:
             if self.state_bits == 8:
                 pairs = [reference.encode8(v, k == 0) for v in values]
                 values, scales = [c for c, _ in pairs], [a for _, a in pairs]
+            elif self.state_bits == 16:
+                values = [v.to(BF16) for v in values]
             states.append(values)
             absmax.append(scales)
         compensation = [
@@ -135,7 +137,7 @@ def assert_step(case: StepCase, step: Stepper, device: torch.device = CPU) -> di
     own. Returns (own, plain, truth) of what was compared."""
     own = case.make(device)
     plain, truth = own.copy(), own.copy(torch.float64)
-    rounds_alike = case.state_bits == 8 or case.rounding != "nearest"
+    rounds_alike = case.state_bits != 32 or case.rounding != "nearest"
     for _ in range(1 if rounds_alike else 2):
         for state, run in ((own, step), (plain, reference.step), (truth, reference.step)):
             run(
@@ -149,7 +151,7 @@ def assert_step(case: StepCase, step: Stepper, device: torch.device = CPU) -> di
         if name.startswith("step"):
             assert torch.equal(value, expected[name]), name
         elif (narrow and case.rounding != "nearest") or (
-            name.startswith("state") and case.state_bits == 8
+            name.startswith("state") and case.state_bits != 32
         ):
             _assert_alike(name, value, expected[name])
         else:
@@ -184,11 +186,15 @@ STEP_CASES: dict[str, StepCase] = {
     "adamw-8bit-stochastic": StepCase("adamw", 8, "stochastic"),
     "adamw-stochastic": StepCase("adamw", 32, "stochastic", offset=1003),
     "adamw-compensated": StepCase("adamw", 32, "compensated"),
+    "adamw-16bit": StepCase("adamw", 16, "stochastic", max_norm=1.0, offset=1003),
+    "adamw-16bit-compensated": StepCase("adamw", 16, "compensated"),
     "lion": StepCase("lion"),
     "lion-8bit": StepCase("lion", 8, "stochastic", max_norm=1.0, offset=8),
     "sgd": StepCase("sgd", max_norm=1.0),
     "sgd-nesterov": StepCase("sgd", extra=1.0),
     "sgd-8bit": StepCase("sgd", 8),
+    "sgd-16bit": StepCase("sgd", 16, extra=1.0, offset=8),
+    "lion-16bit": StepCase("lion", 16, "stochastic"),
     "schedule-free": StepCase("schedule_free", extra=0.25),
     "schedule-free-stochastic": StepCase("schedule_free", 32, "stochastic", extra=0.25),
 }

@@ -542,7 +542,7 @@ class TestBitsandbytes:
         (lambda p: optim.AdamW(p, max_grad_norm=0.0), ["max_grad_norm", "> 0"]),
         (lambda p: optim.AdamW(p, amsgrad=True), ["amsgrad", "not offered"]),
         (lambda p: optim.AdamW(p, rounding="up"), ["rounding", "nearest"]),
-        (lambda p: optim.AdamW8bit(p, state_bits=4), ["state_bits", "8 or 32"]),
+        (lambda p: optim.AdamW8bit(p, state_bits=4), ["state_bits", "8, 16 or 32"]),
         (lambda p: optim.SGD(p, nesterov=True), ["nesterov", "momentum"]),
         (lambda p: optim.Lion(p, differentiable=True), ["differentiable"]),
     ],

@@ -10,25 +10,28 @@ namespace fastft {
 // The codes of fastft/ops/optimizer_step.py.
 enum class OptimizerRule : int { kAdamW = 0, kLion = 1, kSgd = 2, kScheduleFree = 3 };
 enum class Rounding : int { kNearest = 0, kStochastic = 1, kCompensated = 2 };
+enum class StateKind : int { kFloat32 = 0, kEightBit = 1, kBFloat16 = 2 };
 
 // A row of the table of a step: int64, in this order. Addresses are 0 where there is no such thing.
 struct StepTensor {
   int64_t param, grad;
-  int64_t state1, state2;    // float32, or codes of dynamic8.h
+  int64_t state1, state2;    // float32, bfloat16, or codes of dynamic8.h
   int64_t absmax1, absmax2;  // float32, one for each kStateBlock elements of an 8-bit state
   int64_t compensation;      // bfloat16: what rounding took from the parameter
   int64_t step;              // float32: steps taken, incremented
   int64_t numel;
   int64_t key, offset;  // of stochastic rounding: element i draws (key, offset + i)
-  int64_t codes;        // param DType + 4 grad DType + 16 (8-bit states) + 32 Rounding
+  int64_t codes;        // param DType + 4 grad DType + 16 StateKind + 64 Rounding
 };
 constexpr int64_t kStepColumns = 12;
 constexpr int64_t kStateBlock = 256;
 
 FASTFT_HD DType param_dtype(const StepTensor& t) { return static_cast<DType>(t.codes & 3); }
 FASTFT_HD DType grad_dtype(const StepTensor& t) { return static_cast<DType>((t.codes >> 2) & 3); }
-FASTFT_HD bool is_eight_bit(const StepTensor& t) { return (t.codes >> 4) & 1; }
-FASTFT_HD Rounding rounding(const StepTensor& t) { return static_cast<Rounding>(t.codes >> 5); }
+FASTFT_HD StateKind state_kind(const StepTensor& t) {
+  return static_cast<StateKind>((t.codes >> 4) & 3);
+}
+FASTFT_HD Rounding rounding(const StepTensor& t) { return static_cast<Rounding>(t.codes >> 6); }
 
 inline namespace FASTFT_ISA {
 
@@ -169,7 +172,9 @@ struct ScheduleFreeRule {
 
 // The random words of stochastic rounding. A block of 256 elements has a key, Philox of its place,
 // the tensor and the step under the seed; word w of the block, which serves elements 2 w and
-// 2 w + 1 with 16 bits each, is a keyed two-round hash of w.
+// 2 w + 1 with 16 bits each, is a keyed two-round hash of w. States in bfloat16, always rounded so,
+// draw from the words behind: kRoundingWords (and twice as many) on.
+constexpr uint32_t kRoundingWords = kStateBlock / 2;
 struct RoundingKey {
   uint32_t first, second;
 };
