@@ -14,10 +14,10 @@ Columns of ``hyper``: lr, b1, b2, eps, wd, e, sign. sgd: b1 is the momentum, b2 
 for Nesterov's. sign is -1 where the objective is maximised, which turns g.
 
 States are float32, bfloat16 (always rounded at random), or 8-bit codes of blocks of 256 that
-bitsandbytes' maps decode (:mod:`fastft.reference.optimizer_step`). Parameters in bfloat16 are rounded to nearest, at random
-with the probability of what is cut off (``stochastic``), or with a second bfloat16 that holds what
-was cut off (``compensated``). The random bits of an element depend on the seed, its tensor's key,
-its place in the tensor and the tensor's step alone.
+bitsandbytes' maps decode (:mod:`fastft.reference.optimizer_step`). Parameters in bfloat16 are
+rounded to nearest, at random with the probability of what is cut off (``stochastic``), or with a
+second bfloat16 that holds what was cut off (``compensated``). The random bits of an element depend
+on the seed, its tensor's key, its place in the tensor and the tensor's step alone.
 
 Sources: Loshchilov & Hutter 2019, algorithm 2, https://arxiv.org/abs/1711.05101; Chen et al. 2023,
 https://arxiv.org/abs/2302.06675; ``torch.optim.SGD``; Defazio et al. 2024,
@@ -92,7 +92,7 @@ class StepTensors:
         steps: n 0-dim float32 tensors, t of each, incremented.
         states: for each state of the rule n tensors of the parameters' shapes, float32 (float64 for
             float64 parameters), bfloat16, or uint8 where in 8 bits. Empty for sgd without momentum.
-        absmax: like ``states``, float32 (ceil(numel / 256),), None where the state is not in 8 bits.
+        absmax: like ``states``, float32 (ceil(numel / 256),) of those in 8 bits, None of others.
         compensation: n bfloat16 tensors of the parameters' shapes for ``compensated``, else None.
         rounding: one of ``ROUNDINGS``; bfloat16 parameters only, others are rounded to nearest.
         keys, offsets: of the random bits: element i of tensor j draws (keys[j], offsets[j] + i).

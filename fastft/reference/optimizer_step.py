@@ -147,9 +147,7 @@ _RULES: dict[str, Callable[[Tensor, Tensor, list[Tensor], float, list[float]], T
 _MASK = 0xFFFFFFFF
 
 
-def random_bits(
-    count: int, seed: int, step: int, key: int, offset: int, state: int = 0
-) -> Tensor:
+def random_bits(count: int, seed: int, step: int, key: int, offset: int, state: int = 0) -> Tensor:
     """16 uniform bits for each of the elements offset .. offset + count, int64 (count,).
 
     A block of 256 elements has a key: Philox4x32 with 7 rounds (Salmon et al. 2011) of its place,

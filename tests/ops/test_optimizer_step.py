@@ -80,8 +80,9 @@ def test_without_a_norm_the_step_is_taken_all_the_same(backend: str) -> None:
     assert b.stats[0].item() == 0
 
 
-def test_random_bits_do_not_depend_on_how_a_tensor_is_cut() -> None:
-    whole = StepCase("adamw", 32, "stochastic", ((5003, BF16, BF16),)).make()
+@pytest.mark.parametrize("state_bits", [32, 16])
+def test_random_bits_do_not_depend_on_how_a_tensor_is_cut(state_bits: int) -> None:
+    whole = StepCase("adamw", state_bits, "stochastic", ((5003, BF16, BF16),)).make()
     cut = [1, 700, 2311]
     bounds = list(zip([0, *cut], [*cut, 5003], strict=True))
     tensors, old = [], whole.tensors
@@ -102,8 +103,11 @@ def test_random_bits_do_not_depend_on_how_a_tensor_is_cut() -> None:
     for (start, end), part in zip(reversed(bounds), tensors, strict=True):
         grads = [whole.grads[0][start:end].clone()]
         ops.optimizer_step(part, grads, whole.hyper, ops.new_stats(CPU), seed=SEED)
-        parts.insert(0, part.params[0])
-    assert torch.equal(torch.cat(parts), old.params[0])
+        parts.insert(0, [part.params[0], *(state[0] for state in part.states)])
+    for cut_up, kept in zip(
+        zip(*parts, strict=True), [old.params[0], *(state[0] for state in old.states)], strict=True
+    ):
+        assert torch.equal(torch.cat(cut_up), kept)
 
 
 def test_stochastic_rounding_is_unbiased_and_needs_no_state() -> None:
