@@ -1,7 +1,8 @@
 """What a layer saves for its backward, chosen tensor by tensor through torch's saved-tensor hooks.
 
-A result that an operation can make again from tensors that are saved anyway (a norm's, a GLU's) is
-replaced by its recipe; a large activation may be kept in 8 bits. All else is saved as it is.
+A result that an operation can make again from tensors that are saved anyway (a norm's, a GLU's, the
+S of adapters of a high rank) is replaced by its recipe; a large activation may be kept in 8 bits.
+All else is saved as it is.
 """
 
 from __future__ import annotations
@@ -87,8 +88,9 @@ class _Notebook:
     def add(
         self, result: Tensor, inputs: tuple[Tensor | None, ...], make: Callable[..., Tensor]
     ) -> None:
-        """Of ``fastft.ops._saving.Notebook``. Inputs are held without their graph."""
-        held = tuple(None if t is None else _same(t) for t in inputs)
+        """Of ``fastft.ops._saving.Notebook``. Inputs are held without their graph, or made again
+        themselves."""
+        held = tuple(None if t is None else self.keep(t) or _same(t) for t in inputs)
         storage = StorageWeakRef(result.untyped_storage())
         recipe = _Recipe(storage, result._version, result.dtype, held, make)
         self._by_storage[storage.cdata] = recipe
@@ -99,6 +101,14 @@ class _Notebook:
         if recipe is None or recipe.storage.expired() or recipe.version != tensor._version:
             return None
         return recipe if recipe.dtype == tensor.dtype else None
+
+    def keep(self, tensor: Tensor) -> _View | None:
+        """What is kept of a tensor in place of its values; None where it cannot be made again."""
+        recipe = self.find(tensor)
+        if recipe is None:
+            return None
+        size, stride = tuple(tensor.size()), tuple(tensor.stride())
+        return _View(recipe, size, stride, tensor.storage_offset())
 
     def clear(self) -> None:
         """Forgets all recipes but those that are held elsewhere."""
@@ -128,10 +138,9 @@ def saving(
     def pack(tensor: Tensor) -> Any:
         if type(tensor) is not Tensor or tensor.layout != torch.strided:
             return tensor  # a parameter, or what only torch knows how to keep
-        recipe = notebook.find(tensor)
-        if recipe is not None:
-            size, stride = tuple(tensor.size()), tuple(tensor.stride())
-            return _View(recipe, size, stride, tensor.storage_offset())
+        view = notebook.keep(tensor)
+        if view is not None:
+            return view
         if sink is not None:
             sink(tensor)
         if compression is not None and _is_activation(tensor, hidden, weights):

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastft import backends
 from fastft.ops._checks import without_autocast
 from fastft.ops._library import register
-from fastft.ops._saving import Late, saves_first
+from fastft.ops._saving import Late, note, saves_first
 from fastft.reference.lora_linear import lora_term
 
 __all__ = ["AUTO", "Constants", "LoraLinear", "choose", "late_values", "new_dropout_mask"]
@@ -89,6 +89,27 @@ def _outputs(
     ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
     rows = [stop - start for start, stop in _pairs(spans)]
     return ys + [x.new_empty(n, a.shape[0]) for n, a in zip(rows, lora_as, strict=True)]
+
+
+# Bytes that the start of each S is a multiple of.
+_ALIGN = 64
+# The ss of a call can be made again where they are at least this part of x: to read x again for
+# less costs more than it frees.
+_WORTH = 1 / 16
+
+
+def _room(
+    x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], spans: Sequence[int]
+) -> tuple[list[Tensor], Tensor]:
+    """Room for ys and ss, the ss in one piece, which comes last: what is made again at once."""
+    step = _ALIGN // x.element_size()
+    shapes = [(b - a, lora_a.shape[0]) for (a, b), lora_a in zip(_pairs(spans), lora_as)]
+    starts = [0]
+    for rows, r in shapes:
+        starts.append(starts[-1] + -(-rows * r // step) * step)
+    held = x.new_empty(starts[-1])
+    ss = [held[start : start + rows * r].view(rows, r) for start, (rows, r) in zip(starts, shapes)]
+    return [x.new_empty(x.shape[0], w.shape[0]) for w in weights] + ss, held
 
 
 def _forward(*call: Any) -> list[Tensor]:
@@ -181,6 +202,14 @@ def late_values(backend: str, x: Tensor, lora_as: Sequence[Tensor]) -> Late | No
     return Late() if splits and saves_first() else None
 
 
+def _adapters_again(constants: Constants, x: Tensor, *tensors: Tensor | None) -> Tensor:
+    """The ss of a call once more, as ``_room`` lays them out."""
+    groups = constants.split(tensors)
+    outputs, held = _room(x, groups[0], groups[2], constants.spans)
+    _launch("fwd_adapters", outputs, x, *groups, *constants.rest())
+    return held
+
+
 class LoraLinear(torch.autograd.Function):
     """Eager autograd of ``lora_linear_siblings``."""
 
@@ -188,11 +217,15 @@ class LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, late: Late | None, constants: Constants, x: Tensor, *tensors: Tensor | None
     ) -> Any:
-        call: Any = (x, *constants.split(tensors), *constants.rest())
+        groups, rest = constants.split(tensors), constants.rest()
+        call: Any = (x, *groups, *rest)
+        outputs, held = _room(x, groups[0], groups[2], constants.spans)
         if late is None:
-            outputs = _forward(*call)
+            _launch("fwd", outputs, *call)
+            if held.numel() >= _WORTH * x.numel():
+                note(held, (x, *tensors), functools.partial(_adapters_again, constants))
         else:
-            outputs = _launch("fwd_adapters", None, *call)
+            _launch("fwd_adapters", outputs, *call)
             late.work = functools.partial(_launch, "fwd_values", outputs, *call)
         ctx.constants = constants
         ctx.save_for_backward(x, *tensors, *outputs[constants.layers :])
