@@ -62,7 +62,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One configuration that is predicted and trained."""
+    """One configuration that is predicted and trained. further: ranks of more adapters of the job,
+    with a batch each."""
 
     model: str
     batch: int
@@ -72,10 +73,12 @@ class Run:
     optim: str = "AdamW"
     r: int = 16
     dropout: float = 0.0
+    further: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
-        what = self.method if self.method == "full" else f"{self.method} r={self.r}"
+        ranks = ", ".join(map(str, (self.r, *self.further)))
+        what = self.method if self.method == "full" else f"{self.method} r={ranks}"
         dropout = f" dropout {self.dropout}" if self.dropout else ""
         return f"{self.model} {what}{dropout} {self.optim} {self.batch}x{self.length} {self.policy}"
 
@@ -87,6 +90,7 @@ CPU_RUNS = (
     Run("SmolLM2-135M", 4, 512, "full"),
     Run("SmolLM2-135M", 1, 2048, "lora"),
     Run("SmolLM2-135M", 2, 512, "none", r=64, dropout=0.05),
+    Run("SmolLM2-135M", 1, 512, "attention", further=(8, 32)),
     Run("SmolLM2-135M", 1, 512, "none", "full"),
     Run("SmolLM2-135M", 2, 512, "full", "full", "AdamW8bit"),
     Run("Qwen2.5-0.5B", 2, 512),
@@ -128,10 +132,12 @@ def run(options: Options, emit: Callable[[Record], None]) -> list[Record]:
                 optim=case.optim, dtype=options.dtype_name,
                 per_device_train_batch_size=case.batch, max_length=case.length,
             )  # fmt: skip
-            request = Request(cfg, case.method, case.policy)
+            others = tuple(cfg.replace(r=r, lora_alpha=2 * r) for r in case.further)
+            request = Request(cfg, case.method, case.policy, others=others)
             predicted = Planner(request, device, ceilings).predict()
             job = {
-                "cfg": cfg.to_dict(), "method": case.method, "policy": case.policy,
+                "cfgs": [each.to_dict() for each in request.cfgs],
+                "method": case.method, "policy": case.policy,
                 "device": str(options.device), "dtype": options.dtype_name,
                 "steps": options.steps, "threads": torch.get_num_threads(),
             }  # fmt: skip

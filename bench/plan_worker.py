@@ -9,6 +9,7 @@ import json
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,19 +20,25 @@ from .measure import peak_resident_bytes, reset_peak, resident_bytes, trim
 WARM_UP = 2
 
 
-def model_of(config: Any, cfg: Any, method: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model of the request with random weights."""
+def model_of(
+    config: Any, cfgs: list[Any], method: str, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """The model of the request with random weights; cfgs: of each adapter."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     import fastft
-    from fastft.train.lora_setup import lora_config
+    from fastft.train.lora_setup import add_adapters, lora_config
+
+    cfg = cfgs[0]
 
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.config.use_cache = False
-    if method == "lora":
+    if len(cfgs) > 1:
+        model = add_adapters(model, cfgs)
+    elif method == "lora":
         model = get_peft_model(model, lora_config(cfg))
     if cfg.fused:
         fastft.accelerate(model, lora=method == "lora")
@@ -48,7 +55,7 @@ def warm_up(cfg: Any, method: str, dtype: torch.dtype, device: torch.device) -> 
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1,
     )  # fmt: skip
-    model = model_of(tiny, cfg, method, dtype, device)
+    model = model_of(tiny, [cfg], method, dtype, device)
     fastft.memory.checkpoint(model, "attention")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = getattr(fastft.optim, cfg.optim)(trained, lr=1e-4, max_grad_norm=1.0)
@@ -70,21 +77,28 @@ def main() -> None:
     import fastft
     from fastft import memory
     from fastft.train.config import config_from_dict
+    from fastft.train.lora_setup import adapter_names
+    from fastft.train.losses_apart import adapters_apart
     from fastft.train.plan_model import load_config
 
-    cfg = config_from_dict(job["cfg"])
+    cfgs = [config_from_dict(each) for each in job["cfgs"]]
+    cfg = cfgs[0]
     config = load_config(cfg.model)
     device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
     cuda = device.type == "cuda"
     warm_up(cfg, job["method"], dtype, device)
     trim()
     base = 0 if cuda else resident_bytes() or 0
-    model = model_of(config, cfg, job["method"], dtype, device)
+    model = model_of(config, cfgs, job["method"], dtype, device)
     if job["policy"] != "keep":
         memory.checkpoint(model, job["policy"])
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = getattr(fastft.optim, cfg.optim)(trained, lr=1e-4, max_grad_norm=1.0)
-    batch, length = cfg.per_device_train_batch_size, cfg.max_length
+    names = adapter_names(len(cfgs))
+    sizes = [each.per_device_train_batch_size for each in cfgs]
+    samples = list(zip(names, sizes, strict=True))
+    batch, length = sum(sizes), cfg.max_length
+    together = len(cfgs) > 1
     generator = torch.Generator().manual_seed(1)
     vocabulary = config.get_text_config().vocab_size
     trim()
@@ -98,7 +112,8 @@ def main() -> None:
         if cuda:
             torch.cuda.synchronize(device)
         start = time.perf_counter()
-        model(input_ids=ids, labels=ids).loss.backward()
+        with adapters_apart(model, samples) if together else nullcontext():
+            model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if cuda:

@@ -86,15 +86,13 @@ def train(
         _quiet_libraries()
         from fastft.train.console import TrainView
 
-        if len(cfgs) > 1 and force:
-            raise typer.BadParameter(
-                "several adapters in one job are not planned", None, None, "force"
-            )
         if len(cfgs) > 1:
             from fastft.train.together import train_together
 
             with TrainView() as view:
-                results = train_together(cfgs, report=view.together, notice=view.notice)
+                results = train_together(
+                    cfgs, report=view.together, notice=view.notice, force=force
+                )
             for cfg, each in zip(cfgs, results, strict=True):
                 view.notice(f"{cfg.output_dir}:")
                 view.finish(each)
@@ -159,13 +157,15 @@ def demo(
 
 @app.command()
 def plan(
-    model: Annotated[
-        str,
+    models: Annotated[
+        list[str] | None,
         typer.Argument(
+            metavar="[MODEL]...",
             help="Hub id, folder or config.json of a causal language model, or a YAML file of "
-            "`fastft train`."
+            "`fastft train`; several files are the adapters of one job. Default: "
+            "smollm2-135m-instruct.",
         ),
-    ] = "smollm2-135m-instruct",
+    ] = None,
     method: Annotated[str, typer.Option(help="lora, qlora or full.")] = "lora",
     r: Annotated[int | None, typer.Option("--rank", "--r", help="Rank of the adapters.")] = None,
     optim: Annotated[str | None, typer.Option(help="AdamW, AdamW8bit, Lion or Lion8bit.")] = None,
@@ -193,8 +193,14 @@ def plan(
     with clean_errors():
         from fastft.train.config import TrainConfig, load_config
 
-        from_file = model.endswith((".yaml", ".yml"))
-        cfg = load_config(model) if from_file else TrainConfig(model=model)
+        models = models or ["smollm2-135m-instruct"]
+        from_file = [model.endswith((".yaml", ".yml")) for model in models]
+        if len(models) > 1 and not all(from_file):
+            raise typer.BadParameter("several are YAML files of `fastft train`", param_hint="MODEL")
+        cfgs = [
+            load_config(model) if is_file else TrainConfig(model=model)
+            for model, is_file in zip(models, from_file, strict=True)
+        ]
         given = {
             "r": r,
             "optim": optim,
@@ -203,13 +209,14 @@ def plan(
             "max_length": length,
             "dtype": dtype,
         }
-        cfg = cfg.replace(**{name: value for name, value in given.items() if value is not None})
+        given = {name: value for name, value in given.items() if value is not None}
+        cfg, *others = (cfg.replace(**given) for cfg in cfgs)
         _quiet_libraries()
         from fastft.train import plan_report
         from fastft.train.plan_device import ceilings_of, device_of
         from fastft.train.plan_model import check_request
 
-        request = check_request(cfg, method, gpus)
+        request = check_request(cfg, method, gpus, others)
         where = device_of(device)
         found = plan_report.report(
             request, where, ceilings_of(where, cfg), examples=examples, epochs=epochs

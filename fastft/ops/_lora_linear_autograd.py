@@ -204,9 +204,9 @@ def late_values(backend: str, x: Tensor, lora_as: Sequence[Tensor]) -> Late | No
 
 def _adapters_again(constants: Constants, x: Tensor, *tensors: Tensor | None) -> Tensor:
     """The ss of a call once more, as ``_room`` lays them out."""
-    groups = constants.split(tensors)
-    outputs, held = _room(x, groups[0], groups[2], constants.spans)
-    _launch("fwd_adapters", outputs, x, *groups, *constants.rest())
+    call: Any = (x, *constants.split(tensors), *constants.rest())
+    outputs, held = _room(x, call[1], call[3], constants.spans)
+    _launch("fwd_adapters", outputs, *call)
     return held
 
 
@@ -217,9 +217,8 @@ class LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, late: Late | None, constants: Constants, x: Tensor, *tensors: Tensor | None
     ) -> Any:
-        groups, rest = constants.split(tensors), constants.rest()
-        call: Any = (x, *groups, *rest)
-        outputs, held = _room(x, groups[0], groups[2], constants.spans)
+        call: Any = (x, *constants.split(tensors), *constants.rest())
+        outputs, held = _room(x, call[1], call[3], constants.spans)
         if late is None:
             _launch("fwd", outputs, *call)
             if held.numel() >= _WORTH * x.numel():

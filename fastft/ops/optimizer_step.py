@@ -284,11 +284,12 @@ def _check_tensors(tensors: StepTensors) -> None:
         if len(scales) > 1:
             raise ShapeError(_WHERE, "absmax", expected="of all states or none", got="of some")
         wide = torch.promote_types(p.dtype, torch.float32)
-        unscaled = (wide, torch.bfloat16) if 16 in rule.bits and wide == torch.float32 else (wide,)
+        narrow = 16 in rule.bits and wide == torch.float32
+        unscaled = (wide, torch.bfloat16) if narrow else (wide,)
         for state, absmax in zip(tensors.states, tensors.absmax, strict=True):
             scale = absmax[i]
-            allowed = unscaled if scale is None else (torch.uint8,)
-            _check_like("states", state[i], allowed, p.device, shape)
+            dtypes = unscaled if scale is None else (torch.uint8,)
+            _check_like("states", state[i], dtypes, p.device, shape)
             if state[i].dtype != tensors.states[0][i].dtype:
                 got = f"{tensors.states[0][i].dtype} and {state[i].dtype}"
                 raise DtypeError(_WHERE, "states", expected="one dtype of a parameter's", got=got)

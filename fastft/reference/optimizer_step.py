@@ -155,8 +155,8 @@ def random_bits(count: int, seed: int, step: int, key: int, offset: int, state: 
     elements 2 w and 2 w + 1. ``state``: 0 for the parameter, k for its k-th state, whose words are
     the 128 behind.
     """
-    first = offset // 256
-    blocks = torch.arange(first, (offset + count - 1) // 256 + 1 if count else first)
+    block = offset // 256
+    blocks = torch.arange(block, (offset + count - 1) // 256 + 1 if count else block)
     c0, c1 = blocks & _MASK, blocks >> 32
     c2, c3 = torch.full_like(blocks, step & _MASK), torch.full_like(blocks, key & _MASK)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK

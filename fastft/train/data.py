@@ -29,6 +29,11 @@ class DataSplits:
     eval_examples: list[Example]
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest training example."""
+        return max(map(len, self.train["input_ids"]))
+
 
 def load_data(cfg: TrainConfig, tokenizer: Any) -> DataSplits:
     """Reads, splits, tokenises and orders the data of ``cfg``.

@@ -4,7 +4,7 @@ micro-batch is halved and the step goes on."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastft.errors import ConfigError
@@ -14,12 +14,16 @@ __all__ = ["Halving", "check_fit", "is_out_of_memory"]
 
 
 def check_fit(
-    cfg: TrainConfig, longest: int, notice: Callable[[str], None], force: bool = False
+    cfgs: Sequence[TrainConfig],
+    longest: Sequence[int],
+    notice: Callable[[str], None],
+    force: bool = False,
 ) -> None:
     """Refuses a run that cannot fit the free memory of this machine's device.
 
     Args:
-        longest: tokens of the longest example.
+        cfgs: the run, or those of the adapters of one job.
+        longest: tokens of the longest example of each.
         force: only say so.
 
     Raises:
@@ -36,15 +40,17 @@ def check_fit(
     device = working_device()
     if device.type not in ("cpu", "cuda"):
         return
-    length = cfg.max_length if cfg.padding == "max_length" else longest
-    cfg = cfg.replace(max_length=max(1, length))
+    cfg, *others = (
+        c.replace(max_length=max(1, c.max_length if c.padding == "max_length" else tokens))
+        for c, tokens in zip(cfgs, longest, strict=True)
+    )
     allowed = free_memory(torch.device(device.type))
     policy = cfg.memory_policy
     if policy == "auto" or cfg.gradient_checkpointing:
         policy = "full"  # what it comes to at worst
     known = dataclasses.replace(device_of(device.type), memory=allowed)
     try:
-        planner = Planner(Request(cfg, policy=policy), known)
+        planner = Planner(Request(cfg, policy=policy, others=tuple(others)), known)
         peak = planner.predict().peak
         if peak <= allowed:
             return

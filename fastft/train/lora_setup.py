@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastft.errors import ConfigError, nearest
@@ -12,7 +13,14 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from torch import nn
 
-__all__ = ["add_lora", "apply_memory_policy", "check_targets", "lora_config"]
+__all__ = [
+    "adapter_names",
+    "add_adapters",
+    "add_lora",
+    "apply_memory_policy",
+    "check_targets",
+    "lora_config",
+]
 
 ALL_LINEAR = "all-linear"
 
@@ -34,6 +42,29 @@ def lora_config(cfg: TrainConfig) -> LoraConfig:
         rank_pattern=cfg.rank_pattern or {},
         alpha_pattern=cfg.alpha_pattern or {},
     )
+
+
+def adapter_names(count: int) -> list[str]:
+    """Of the adapters of one job."""
+    return [f"adapter{i}" for i in range(count)]
+
+
+def add_adapters(model: nn.Module, cfgs: Sequence[TrainConfig]) -> PeftModel:
+    """An adapter for each configuration, all active, each with the weights that a run of its own
+    would start from."""
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    names = adapter_names(len(cfgs))
+    adapted: Any = None
+    for name, cfg in zip(names, cfgs, strict=True):
+        set_seed(cfg.seed)
+        if adapted is None:
+            adapted = get_peft_model(model, lora_config(cfg), adapter_name=name)
+        else:
+            adapted.add_adapter(name, lora_config(cfg))
+    adapted.base_model.set_adapter(names)
+    return adapted  # type: ignore[no-any-return]
 
 
 def check_targets(model: nn.Module, cfg: TrainConfig) -> None:

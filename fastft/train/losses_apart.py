@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from fastft.errors import FastftError
 from fastft.nn.deferred import DeferredLogits
 from fastft.nn.head import head_losses
+from fastft.nn.mixed import mixed_batch
 from fastft.patch.rules import language_model_of
 from fastft.train.data import IGNORE_INDEX
 
-__all__ = ["LossesApart", "losses_apart"]
+__all__ = ["LossesApart", "adapters_apart", "losses_apart"]
 
 _WHERE = "train_together"
 
@@ -66,6 +67,16 @@ class LossesApart:
             self._found[name] = loss.detach()
             total = total + loss
         return total
+
+
+@contextmanager
+def adapters_apart(model: Any, samples: Sequence[tuple[str, int]]) -> Iterator[LossesApart]:
+    """Inside, each batch has so many samples of each adapter, which go through it and have a loss
+    of their own, the mean over their tokens; the backward belongs inside as well."""
+    names = [name for name, size in samples for _ in range(size)]
+    with losses_apart(model) as losses_of, mixed_batch(model, names):
+        losses_of.expect([(name, size, None, 1) for name, size in samples])
+        yield losses_of
 
 
 @contextmanager

@@ -7,6 +7,7 @@ is what the run will hold. Time is a roofline over the same operations.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,6 @@ from fastft.errors import ConfigError
 from fastft.memory.ceilings import Ceilings
 from fastft.memory.devices import Device
 from fastft.optim._ring import RING_BYTES, SLOTS
-from fastft.train.config import TrainConfig
 from fastft.train.plan_model import (
     Request,
     dtype_of,
@@ -23,7 +23,7 @@ from fastft.train.plan_model import (
     linear_numel,
     load_config,
     meta_model,
-    state_bytes,
+    trained_bytes,
     weight_bytes,
 )
 
@@ -92,23 +92,25 @@ class Planner:
     def predict(
         self, policy: str | None = None, batch: int | None = None, length: int | None = None
     ) -> Prediction:
-        """Memory and time with what is given in place of the request's."""
-        cfg = self.request.cfg
-        policy = policy or self.request.policy
-        batch = batch or cfg.per_device_train_batch_size
-        length = length or cfg.max_length
-        step = _simulate(self.model, self.device.type, policy, batch, length, cfg, self._steps)
+        """Memory and time with what is given in place of the request's, and of all its adapters'.
+        Those of one job run as one batch, as long as the longest."""
+        request = self.request
+        policy = policy or request.policy
+        batches = [batch or c.per_device_train_batch_size for c in request.cfgs]
+        length = length or max(c.max_length for c in request.cfgs)
+        accumulates = any(c.gradient_accumulation_steps > 1 for c in request.cfgs)
+        step = _simulate(
+            self.model, self.device.type, policy, batches, length, request, accumulates, self._steps
+        )
         # With accumulation the second forward finds gradients.
-        self._steps = 1 if cfg.gradient_accumulation_steps == 1 else 2
-        weights, largest, outside = weight_bytes(self.model, self.request)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        gradients = sum(p.nbytes for p in trained)
-        states = int(sum(state_bytes(p.numel(), cfg) for p in trained))
-        gpus = self.request.gpus
+        self._steps = 2 if accumulates else 1
+        weights, largest, outside = weight_bytes(self.model, request)
+        gradients, states, away = trained_bytes(self.model, request)
+        gpus = request.gpus
         # FSDP: shares of everything, and whole what is in no layer and two layers: this one and
         # the next. Of the same two the gradients are whole until they are reduced.
         gathered = 2 * largest + outside if gpus > 1 else 0
-        held = gradients if cfg.gradient_accumulation_steps > 1 else 0
+        held = gradients if accumulates else 0
         workspace = max(0, step.peak - step.kept + held - gradients)
         kept = min(step.kept - held, step.peak - gradients)
         if gpus > 1:
@@ -117,8 +119,9 @@ class Planner:
             workspace += _PROCESS
         parts = self._parts(step.work)
         parts["optimizer"] = (2 * (gradients + states) + gradients) / self._copies() / gpus
-        away = states // gpus if self.device.type == "cuda" and cfg.optim_states != "device" else 0
-        if cfg.optim_states == "host":  # both directions at once; reading and writing a piece
+        away = away // gpus if self.device.type == "cuda" else 0
+        visits = any(c.optim_states == "host" for c in request.cfgs)
+        if visits:  # both directions at once; reading and writing a piece
             parts["optimizer"] = max(parts["optimizer"], away / (self.device.pcie * 1e9))
         if self.ceilings is not None and self.ceilings.fresh:
             parts["mapping memory"] = step.taken * self.ceilings.fresh
@@ -130,11 +133,11 @@ class Planner:
             gradients // gpus,
             states // gpus - away,
         )
-        if cfg.optim_states == "host":
+        if visits:
             states += min(SLOTS * away, RING_BYTES)
         return Prediction(
             policy=policy,
-            batch=batch,
+            batch=sum(batches),
             length=length,
             weights=weights,
             gradients=gradients,
@@ -144,7 +147,7 @@ class Planner:
             peak=weights + gradients + states + kept + workspace,
             host=step.parked + away,
             seconds=sum(parts.values()),
-            trainable=sum(p.numel() for p in trained),
+            trainable=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             parameters=sum(p.numel() for p in self.model.parameters()),
             parts=parts,
         )
@@ -215,27 +218,31 @@ def _simulate(
     model: Any,
     device_type: str,
     policy: str,
-    batch: int,
+    batches: list[int],
     length: int,
-    cfg: TrainConfig,
+    request: Request,
+    accumulates: bool,
     steps: int,
 ) -> _Step:
-    """The last of so many steps."""
+    """The last of so many steps; ``batches``: samples of each adapter."""
     import torch
 
     from fastft import memory
     from fastft.memory._layers import ring_of
     from fastft.memory.simulate import Meter, metered
+    from fastft.train.losses_apart import adapters_apart
 
     if policy != "none":
         memory.checkpoint(model, policy)
     meter = Meter()
-    ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
+    ids = torch.zeros(sum(batches), length, dtype=torch.int64, device="meta")
     try:
-        with metered(meter, device_type):
+        samples = list(zip(request.names, batches, strict=True))
+        apart = adapters_apart(model, samples) if request.others else nullcontext()
+        with metered(meter, device_type), apart:
             meter.ignore([*model.parameters(), *model.buffers(), ids])
             for _ in range(steps):
-                model.zero_grad(set_to_none=cfg.gradient_accumulation_steps == 1)
+                model.zero_grad(set_to_none=not accumulates)
                 meter.start()
                 loss = model(input_ids=ids, labels=ids).loss
                 kept = meter.live

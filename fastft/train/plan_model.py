@@ -3,6 +3,8 @@ as it would be trained."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,7 @@ __all__ = [
     "linear_numel",
     "load_config",
     "meta_model",
-    "state_bytes",
+    "trained_bytes",
     "weight_bytes",
 ]
 
@@ -44,19 +46,40 @@ class Request:
         method: "lora", "qlora" (frozen linear layers in 4 bits) or "full".
         policy: of ``fastft.memory.checkpoint``.
         gpus: devices that share weights, gradients and states (FSDP).
+        others: the runs of further adapters in the same job (``train_together``).
     """
 
     cfg: TrainConfig
     method: str = "lora"
     policy: str = "none"
     gpus: int = 1
+    others: tuple[TrainConfig, ...] = ()
+
+    @property
+    def cfgs(self) -> tuple[TrainConfig, ...]:
+        """Of every adapter."""
+        return (self.cfg, *self.others)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the adapters of a job of several."""
+        from fastft.train.lora_setup import adapter_names
+
+        return adapter_names(len(self.cfgs))
+
+    def each(self, **new: Any) -> Request:
+        """The same with values of every configuration replaced."""
+        cfg, *others = (cfg.replace(**new) for cfg in self.cfgs)
+        return dataclasses.replace(self, cfg=cfg, others=tuple(others))
 
 
-def check_request(cfg: TrainConfig, method: str = "lora", gpus: int = 1) -> Request:
+def check_request(
+    cfg: TrainConfig, method: str = "lora", gpus: int = 1, others: Sequence[TrainConfig] = ()
+) -> Request:
     """A request, or what is wrong with it.
 
     Raises:
-        ConfigError: an unknown method.
+        ConfigError: an unknown method, or configurations that are no one job.
     """
     if method not in METHODS:
         raise ConfigError(
@@ -71,7 +94,17 @@ def check_request(cfg: TrainConfig, method: str = "lora", gpus: int = 1) -> Requ
             "fastft plan", "optim_states", expected="device or paged with several GPUs",
             got="'host'", remedy="States of shards are not moved to the host.",
         )  # fmt: skip
-    return Request(cfg, method, gpus=gpus)
+    if others:
+        from fastft.train.together import check_together
+
+        check_together([cfg, *others])
+        for name, value, only in (("method", method, "lora"), ("gpus", gpus, 1)):
+            if value != only:
+                raise ConfigError(
+                    "fastft plan", name, expected=f"{only!r} with several adapters in one job",
+                    got=repr(value),
+                )  # fmt: skip
+    return Request(cfg, method, gpus=gpus, others=tuple(others))
 
 
 def load_config(model: str) -> Any:
@@ -110,7 +143,7 @@ def meta_model(request: Request, config: Any, dtype: torch.dtype, device: Device
     import fastft
     from fastft import backends
     from fastft.memory.simulate import Launchers, Meter
-    from fastft.train.lora_setup import check_targets, lora_config
+    from fastft.train.lora_setup import add_adapters, check_targets, lora_config
 
     with torch.device("meta"):
         try:
@@ -126,8 +159,12 @@ def meta_model(request: Request, config: Any, dtype: torch.dtype, device: Device
         if request.method == "full":
             model.requires_grad_(True)
         else:
-            check_targets(model, request.cfg)
-            model = get_peft_model(model, lora_config(request.cfg))
+            for cfg in request.cfgs:
+                check_targets(model, cfg)
+            if request.others:
+                model = add_adapters(model, request.cfgs)
+            else:
+                model = get_peft_model(model, lora_config(request.cfg))
     model.train()
     fused = {} if request.cfg.fused else {"loss": False, "norm": False, "glu": False, "rope": False}
     # bitsandbytes' layers are PEFT's own business: their adapters are not fused. Attention is
@@ -181,6 +218,19 @@ def weight_bytes(model: Any, request: Request) -> tuple[int, int, int]:
 
     total, layers = size(model), [size(module) for module in find_layers(model)]
     return total, max(layers, default=0), total - sum(layers)
+
+
+def trained_bytes(model: Any, request: Request) -> tuple[int, int, int]:
+    """Bytes of what is trained, of its optimizer's states, and of those that are off the device."""
+    gradients, states, away = 0, 0.0, 0.0
+    cfgs = dict(zip(request.names, request.cfgs, strict=True)) if request.others else {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            gradients += p.nbytes
+            own = next((cfgs[part] for part in name.split(".") if part in cfgs), request.cfg)
+            states += state_bytes(p.numel(), own)
+            away += state_bytes(p.numel(), own) if own.optim_states != "device" else 0.0
+    return gradients, int(states), int(away)
 
 
 def state_bytes(numel: int, cfg: TrainConfig) -> float:

@@ -69,6 +69,7 @@ class Report:
         return {
             "model": cfg.model,
             "method": self.request.method,
+            "adapters": len(self.request.cfgs),
             "device": self.device.name,
             "gpus": self.request.gpus,
             "memory": self.device.memory,
@@ -106,7 +107,7 @@ def report(
         batch = most.batch if most else None
         length = longest.length if longest else None
         if examples is not None:
-            tokens = examples * epochs * request.cfg.max_length
+            tokens = examples * epochs * chosen.length
             hours = tokens / chosen.tokens_per_s / request.gpus / 3600
     source = "measured on this machine" if ceilings else device.source
     return Report(request, device, source, allowed, rows, chosen, batch, length, remedies, hours)
@@ -122,14 +123,15 @@ def changes(
 ) -> list[tuple[str, int]]:
     """Single changes to a run that make it fit under ``policy``; None: under the best."""
     cfg = request.cfg
-    batch, length = cfg.per_device_train_batch_size, cfg.max_length
+    length = max(c.max_length for c in request.cfgs)
     tried: list[tuple[str, Request]] = []
 
     def with_cfg(what: str, **new: Any) -> None:
-        tried.append((what, dataclasses.replace(request, cfg=cfg.replace(**new))))
+        tried.append((what, request.each(**new)))
 
-    if batch > 1:
-        steps = cfg.gradient_accumulation_steps * batch
+    if any(c.per_device_train_batch_size > 1 for c in request.cfgs):
+        # Of the first; those of other adapters need as many as make up for their own batches.
+        steps = cfg.gradient_accumulation_steps * cfg.per_device_train_batch_size
         with_cfg(
             f"per_device_train_batch_size: 1, gradient_accumulation_steps: {steps}",
             per_device_train_batch_size=1,
@@ -144,10 +146,11 @@ def changes(
         with_cfg(f"max_length: {length // 2}", max_length=length // 2)
     if request.method == "full":
         tried.append(("method lora", dataclasses.replace(request, method="lora")))
-    if request.method in ("lora", "full") and device.type == "cuda":
+    if request.method in ("lora", "full") and device.type == "cuda" and not request.others:
         tried.append(("method qlora", dataclasses.replace(request, method="qlora")))
     for gpus in (2, 4, 8):
-        if device.type == "cuda" and gpus > request.gpus and cfg.optim_states != "host":
+        shared = device.type == "cuda" and cfg.optim_states != "host" and not request.others
+        if shared and gpus > request.gpus:
             tried.append((f"{gpus} GPUs", dataclasses.replace(request, gpus=gpus)))
     found = []
     for what, other in tried:
@@ -172,7 +175,8 @@ def show(found: Report, console: Any = None) -> None:
     console = console or Console()
     request, cfg = found.request, found.request.cfg
     first = found.rows[0]
-    what = request.method if request.method == "full" else f"{request.method} r={cfg.r}"
+    ranks = ", ".join(str(c.r) for c in request.cfgs)
+    what = request.method if request.method == "full" else f"{request.method} r={ranks}"
     gpus = f"{request.gpus} x " if request.gpus > 1 else ""
     console.print(
         f"{cfg.model}: {first.parameters / 1e6:,.0f} M parameters, {first.trainable / 1e6:,.1f} M "

@@ -183,7 +183,7 @@ def prepare(
     tokenizer = load_tokenizer(cfg)
     data = load_data(cfg, tokenizer)
     notice = notice or (lambda text: None)
-    check_fit(cfg, max(map(len, data.train["input_ids"])), notice, force)
+    check_fit([cfg], [data.longest], notice, force)
     model = load_model(cfg)
     check_targets(model, cfg)
     model.config.use_cache = False  # generation's cache, of no use in training

@@ -23,7 +23,13 @@ from fastft.train.callbacks import Interrupted, StopOnInterrupt
 from fastft.train.checkpoints import check_history, check_writable, write_config
 from fastft.train.config import TrainConfig
 from fastft.train.data import DataSplits, collator, load_data
-from fastft.train.lora_setup import apply_memory_policy, check_targets, lora_config
+from fastft.train.fit import check_fit
+from fastft.train.lora_setup import (
+    adapter_names,
+    add_adapters,
+    apply_memory_policy,
+    check_targets,
+)
 from fastft.train.losses_apart import LossesApart, losses_apart
 from fastft.train.models import load_model, load_tokenizer
 from fastft.train.run import (
@@ -81,6 +87,8 @@ def train_together(
     cfgs: Sequence[TrainConfig],
     report: Callable[[TogetherEvent], None] | None = None,
     notice: Callable[[str], None] | None = None,
+    *,
+    force: bool = False,
 ) -> list[TrainResult]:
     """Fine-tunes one adapter for each configuration, all on one copy of the frozen model.
 
@@ -89,6 +97,7 @@ def train_together(
             saves the adapter itself (a job of several adapters cannot be resumed).
         report: called with a ``TogetherEvent`` each ``logging_steps`` of the first configuration.
         notice: called with a line of text now and then.
+        force: train even where the plan says that it does not fit.
 
     Returns:
         one result for each configuration, its adapter in ``<output_dir>/adapter``.
@@ -105,7 +114,7 @@ def train_together(
     for cfg in cfgs:
         check_writable(Path(cfg.output_dir))
         check_history(cfg, Path(cfg.output_dir), None)
-    model, runs = _prepare(cfgs)
+    model, runs = _prepare(cfgs, notice, force)
     for cfg in cfgs:
         write_config(cfg)
     for run in runs:
@@ -155,27 +164,21 @@ def check_together(cfgs: Sequence[TrainConfig]) -> None:
             raise ConfigError(_WHERE, "dtype", expected=expected, got="'float16'")
 
 
-def _prepare(cfgs: Sequence[TrainConfig]) -> tuple[Any, list[_Run]]:
+def _prepare(
+    cfgs: Sequence[TrainConfig], notice: Callable[[str], None], force: bool
+) -> tuple[Any, list[_Run]]:
     """The model with all adapters, and each adapter's trainer with its optimizer."""
-    from peft import get_peft_model
-    from transformers import set_seed
-
     import fastft
 
     tokenizer = load_tokenizer(cfgs[0])
     data = [load_data(cfg, tokenizer) for cfg in cfgs]
+    check_fit(cfgs, [splits.longest for splits in data], notice, force)
     base = load_model(cfgs[0])
     for cfg in cfgs:
         check_targets(base, cfg)
     base.config.use_cache = False
-    names = [f"adapter{i}" for i in range(len(cfgs))]
-    model: Any = None
-    for name, cfg in zip(names, cfgs, strict=True):
-        set_seed(cfg.seed)  # the weights each run of its own would start from
-        if model is None:
-            model = get_peft_model(base, lora_config(cfg), adapter_name=name)
-        else:
-            model.add_adapter(name, lora_config(cfg))
+    names = adapter_names(len(cfgs))
+    model: Any = add_adapters(base, cfgs)
     fastft.accelerate(model, strict=cfgs[0].strict)
     apply_memory_policy(model, cfgs[0])
     runs = []

@@ -204,3 +204,48 @@ def test_the_page_holds_the_table_of_the_committed_measurements():
     rows = table(lines).splitlines()[2:]
     errors = [abs(float(row.split("|")[4].strip().rstrip("%"))) for row in rows]
     assert sum(error <= 5 for error in errors) >= 12
+
+
+class TestAJobOfSeveralAdapters:
+    def test_it_is_one_batch_of_all_and_each_has_its_states(self, folders):
+        def cfg(r: int, optim: str = "AdamW") -> TrainConfig:
+            return TrainConfig(
+                model=folders["SmolLM2-135M"], r=r, optim=optim, max_length=512,
+                per_device_train_batch_size=2,
+            )  # fmt: skip
+
+        def predict(*cfgs: TrainConfig):
+            request = Request(cfgs[0], others=cfgs[1:])
+            return Planner(request, H100).predict("none")
+
+        one, other = predict(cfg(16)), predict(cfg(4, "Lion"))
+        both = predict(cfg(16), cfg(4, "Lion"))
+        assert (both.batch, both.length) == (4, 512)
+        assert both.trainable == one.trainable + other.trainable
+        assert both.gradients == one.gradients + other.gradients
+        assert both.optimizer == 8 * one.trainable + 4 * other.trainable
+        assert both.weights == one.weights + 4 * other.trainable
+        # What is kept is that of so many samples, whatever adapter they go through.
+        samples = predict(cfg(16).replace(per_device_train_batch_size=4))
+        alike = predict(cfg(16), cfg(16))
+        assert alike.activations == pytest.approx(samples.activations, rel=0.02)
+
+    def test_the_command_takes_their_files(self, folders, tmp_path):
+        files = []
+        for i, r in enumerate((4, 8)):
+            files.append(tmp_path / f"{i}.yaml")
+            files[-1].write_text(
+                f"model: {folders['SmolLM2-135M']}\nr: {r}\noutput_dir: out{i}\nmax_length: 64\n"
+                "per_device_train_batch_size: 1\n"
+            )
+        names = [str(file) for file in files]
+        result = CliRunner().invoke(app, ["plan", *names, "--device", "H100"])
+        assert result.exit_code == 0, result.output
+        assert "lora r=4, 8" in result.output
+        assert "2 x 64 tokens" in result.output
+        found = CliRunner().invoke(app, ["plan", *names, "--device", "H100", "--json"])
+        assert json.loads(found.output)["adapters"] == 2
+        for more, said in ((["--method", "full"], "several adapters"), (["gpt2"], "YAML files")):
+            refused = CliRunner().invoke(app, ["plan", *names, *more])
+            assert refused.exit_code != 0
+            assert said in refused.output

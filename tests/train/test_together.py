@@ -182,3 +182,15 @@ def test_command_line(cfgs, tmp_path):
     refused = CliRunner().invoke(app, ["train", *map(str, paths), "--resume", "last"])
     assert refused.exit_code == 2
     assert "no checkpoints" in refused.output
+
+
+def test_a_job_that_does_not_fit_is_refused_before_it_starts(cfgs, monkeypatch):
+    from fastft.memory import _auto
+
+    monkeypatch.setattr(_auto, "free_memory", lambda device: 10 << 20)
+    with pytest.raises(ConfigError, match=r"GB at the peak.*GB are free"):
+        train_together(cfgs[:2])
+    notices = []
+    results = train_together(cfgs[:2], notice=notices.append, force=True)
+    assert len(results) == 2
+    assert any("does not fit" in notice for notice in notices)
