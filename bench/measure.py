@@ -58,6 +58,19 @@ class Clock:
         return begin.elapsed_time(end) / 1e3
 
 
+def limit_to_free() -> None:
+    """From here on this process can allocate nineteen twentieths of what is free: more is its own
+    error, and not the end of whatever the kernel chooses."""
+    import resource
+
+    from fastft.memory._auto import free_memory
+
+    room = int(free_memory(torch.device("cpu")) * 0.95) + (resident_bytes() or 0)
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    room = room if most == resource.RLIM_INFINITY else min(room, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (room, most))
+
+
 def launches(run: Callable[[], None]) -> int:
     """Kernels, copies and fills that one call puts on the GPU."""
     from torch.profiler import ProfilerActivity, profile

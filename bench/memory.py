@@ -72,6 +72,8 @@ CPU = (
     Size("SmolLM2-135M", 30, 4, 512),
     Size("SmolLM2-135M", 30, 1, 2048),
     Size("SmolLM2-135M", 6, 1, 8192),
+    Size("SmolLM2-135M", 2, 1, 16384),
+    Size("SmolLM2-135M", 2, 1, 32768),
 )
 GPU = tuple(Size("Llama-3.1-8B", 8, 1, tokens) for tokens in (2048, 512, 8192, 16384, 32768))
 

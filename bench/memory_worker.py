@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .e2e_worker import WARM_UP, adapter_gradient, add_adapters, batches
-from .measure import peak_resident_bytes, reset_peak, resident_bytes, trim
+from .measure import limit_to_free, peak_resident_bytes, reset_peak, resident_bytes, trim
 
 CHECK_TOKENS = 96
 
@@ -49,6 +49,8 @@ def main() -> None:
     torch.set_num_threads(job["threads"])
     device = torch.device(job["device"])
     cuda = device.type == "cuda"
+    if not cuda:
+        limit_to_free()  # what does not fit fails by itself, and takes nobody with it
     model = build(job, device)
     parked: Any = contextlib.nullcontext()
     if job["way"] == "offload":
