@@ -28,7 +28,7 @@ def model_of(
     from transformers import AutoModelForCausalLM
 
     import fastft
-    from fastft.train.lora_setup import add_adapters, lora_config
+    from fastft.train.lora_setup import adapter_names, add_adapters, lora_config
 
     cfg = cfgs[0]
 
@@ -42,6 +42,8 @@ def model_of(
         model = get_peft_model(model, lora_config(cfg))
     if cfg.fused:
         fastft.accelerate(model, lora=method == "lora")
+    if len(cfgs) > 1:
+        model.base_model.set_adapter(adapter_names(len(cfgs)))
     return model.train()
 
 

@@ -7,7 +7,6 @@ All else is saved as it is.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastft.memory._compress import compress
+from fastft.memory._compress import Compressed, compress
 from fastft.ops._saving import noting
 
 __all__ = ["saving"]
@@ -53,16 +52,18 @@ class _Recipe:
     dtype: torch.dtype
     inputs: tuple[Any, ...]
     make: Callable[..., Tensor]
-    made: weakref.ref[Tensor] | None = None
+    made: StorageWeakRef | None = None
 
     def value(self) -> Tensor:
-        """The result, once for all who ask while somebody holds it."""
-        held = None if self.made is None else self.made()
-        if held is not None:
-            return held
+        """The result, once for all who ask while somebody holds it: its memory, for autograd hands
+        out tensors of its own."""
+        if self.made is not None:
+            held = torch.UntypedStorage._new_with_weak_ptr(self.made.cdata)
+            if held is not None:
+                return torch.empty(0, dtype=self.dtype, device=held.device).set_(held)
         with torch.no_grad():
             value = self.make(*(None if i is None else i.tensor() for i in self.inputs))
-        self.made = weakref.ref(value)
+        self.made = StorageWeakRef(value.untyped_storage())
         return value
 
 
@@ -80,39 +81,53 @@ class _View:
 
 
 class _Notebook:
-    """The recipes of one layer's forward, by the storage of their results."""
+    """What one layer's forward saved: recipes by their results' storages, tensors in 8 bits."""
 
-    def __init__(self) -> None:
+    def __init__(self, compressed: Callable[[Tensor], Compressed | None]) -> None:
         self._by_storage: dict[int, _Recipe] = {}
+        self._compressed = compressed
+        self._in_8_bits: dict[Any, tuple[StorageWeakRef, Compressed]] = {}
 
     def add(
         self, result: Tensor, inputs: tuple[Tensor | None, ...], make: Callable[..., Tensor]
     ) -> None:
-        """Of ``fastft.ops._saving.Notebook``. Inputs are held without their graph, or made again
-        themselves."""
-        held = tuple(None if t is None else self.keep(t) or _same(t) for t in inputs)
+        """Of ``fastft.ops._saving.Notebook``. Inputs are kept as all else is, without a graph."""
+        held = tuple(None if t is None else self.keep(t) for t in inputs)
         storage = StorageWeakRef(result.untyped_storage())
         recipe = _Recipe(storage, result._version, result.dtype, held, make)
         self._by_storage[storage.cdata] = recipe
 
-    def find(self, tensor: Tensor) -> _Recipe | None:
-        """The recipe of the result this is, or is a view of, unchanged."""
+    def view(self, tensor: Tensor) -> _View | None:
+        """What is kept of a result that is made again; None of any other tensor."""
         recipe = self._by_storage.get(tensor.untyped_storage()._cdata)
         if recipe is None or recipe.storage.expired() or recipe.version != tensor._version:
             return None
-        return recipe if recipe.dtype == tensor.dtype else None
-
-    def keep(self, tensor: Tensor) -> _View | None:
-        """What is kept of a tensor in place of its values; None where it cannot be made again."""
-        recipe = self.find(tensor)
-        if recipe is None:
+        if recipe.dtype != tensor.dtype:
             return None
         size, stride = tuple(tensor.size()), tuple(tensor.stride())
         return _View(recipe, size, stride, tensor.storage_offset())
 
+    def keep(self, tensor: Tensor) -> Any:
+        """What is kept of any tensor."""
+        return self.view(tensor) or self._narrow(tensor) or _same(tensor)
+
+    def _narrow(self, tensor: Tensor) -> Compressed | None:
+        """The tensor in 8 bits, where that is asked for: once for all who save it."""
+        storage = tensor.untyped_storage()
+        place = (storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+        key = (*place, tensor.dtype, tensor._version)
+        known = self._in_8_bits.get(key)
+        if known is not None and not known[0].expired():
+            return known[1]
+        made = self._compressed(tensor)
+        if made is not None:
+            self._in_8_bits[key] = (StorageWeakRef(storage), made)
+        return made
+
     def clear(self) -> None:
-        """Forgets all recipes but those that are held elsewhere."""
+        """Forgets all but what is held elsewhere."""
         self._by_storage.clear()
+        self._in_8_bits.clear()
 
 
 @contextmanager
@@ -133,21 +148,22 @@ def saving(
         hidden: the layer's input (..., features): what activations are told by.
         sink: told of every tensor that is kept.
     """
-    notebook = _Notebook()
+
+    def compressed(tensor: Tensor) -> Compressed | None:
+        if compression is None or type(tensor) is not Tensor:
+            return None
+        if not _is_activation(tensor, hidden, weights):
+            return None
+        return compress(tensor.detach(), compression)
+
+    notebook = _Notebook(compressed)
 
     def pack(tensor: Tensor) -> Any:
         if type(tensor) is not Tensor or tensor.layout != torch.strided:
             return tensor  # a parameter, or what only torch knows how to keep
-        view = notebook.keep(tensor)
-        if view is not None:
-            return view
-        if sink is not None:
+        if sink is not None and notebook.view(tensor) is None:
             sink(tensor)
-        if compression is not None and _is_activation(tensor, hidden, weights):
-            compressed = compress(tensor.detach(), compression)
-            if compressed is not None:
-                return compressed
-        return _same(tensor)
+        return notebook.keep(tensor)
 
     try:
         with noting(notebook) if recipes else nullcontext(), saved_tensors_hooks(pack, _unpack):

@@ -1,5 +1,5 @@
-"""``lora_linear`` for autograd: the eager Function, and the registered operations that
-torch.compile sees. Both call the same launcher."""
+"""``lora_linear`` for autograd, eager. What torch.compile sees calls the same launcher:
+``_lora_linear_registered``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,20 @@ from torch import Tensor
 
 from fastft import backends
 from fastft.ops._checks import without_autocast
-from fastft.ops._library import register
 from fastft.ops._saving import Late, note, saves_first
 from fastft.reference.lora_linear import lora_term
 
-__all__ = ["AUTO", "Constants", "LoraLinear", "choose", "late_values", "new_dropout_mask"]
+__all__ = [
+    "AUTO",
+    "Constants",
+    "LoraLinear",
+    "backward_of",
+    "choose",
+    "forward_of",
+    "late_values",
+    "new_dropout_mask",
+    "outputs_of",
+]
 
 # The backend argument of a registered operation that chooses when it runs.
 AUTO = "auto"
@@ -82,7 +91,7 @@ def _pairs(spans: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(spans[::2], spans[1::2]))
 
 
-def _outputs(
+def outputs_of(
     x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], spans: Sequence[int]
 ) -> list[Tensor]:
     """Room for ys and ss."""
@@ -112,7 +121,7 @@ def _room(
     return [x.new_empty(x.shape[0], w.shape[0]) for w in weights] + ss, held
 
 
-def _forward(*call: Any) -> list[Tensor]:
+def forward_of(*call: Any) -> list[Tensor]:
     """ys and ss, from the launcher: the registered operation."""
     return _launch("fwd", None, *call)
 
@@ -135,7 +144,7 @@ def _launch(
     """ys and ss; part: "fwd", or only the ss ("fwd_adapters"), or then only the ys
     ("fwd_values")."""
     if outputs is None:
-        outputs = _outputs(x, weights, lora_as, spans)
+        outputs = outputs_of(x, weights, lora_as, spans)
     n = len(weights)
     with without_autocast(x.device.type):
         getattr(choose(backend, x, lora_as)[1], part)(
@@ -155,7 +164,7 @@ def _launch(
     return outputs
 
 
-def _backward(
+def backward_of(
     dys: Sequence[Tensor],
     x: Tensor,
     ss: Sequence[Tensor],
@@ -202,11 +211,35 @@ def late_values(backend: str, x: Tensor, lora_as: Sequence[Tensor]) -> Late | No
     return Late() if splits and saves_first() else None
 
 
-def _adapters_again(constants: Constants, x: Tensor, *tensors: Tensor | None) -> Tensor:
-    """The ss of a call once more, as ``_room`` lays them out."""
-    call: Any = (x, *constants.split(tensors), *constants.rest())
-    outputs, held = _room(x, call[1], call[3], constants.spans)
-    _launch("fwd_adapters", outputs, *call)
+def _note_adapters(
+    constants: Constants, held: Tensor, x: Tensor, lora_as: Sequence[Tensor], masks: Sequence[Any]
+) -> None:
+    """Says how the ss in ``held`` are made again, where that frees enough and the backend can."""
+    launcher = choose(constants.backend, x, lora_as)[1]
+    if held.numel() >= _WORTH * x.numel() and hasattr(launcher, "fwd_adapters"):
+        note(held, (x, *lora_as, *masks), functools.partial(_adapters_again, constants))
+
+
+def _adapters_again(constants: Constants, x: Tensor, *tensors: Any) -> Tensor:
+    """The ss of a call once more, as ``_room`` lays them out; tensors: its lora_as and masks."""
+    half = len(tensors) // 2
+    lora_as, masks = list(tensors[:half]), list(tensors[half:])
+    ss, held = _room(x, (), lora_as, constants.spans)
+    with without_autocast(x.device.type):
+        choose(constants.backend, x, lora_as)[1].fwd_adapters(
+            [],
+            ss,
+            x,
+            [],
+            [],
+            lora_as,
+            [],
+            constants.scalings,
+            masks,
+            constants.dropout_ps,
+            constants.owners,
+            _pairs(constants.spans),
+        )
     return held
 
 
@@ -221,8 +254,7 @@ class LoraLinear(torch.autograd.Function):
         outputs, held = _room(x, call[1], call[3], constants.spans)
         if late is None:
             _launch("fwd", outputs, *call)
-            if held.numel() >= _WORTH * x.numel():
-                note(held, (x, *tensors), functools.partial(_adapters_again, constants))
+            _note_adapters(constants, held, x, call[3], call[5])
         else:
             _launch("fwd_adapters", outputs, *call)
             late.work = functools.partial(_launch, "fwd_values", outputs, *call)
@@ -243,7 +275,7 @@ class LoraLinear(torch.autograd.Function):
             )
             return None, None, *grads, *no_masks
         need_w, need_bias, need_a, need_b, _ = constants.split(ctx.needs_input_grad[3:])
-        dx, das, dbs = _backward(
+        dx, das, dbs = backward_of(
             dys,
             x,
             ss,
@@ -295,102 +327,3 @@ def _differentiable_backward(
         wanted = [t for t, need in zip(inputs, needs[1:]) if need and t is not None]
         grads = iter(torch.autograd.grad(ys, wanted, list(dys), create_graph=True))
     return [next(grads) if need and t is not None else None for t, need in zip(inputs, needs[1:])]
-
-
-# The registered operations: what torch.compile sees.
-
-
-def _fwd_fake(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    lora_as: list[Tensor],
-    lora_bs: list[Tensor],
-    masks: list[Tensor | None],
-    scalings: list[float],
-    dropout_ps: list[float],
-    owners: list[int],
-    spans: list[int],
-    backend: str,
-) -> list[Tensor]:
-    return _outputs(x, weights, lora_as, spans)
-
-
-def _bwd_kernel(*arguments: Any) -> list[Tensor]:
-    every = [True] * len(arguments[4])
-    needs: tuple[Any, ...] = (True, every, every)
-    dx, das, dbs = _backward(*arguments, *needs)
-    return [t for t in (dx, *das, *dbs) if t is not None]
-
-
-def _bwd_fake(
-    dys: list[Tensor],
-    x: Tensor,
-    ss: list[Tensor],
-    weights: list[Tensor],
-    lora_as: list[Tensor],
-    lora_bs: list[Tensor],
-    *rest: Any,
-) -> list[Tensor]:
-    return [torch.empty_like(t) for t in (x, *lora_as, *lora_bs)]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, biases, lora_as, lora_bs, masks, *constants = inputs
-    ctx.constants = Constants(len(weights), *constants)
-    ss = output[len(weights) :]
-    ctx.save_for_backward(x, *weights, *biases, *lora_as, *lora_bs, *masks, *ss)
-
-
-def _registered_backward(ctx: Any, grads: list[Tensor]) -> Any:
-    constants: Constants = ctx.constants
-    x, *tensors = ctx.saved_tensors
-    weights, biases, lora_as, lora_bs, masks, ss = constants.split(tensors)
-    dys = grads[: constants.layers]
-    dx, *adapters = torch.ops.fastft.lora_linear_bwd(
-        dys,
-        x,
-        ss,
-        weights,
-        lora_as,
-        lora_bs,
-        masks,
-        *constants.rest(),
-    )
-    dws = [(dy.t() @ x).to(w.dtype) if w.requires_grad else None for dy, w in zip(dys, weights)]
-    half = len(adapters) // 2
-    das, dbs = adapters[:half], adapters[half:]
-    no_gradients = [None] * 5  # scalings, dropout_ps, owners, spans, backend
-    return dx, dws, _absent(biases), das, dbs, _absent(masks), *no_gradients
-
-
-def _absent(tensors: Sequence[Tensor | None]) -> list[None] | None:
-    """torch takes a list of gradients for a list of tensors, and a bare None for one that holds
-    a None; trained biases are therefore added outside the registered operation."""
-    return None if any(t is None for t in tensors) else [None] * len(tensors)
-
-
-_CONSTANTS = "float[] scalings, float[] dropout_ps, int[] owners, SymInt[] spans, str backend"
-register(
-    "lora_linear_fwd(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_as, "
-    f"Tensor[] lora_bs, Tensor?[] masks, {_CONSTANTS}) -> Tensor[]",
-    _forward,
-    _fwd_fake,
-)
-register(
-    "lora_linear_bwd(Tensor[] dys, Tensor x, Tensor[] ss, Tensor[] weights, Tensor[] lora_as, "
-    f"Tensor[] lora_bs, Tensor?[] masks, {_CONSTANTS}) -> Tensor[]",
-    _bwd_kernel,
-    _bwd_fake,
-)
-register(
-    "dropout_mask(Tensor x, float p, Tensor lora_a, str backend) -> Tensor",
-    new_dropout_mask,
-    lambda x, p, lora_a, backend: x.new_empty(
-        (x.shape[0], (x.shape[1] + 7) // 8), dtype=torch.uint8
-    ),
-    random=True,
-)
-torch.library.register_autograd(
-    "fastft::lora_linear_fwd", _registered_backward, setup_context=_setup_context
-)

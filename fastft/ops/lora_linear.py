@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fastft.ops._lora_linear_registered  # noqa: F401  what torch.compile sees
 from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -93,10 +93,7 @@ class FusedOptimizer(SavedState):
         check_hyper(where, ranged)
         for name, value, valid, expected in (
             ("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0, "> 0"),
-            ("state_bits", state_bits, state_bits in (8, 16, 32), "8, 16 or 32"),
-            ("state_bits", state_bits, state_bits != 8 or "state1" in self.state_names, "16 or 32"),
-            ("state_bits", state_bits, state_bits in RULES[self.rule].bits, "32"),
-            ("state_bits", state_bits, state_bits == 32 or bool(self.state_names), "32"),
+            ("state_bits", state_bits, state_bits in self._bits(), _either(self._bits())),
             ("rounding", rounding, rounding in ROUNDINGS, " or ".join(ROUNDINGS)),
             ("differentiable", differentiable, not differentiable, "False"),
             ("flat", flat, not flat or rounding != "stochastic", "False with stochastic rounding"),
@@ -123,6 +120,12 @@ class FusedOptimizer(SavedState):
         # torch moves "step" to the device when it loads groups that say they are capturable.
         flags = {"foreach": foreach, "fused": fused, "capturable": capturable}
         super().__init__(params, {**defaults, "state_bits": state_bits, **flags})
+
+    @classmethod
+    def _bits(cls) -> tuple[int, ...]:
+        """What ``state_bits`` may be: codes need the names and files of the 8-bit optimizers."""
+        bits = RULES[cls.rule].bits if cls.state_names else (32,)
+        return bits if "state1" in cls.state_names else tuple(b for b in bits if b != 8)
 
     # What a group means to the kernel.
 
@@ -331,9 +334,20 @@ class FusedOptimizer(SavedState):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch."""
+        bits = param_group.get("state_bits", self.defaults["state_bits"])
+        allowed = tuple(b for b in self._bits() if not self.flat or b != 16)
+        if bits not in allowed:
+            raise ArgumentError(
+                self._where, "state_bits", expected=_either(allowed), got=f"{bits!r} of a group"
+            )
         self.defaults.update(self._more)
         super().add_param_group(param_group)
         self._keys, self._flats = {}, []
+
+
+def _either(values: Sequence[int]) -> str:
+    *most, last = map(str, sorted(values))
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 _Part = tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]

@@ -244,14 +244,17 @@ def _missing(
     """Key, elements and dtype of each state that is not there."""
     numel, state = local(p).numel(), optimizer.state_of(p)
     wanted = [("step", 1, torch.float32)]
+    # All states of a parameter are of one dtype: that of those that are there.
+    there = [state[name].dtype for name in optimizer.state_names if name in state]
+    dtype = there[0] if there else state_dtype(p, group)
     for name in optimizer.state_names[: optimizer.n_states(group)]:
         if name in state:
             continue  # one that was loaded in another format stays in it
-        if is_eight_bit(optimizer, p, group):
+        if dtype == torch.uint8 or (not there and is_eight_bit(optimizer, p, group)):
             wanted.append((name, numel, torch.uint8))
             wanted.append((absmax_name(name), -(-numel // STATE_BLOCK), torch.float32))
         else:
-            wanted.append((name, numel, state_dtype(p, group)))
+            wanted.append((name, numel, dtype))
     if optimizer.rounding == "compensated" and p.dtype == torch.bfloat16:
         wanted.append(("compensation", numel, torch.bfloat16))
     return [entry for entry in wanted if entry[0] not in state]

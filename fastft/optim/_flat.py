@@ -113,11 +113,6 @@ def flatten(optimizer: FusedOptimizer) -> list[Flat]:
     """The parameters of an optimizer that require gradients, made flat."""
     found: dict[tuple[Any, ...], tuple[dict[str, Any], list[Tensor]]] = {}
     for index, group in enumerate(optimizer.param_groups):
-        if group["state_bits"] == 16:
-            raise ArgumentError(
-                "fastft.optim", "state_bits", expected="8 or 32 with flat=True", got="16",
-                remedy="States in bfloat16 are rounded at random, whose bits go by parameter.",
-            )  # fmt: skip
         for p in group["params"]:
             if p.requires_grad:
                 optimizer.refuse(p, p if p.grad is None else p.grad)

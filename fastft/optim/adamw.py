@@ -93,11 +93,12 @@ class AdamWBF16(AdamW):
 
     Args:
         kahan: keep what rounding takes away from the parameters in a second bfloat16 (2 bytes a
-            parameter) instead: the pair holds 16 bits of mantissa. States are float32 then.
+            parameter) instead: the pair holds 16 bits of mantissa. States are float32 then, as they
+            are with ``flat``.
         others: as in :class:`AdamW`; ``state_bits=32`` for float32 states, 8 bytes.
     """
 
     def __init__(self, params: Iterable[Any], *args: Any, kahan: bool = False, **more: Any) -> None:
         more.setdefault("rounding", "compensated" if kahan else "stochastic")
-        more.setdefault("state_bits", 32 if kahan else 16)
+        more.setdefault("state_bits", 32 if kahan or more.get("flat") else 16)
         super().__init__(params, *args, **more)

@@ -50,8 +50,8 @@ def adapter_names(count: int) -> list[str]:
 
 
 def add_adapters(model: nn.Module, cfgs: Sequence[TrainConfig]) -> PeftModel:
-    """An adapter for each configuration, all active, each with the weights that a run of its own
-    would start from."""
+    """An adapter for each configuration, with the weights that a run of its own would start from;
+    the first is active."""
     from peft import get_peft_model
     from transformers import set_seed
 
@@ -63,7 +63,6 @@ def add_adapters(model: nn.Module, cfgs: Sequence[TrainConfig]) -> PeftModel:
             adapted = get_peft_model(model, lora_config(cfg), adapter_name=name)
         else:
             adapted.add_adapter(name, lora_config(cfg))
-    adapted.base_model.set_adapter(names)
     return adapted  # type: ignore[no-any-return]
 
 

@@ -105,7 +105,8 @@ class Planner:
         # With accumulation the second forward finds gradients.
         self._steps = 2 if accumulates else 1
         weights, largest, outside = weight_bytes(self.model, request)
-        gradients, states, away = trained_bytes(self.model, request)
+        gradients, each = trained_bytes(self.model, request)
+        states = sum(each)
         gpus = request.gpus
         # FSDP: shares of everything, and whole what is in no layer and two layers: this one and
         # the next. Of the same two the gradients are whole until they are reduced.
@@ -119,10 +120,15 @@ class Planner:
             workspace += _PROCESS
         parts = self._parts(step.work)
         parts["optimizer"] = (2 * (gradients + states) + gradients) / self._copies() / gpus
-        away = away // gpus if self.device.type == "cuda" else 0
-        visits = any(c.optim_states == "host" for c in request.cfgs)
-        if visits:  # both directions at once; reading and writing a piece
-            parts["optimizer"] = max(parts["optimizer"], away / (self.device.pcie * 1e9))
+        places = [
+            (size // gpus, c.optim_states if self.device.type == "cuda" else "device")
+            for size, c in zip(each, request.cfgs, strict=True)
+        ]
+        away = sum(size for size, place in places if place != "device")
+        visiting = [size for size, place in places if place == "host"]
+        if visiting:  # both directions at once; reading and writing a piece
+            over_the_bus = sum(visiting) / (self.device.pcie * 1e9)
+            parts["optimizer"] = max(parts["optimizer"], over_the_bus)
         if self.ceilings is not None and self.ceilings.fresh:
             parts["mapping memory"] = step.taken * self.ceilings.fresh
         if self.request.method == "qlora":
@@ -133,8 +139,7 @@ class Planner:
             gradients // gpus,
             states // gpus - away,
         )
-        if visits:
-            states += min(SLOTS * away, RING_BYTES)
+        states += sum(min(SLOTS * size, RING_BYTES) for size in visiting)
         return Prediction(
             policy=policy,
             batch=sum(batches),

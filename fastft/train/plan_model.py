@@ -4,7 +4,7 @@ as it would be trained."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,9 +67,9 @@ class Request:
 
         return adapter_names(len(self.cfgs))
 
-    def each(self, **new: Any) -> Request:
-        """The same with values of every configuration replaced."""
-        cfg, *others = (cfg.replace(**new) for cfg in self.cfgs)
+    def each(self, new: Callable[[TrainConfig], dict[str, Any]]) -> Request:
+        """The same with what ``new`` says of every configuration in place of what it had."""
+        cfg, *others = (cfg.replace(**new(cfg)) for cfg in self.cfgs)
         return dataclasses.replace(self, cfg=cfg, others=tuple(others))
 
 
@@ -172,6 +172,8 @@ def meta_model(request: Request, config: Any, dtype: torch.dtype, device: Device
     fused["lora"] = request.cfg.fused and request.method == "lora"
     with backends.planning(Launchers(Meter(), device.type)):
         fastft.accelerate(model, **fused)
+    if request.others:
+        model.base_model.set_adapter(request.names)
     return model
 
 
@@ -220,17 +222,16 @@ def weight_bytes(model: Any, request: Request) -> tuple[int, int, int]:
     return total, max(layers, default=0), total - sum(layers)
 
 
-def trained_bytes(model: Any, request: Request) -> tuple[int, int, int]:
-    """Bytes of what is trained, of its optimizer's states, and of those that are off the device."""
-    gradients, states, away = 0, 0.0, 0.0
-    cfgs = dict(zip(request.names, request.cfgs, strict=True)) if request.others else {}
+def trained_bytes(model: Any, request: Request) -> tuple[int, list[int]]:
+    """Bytes of what is trained, and of the optimizer's states of each configuration."""
+    gradients, states = 0, [0.0] * len(request.cfgs)
+    index = {name: i for i, name in enumerate(request.names)} if request.others else {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             gradients += p.nbytes
-            own = next((cfgs[part] for part in name.split(".") if part in cfgs), request.cfg)
-            states += state_bytes(p.numel(), own)
-            away += state_bytes(p.numel(), own) if own.optim_states != "device" else 0.0
-    return gradients, int(states), int(away)
+            own = next((index[part] for part in name.split(".") if part in index), 0)
+            states[own] += state_bytes(p.numel(), request.cfgs[own])
+    return gradients, [int(size) for size in states]
 
 
 def state_bytes(numel: int, cfg: TrainConfig) -> float:

@@ -13,6 +13,7 @@ from fastft.files import write_text
 from fastft.memory import POLICIES
 from fastft.memory.ceilings import Ceilings
 from fastft.memory.devices import Device
+from fastft.train.config import TrainConfig
 from fastft.train.plan import Planner, Prediction
 from fastft.train.plan_model import Request
 
@@ -43,7 +44,8 @@ class Report:
     Attributes:
         rows: a prediction for each policy.
         chosen: the fastest whose peak fits; None where none does.
-        largest_batch, largest_length: under the chosen policy, the other as asked.
+        largest_batch, largest_length: under the chosen policy, the other as asked; of each
+            adapter, where there are several.
         remedies: single changes that make it fit, where nothing does, each with its peak.
         hours: of ``examples`` sequences ``epochs`` times, under the chosen policy.
     """
@@ -104,7 +106,7 @@ def report(
     else:
         most = planner.largest(allowed, chosen.policy, "batch")
         longest = planner.largest(allowed, chosen.policy, "length")
-        batch = most.batch if most else None
+        batch = most.batch // len(request.cfgs) if most else None
         length = longest.length if longest else None
         if examples is not None:
             tokens = examples * epochs * chosen.length
@@ -127,16 +129,18 @@ def changes(
     tried: list[tuple[str, Request]] = []
 
     def with_cfg(what: str, **new: Any) -> None:
-        tried.append((what, request.each(**new)))
+        tried.append((what, request.each(lambda _: new)))
 
     if any(c.per_device_train_batch_size > 1 for c in request.cfgs):
-        # Of the first; those of other adapters need as many as make up for their own batches.
-        steps = cfg.gradient_accumulation_steps * cfg.per_device_train_batch_size
-        with_cfg(
-            f"per_device_train_batch_size: 1, gradient_accumulation_steps: {steps}",
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=steps,
-        )
+
+        def by_ones(c: TrainConfig) -> dict[str, Any]:
+            steps = c.gradient_accumulation_steps * c.per_device_train_batch_size
+            return {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps}
+
+        single = request.each(by_ones)
+        steps = ", ".join(str(c.gradient_accumulation_steps) for c in single.cfgs)
+        what = f"per_device_train_batch_size: 1, gradient_accumulation_steps: {steps}"
+        tried.append((what, single))
     if not cfg.optim.endswith("8bit") and request.method == "full":
         with_cfg(f"optim: {cfg.optim}8bit", optim=f"{cfg.optim}8bit")
     alone = device.type == "cuda" and request.gpus == 1  # states of shards stay on their device
@@ -217,9 +221,10 @@ def advice(found: Report) -> list[str]:
             lines.append("No single change makes it fit: a smaller model, or several of these.")
         return lines
     chosen = found.chosen
+    each = " of each adapter" if found.request.others else ""
     lines = [
-        f"Fastest that fits: {chosen.policy}. With it the batch can be {found.largest_batch}, or "
-        f"the sequence {found.largest_length} tokens."
+        f"Fastest that fits: {chosen.policy}. With it the batch{each} can be "
+        f"{found.largest_batch}, or the sequence {found.largest_length} tokens."
     ]
     if found.hours is not None:
         lines.append(f"The whole run: {found.hours:.1f} hours.")

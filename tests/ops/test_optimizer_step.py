@@ -167,6 +167,45 @@ class TestDynamicCodes:
         assert (got - expected).abs().max() <= 1
         assert (got != expected).sum() <= 8, "only at the middles of neighbours"
 
+    @pytest.mark.parametrize("isa", ISAS)
+    @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+    def test_every_code_is_read_as_what_it_stands_for(self, dtype: torch.dtype, isa: str) -> None:
+        """b1 = b2 = 1 leaves the states what they were read as; written again they are the same."""
+        codes = torch.arange(256, dtype=torch.uint8).repeat(3)
+        first, second = codes.clone(), codes.clone()
+        scales = [torch.full((3,), 0.3), torch.full((3,), 7e-5)]
+        tensors = ops.StepTensors(
+            "adamw", [torch.zeros(768, dtype=dtype)], [torch.zeros(())], [[first], [second]],
+            [[scales[0].clone()], [scales[1].clone()]],
+        )  # fmt: skip
+        hyper = torch.tensor([[0.0, 1.0, 1.0, 1e-8, 0.0, 0.0, 1.0]])
+        cpu.step(
+            tensors, [torch.zeros(768, dtype=dtype)], hyper, ops.new_stats(CPU), max_norm=0.0,
+            needs_norm=False, seed=0, isa=isa,
+        )  # fmt: skip
+        assert torch.equal(first, codes)
+        # A second moment of 0 is written as the smallest there is.
+        assert torch.equal(second, codes.clamp(min=1))
+        for old, new in zip(scales, tensors.absmax, strict=True):
+            torch.testing.assert_close(new[0], old)
+
+    @pytest.mark.parametrize("isa", ISAS)
+    def test_momentum_that_is_zero_stays_zero_beside_momentum_that_is_not(self, isa: str) -> None:
+        p, gradient = torch.zeros(4096), torch.ones(4096)
+        gradient[1::2] = 0
+        tensors = ops.StepTensors(
+            "lion", [p], [torch.zeros(())], [[torch.full((4096,), 127, dtype=torch.uint8)]],
+            [[torch.zeros(16)]],
+        )  # fmt: skip
+        hyper = torch.tensor([[0.1, 0.9, 0.99, 0.0, 0.0, 0.0, 1.0]])
+        for _ in range(4):
+            cpu.step(
+                tensors, [gradient], hyper, ops.new_stats(CPU), max_norm=0.0, needs_norm=False,
+                seed=0, isa=isa,
+            )  # fmt: skip
+        assert not p[1::2].any()
+        torch.testing.assert_close(p[::2], torch.full((2048,), -0.4))
+
     @pytest.mark.parametrize("signed", [True, False])
     def test_zeros_and_tiny_blocks(self, signed: bool) -> None:
         for value in (0.0, 1e-40):

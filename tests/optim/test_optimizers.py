@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +14,9 @@ from torch.testing._internal import common_optimizers
 
 from fastft import optim
 from fastft.cpu import optimizer_step as cpu
-from fastft.optim.muon import orthogonalize
+from tests.optim.pairs import gradients, models, same
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
-SHAPES = [(3,), (1000, 17), (1,), (0,), (5, 5), (40001,)]
 
 
 @dataclass(frozen=True)
@@ -40,25 +38,6 @@ PAIRS = {
 }
 
 
-def _models(dtype: torch.dtype = F32, name: str = "") -> tuple[list[Tensor], list[Tensor]]:
-    torch.manual_seed(0)
-    # torch's Adafactor divides by the size of an empty tensor.
-    shapes = [s for s in SHAPES if s != (0,) or name != "Adafactor"]
-    mine = [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
-    return mine, [p.detach().clone().requires_grad_() for p in mine]
-
-
-def _gradients(mine: list[Tensor], theirs: list[Tensor], skip: int | None = None) -> None:
-    for i, (p, q) in enumerate(zip(mine, theirs, strict=True)):
-        p.grad = None if i == skip else torch.randn_like(p)
-        q.grad = None if i == skip else p.grad.clone()  # type: ignore[union-attr]
-
-
-def _same(mine: list[Tensor], theirs: list[Tensor], tolerance: float = 4e-6) -> None:
-    for p, q in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
-
-
 def _entries(pair: Pair, errors: bool = False) -> list[Any]:
     kind = "error_inputs" if errors else "inputs"
     function = getattr(common_optimizers, f"optim_{kind}_func_{pair.inputs}")
@@ -74,16 +53,16 @@ def test_torch_s_own_inputs(name: str, dtype: torch.dtype) -> None:
     entries = _entries(pair)
     assert len(entries) >= 4
     for entry in entries:
-        mine, theirs = _models(dtype, name)
+        mine, theirs = models(dtype, name)
         if "capturable" in entry.kwargs:
             continue  # torch's own wants a GPU for it
         own, plain = pair.own(mine, **entry.kwargs), pair.theirs(theirs, **entry.kwargs)
         for _ in range(5):
-            _gradients(mine, theirs)
+            gradients(mine, theirs)
             own.step()
             plain.step()
         try:
-            _same(mine, theirs, 4e-6 if dtype == F32 else 1e-6)
+            same(mine, theirs, 4e-6 if dtype == F32 else 1e-6)
         except AssertionError as error:
             raise AssertionError(f"{entry.desc}: {error}") from error
 
@@ -119,7 +98,7 @@ ALL = {
 
 
 def test_groups_scheduler_clip_and_missing_gradients() -> None:
-    mine, theirs = _models()
+    mine, theirs = models()
     fused = optim.AdamW(
         [{"params": mine[:2], "lr": 3e-2}, {"params": mine[2:], "weight_decay": 0.3}],
         lr=1e-2,
@@ -132,12 +111,12 @@ def test_groups_scheduler_clip_and_missing_gradients() -> None:
         torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)) for o in (fused, plain)
     ]
     for step in range(6):
-        _gradients(mine, theirs, skip=4 if step in (1, 2) else None)
+        gradients(mine, theirs, skip=4 if step in (1, 2) else None)
         torch.nn.utils.clip_grad_norm_([q for q in theirs if q.grad is not None], 1.0)
         for optimizer, schedule in zip((fused, plain), schedules, strict=True):
             optimizer.step()
             schedule.step()
-        _same(mine, theirs)
+        same(mine, theirs)
     extra = torch.randn(4, requires_grad=True)
     twin = extra.detach().clone().requires_grad_()
     fused.add_param_group({"params": [extra]})
@@ -154,27 +133,27 @@ def test_groups_scheduler_clip_and_missing_gradients() -> None:
 @pytest.mark.parametrize("name", PAIRS)
 def test_state_dicts_are_interchangeable_with_torch_s(name: str) -> None:
     more = {"momentum": 0.9} if name == "SGD" else {}
-    mine, theirs = _models(name=name)
+    mine, theirs = models(name=name)
     fused = PAIRS[name].own(mine, lr=1e-2, **more)
     plain = PAIRS[name].theirs(theirs, lr=1e-2, **more)
     for _ in range(3):
-        _gradients(mine, theirs)
+        gradients(mine, theirs)
         fused.step()
         plain.step()
     from_fused, from_plain = copy.deepcopy(fused.state_dict()), copy.deepcopy(plain.state_dict())
     fused.load_state_dict(from_plain)
     plain.load_state_dict(from_fused)
     for _ in range(2):
-        _gradients(mine, theirs)
+        gradients(mine, theirs)
         fused.step()
         plain.step()
-    _same(mine, theirs)
+    same(mine, theirs)
 
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_saved_and_resumed_gives_the_same_bits(name: str, dtype: torch.dtype) -> None:
-    mine, _ = _models(dtype)
+    mine, _ = models(dtype)
     torch.manual_seed(1)
     gradients = [[torch.randn_like(p) for p in mine] for _ in range(6)]
 
@@ -253,56 +232,56 @@ def test_maximize_clip_and_skip_are_global_over_groups(name: str) -> None:
 
 
 def test_one_call_a_step_and_tables_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine, theirs = _models()
+    mine, theirs = models()
     optimizer = optim.AdamW(mine)
     calls: list[Any] = []
     original = cpu.step
     monkeypatch.setattr(cpu, "step", lambda t, *a, **k: calls.append(t) or original(t, *a, **k))
     for _ in range(3):
-        _gradients(mine, theirs)
+        gradients(mine, theirs)
         optimizer.step()
-    assert [len(t.params) for t in calls] == [len(SHAPES)] * 3
+    assert [len(t.params) for t in calls] == [len(mine)] * 3
     assert calls[0] is calls[1] is calls[2]
 
 
 def test_parameters_whose_memory_moves_are_followed() -> None:
     """As FSDP, model.to() and p.data = ... do."""
-    mine, theirs = _models()
+    mine, theirs = models()
     mine.append(torch.randn(6, 4).t().requires_grad_())
     theirs.append(mine[-1].detach().clone().requires_grad_())
     fused, plain = optim.AdamW(mine, lr=0.1), torch.optim.AdamW(theirs, lr=0.1)
     for step in range(4):
-        _gradients(mine, theirs)
+        gradients(mine, theirs)
         fused.step()
         plain.step()
         if step == 1:
             for p in mine:
                 p.data = p.data.clone()
-    _same(mine, theirs)
+    same(mine, theirs)
 
 
 def test_states_cleared_and_momentum_begun_are_noticed() -> None:
-    mine, theirs = _models()
+    mine, theirs = models()
     fused, plain = optim.SGD(mine, lr=0.1), torch.optim.SGD(theirs, lr=0.1)
     for step in range(6):
         for optimizer in (fused, plain):
             optimizer.param_groups[0]["momentum"] = 0.9 if step > 1 else 0.0
             if step == 4:
                 optimizer.state.clear()
-        _gradients(mine, theirs)
+        gradients(mine, theirs)
         fused.step()
         plain.step()
         if step == 2:  # torch's buffer begins with the first gradient it sees, ours at zero
             for p, q in zip(mine, theirs, strict=True):
                 plain.state[q]["momentum_buffer"].copy_(fused.state[p]["momentum_buffer"])
                 q.data.copy_(p.data)
-    _same(mine, theirs)
+    same(mine, theirs)
 
 
 def test_states_are_neighbours_in_one_arena() -> None:
-    mine, theirs = _models()
+    mine, theirs = models()
     optimizer = optim.AdamW8bit(mine)
-    _gradients(mine, theirs)
+    gradients(mine, theirs)
     optimizer.step()
     for name, dtype in (("state1", torch.uint8), ("absmax1", F32)):
         found = [s[name] for s in optimizer.state.values() if name in s and s[name].dtype == dtype]
@@ -342,19 +321,19 @@ def test_any_memory_format() -> None:
     twins = [p.detach().clone().requires_grad_() for p in (mine, other)]
     fused, plain = optim.AdamW([mine, other], lr=0.1), torch.optim.AdamW(twins, lr=0.1)
     for _ in range(3):
-        _gradients([mine, other], twins)
+        gradients([mine, other], twins)
         mine.grad = mine.grad.contiguous()  # type: ignore[union-attr]
         fused.step()
         plain.step()
-    _same([mine, other], twins)
+    same([mine, other], twins)
     assert optimizer_strides(fused, mine) == mine.stride()
     saved = copy.deepcopy(plain.state_dict())
     saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"].contiguous()
     fused.load_state_dict(saved)
-    _gradients([mine, other], twins)
+    gradients([mine, other], twins)
     fused.step()
     plain.step()
-    _same([mine, other], twins)
+    same([mine, other], twins)
 
 
 def optimizer_strides(optimizer: Any, p: Tensor) -> tuple[int, ...]:
@@ -362,11 +341,11 @@ def optimizer_strides(optimizer: Any, p: Tensor) -> tuple[int, ...]:
 
 
 def test_the_gradient_scaler_s_scale_and_infinities() -> None:
-    mine, theirs = _models()
+    mine, theirs = models()
     fused, plain = optim.AdamW(mine, lr=1e-2, max_grad_norm=1.0), torch.optim.AdamW(theirs, lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     for step in range(4):
-        _gradients(mine, theirs)
+        gradients(mine, theirs)
         torch.nn.utils.clip_grad_norm_(theirs, 1.0)
         for p in mine:
             p.grad *= 256.0  # type: ignore[operator]
@@ -377,7 +356,7 @@ def test_the_gradient_scaler_s_scale_and_infinities() -> None:
         scaler.update(256.0)
         if step != 2:
             plain.step()
-    _same(mine, theirs)
+    same(mine, theirs)
     assert fused.skipped_steps == 1
     for p in mine:
         p.grad /= 256.0  # type: ignore[operator]
@@ -462,78 +441,6 @@ def test_bfloat16_without_stochastic_rounding_stalls_and_with_it_does_not() -> N
     assert moved(rounding="compensated") == pytest.approx(50e-4, rel=0.02)
 
 
-def test_schedule_free_is_its_authors() -> None:
-    schedulefree = pytest.importorskip("schedulefree")
-    mine, theirs = _models()
-    options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "warmup_steps": 3, "r": 0.5}
-    own = optim.ScheduleFreeAdamW(mine, **options)
-    plain = schedulefree.AdamWScheduleFree(theirs, **options)
-    plain.train()
-    for _ in range(6):
-        _gradients(mine, theirs)
-        own.step()
-        plain.step()
-    _same(mine, theirs)
-    y = [p.detach().clone() for p in mine]
-    own.eval()
-    plain.eval()
-    _same(mine, theirs, 2e-5)
-    with pytest.raises(ValueError, match="train"):
-        own.step()
-    own.train()
-    assert all(torch.equal(p, q) for p, q in zip(mine, y, strict=True))
-
-
-class TestBitsandbytes:
-    """Its 8-bit state dicts, both ways."""
-
-    @pytest.fixture(autouse=True)
-    def _module(self) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.bnb = pytest.importorskip("bitsandbytes")
-
-    @pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit"])
-    def test_each_loads_the_other_s(self, name: str) -> None:
-        torch.manual_seed(0)
-        shapes = [(64, 80), (17,)]
-        mine = [torch.randn(s, requires_grad=True) for s in shapes]
-        theirs = [p.detach().clone().requires_grad_() for p in mine]
-        own = getattr(optim, name)(mine, lr=1e-2)
-        plain = getattr(self.bnb.optim, name)(theirs, lr=1e-2)
-        for _ in range(3):
-            _gradients(mine, theirs)
-            own.step()
-            plain.step()
-        # 8-bit states differ by a code here and there: theirs keeps the sign of a small m.
-        _same(mine, theirs, 2e-3)
-        to_own, to_plain = copy.deepcopy(plain.state_dict()), copy.deepcopy(own.state_dict())
-        own.load_state_dict(to_own)
-        plain.load_state_dict(to_plain)
-        for p, q in zip(mine, theirs, strict=True):
-            own_state, plain_state = own.state[p], plain.state[q]
-            assert own_state["state1"].dtype == plain_state["state1"].dtype
-        for p, q in zip(mine, theirs, strict=True):
-            p.data.copy_(q.data)
-        for _ in range(2):
-            _gradients(mine, theirs)
-            own.step()
-            plain.step()
-        _same(mine, theirs, 2e-3)
-        assert int(own.state[mine[0]]["step"]) == 5
-        assert int(plain.state[theirs[0]]["step"]) == 5
-
-    def test_another_map_is_refused(self) -> None:
-        p = torch.randn(5000, requires_grad=True)
-        optimizer = optim.AdamW8bit([p])
-        p.grad = torch.randn(5000)
-        optimizer.step()
-        saved = copy.deepcopy(optimizer.state_dict())
-        saved["state"][0]["qmap1"] = torch.linspace(-1, 1, 256)
-        with pytest.raises(ValueError, match="dynamic map"):
-            optimizer.load_state_dict(saved)
-
-
 @pytest.mark.parametrize(
     ("build", "words"),
     [
@@ -559,81 +466,3 @@ def test_sparse_and_complex_are_refused_aloud(kind: str) -> None:
     p.grad = torch.ones(4).to_sparse() if kind == "sparse" else torch.ones(4, dtype=p.dtype)
     with pytest.raises(TypeError, match=kind):
         optim.AdamW([p]).step()
-
-
-class TestMuon:
-    @staticmethod
-    def polar(x: Tensor, steps: int = 5) -> Tensor:
-        """The iteration's result in float64: its polynomial on the singular values."""
-        a, b, c = 3.4445, -4.775, 2.0315
-        u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
-        s = s / s.square().sum().sqrt()
-        for _ in range(steps):
-            s = a * s + b * s**3 + c * s**5
-        return u @ torch.diag(s) @ v
-
-    @pytest.mark.parametrize(
-        ("shape", "bound"), [((16, 576), 1e-4), ((576, 16), 1e-4), ((64, 64), 0.05)]
-    )
-    def test_orthogonalized_as_the_formula_says(self, shape: Any, bound: float) -> None:
-        """Thin matrices in float32 through the Gram matrix; square ones in bfloat16, whose rounding
-        the iteration amplifies."""
-        torch.manual_seed(0)
-        x = torch.randn(3, *shape)
-        got = orthogonalize(x, (3.4445, -4.775, 2.0315), 5, 1e-7)
-        for own, given in zip(got, x, strict=True):
-            truth = self.polar(given)
-            assert (own - truth).norm() / truth.norm() < bound
-
-    def test_beside_torch_s(self) -> None:
-        torch.manual_seed(0)
-        shapes = [(32, 32), (16, 96), (96, 16), (32, 32)]
-        mine = [torch.randn(s, requires_grad=True) for s in shapes]
-        theirs = [p.detach().clone().requires_grad_() for p in mine]
-        entries = common_optimizers.optim_inputs_func_muon("cpu", F32)
-        assert len(entries) >= 5
-        for entry in entries:
-            own, plain = optim.Muon(mine, **entry.kwargs), torch.optim.Muon(theirs, **entry.kwargs)
-            start = [p.detach().clone() for p in mine]
-            for _ in range(3):
-                _gradients(mine, theirs)
-                own.step()
-                plain.step()
-            for p, q, s in zip(mine, theirs, start, strict=True):
-                # torch's iterates all in bfloat16.
-                assert (p - q).norm() / (q - s).norm() < 0.05, entry.desc
-                p.data.copy_(q.data)
-
-    def test_torch_s_own_error_inputs(self) -> None:
-        seen = 0
-        for entry in common_optimizers.optim_error_inputs_func_muon("cpu", F32):
-            given = entry.optimizer_error_input
-            if given.params is None or entry.error_type is UserWarning:
-                continue
-            seen += 1
-            with pytest.raises(entry.error_type, match=entry.error_regex):
-                optim.Muon(given.params, **given.kwargs).step()
-        assert seen >= 5
-
-    def test_saved_and_resumed_gives_the_same_bits(self) -> None:
-        torch.manual_seed(0)
-        p = torch.randn(16, 64, dtype=BF16, requires_grad=True)
-        gradients = [torch.randn_like(p) for _ in range(4)]
-        whole = optim.Muon([p], rounding="stochastic", max_grad_norm=1.0)
-
-        def run(optimizer: Any, q: Tensor, steps: slice) -> None:
-            for g in gradients[steps]:
-                q.grad = g.clone()
-                optimizer.step()
-
-        run(whole, p, slice(0, 2))
-        q = p.detach().clone().requires_grad_()
-        resumed = optim.Muon([q], rounding="stochastic", max_grad_norm=1.0)
-        resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
-        run(whole, p, slice(2, 4))
-        run(resumed, q, slice(2, 4))
-        assert torch.equal(p, q)
-        q.grad = torch.full_like(q, float("inf"))
-        resumed.step()
-        assert torch.equal(p, q)
-        assert resumed.skipped_steps == 1

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Rejected, assert_rejected
 from torch import Tensor
 
 from fastft import errors, optim
 from fastft.reference.optimizer_step import random_bits
+from tests.ops.harness import Rejected, assert_rejected
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -93,21 +93,48 @@ def test_a_parameter_and_its_states_draw_apart() -> None:
     assert float(torch.corrcoef(both).triu(1).abs().max()) < 5 / 512**0.5
 
 
+def test_flat_states_are_float32_whatever_was_loaded() -> None:
+    p, q = parameter(BF16), parameter(BF16)
+    saved = optim.AdamWBF16([p], lr=1e-3)
+    saved.step()
+    flat = optim.AdamWBF16([q], lr=1e-3, rounding="nearest", flat=True)
+    flat.load_state_dict(saved.state_dict())
+    flat.step()
+    state = flat.state[q]
+    assert state["exp_avg"].dtype == F32
+    assert int(state["step"]) == 2
+
+
+def test_a_state_that_is_missing_is_as_those_that_are_there() -> None:
+    p = parameter(BF16)
+    optimizer = optim.AdamWBF16([p], lr=1e-3)
+    optimizer.state[p]["exp_avg"] = torch.zeros(5000)
+    optimizer.step()
+    assert optimizer.state[p]["exp_avg_sq"].dtype == F32
+
+
 def _rejected() -> list[Rejected]:
     def make(kind: Any, **more: Any) -> Any:
         return lambda: kind([parameter(BF16)], lr=1e-3, **more)
 
-    mixed = optim.AdamW([{"params": [parameter(F32)], "state_bits": 16}], lr=1e-3, flat=True)
+    def group(kind: Any, bits: int, **more: Any) -> Any:
+        matrix = torch.zeros(8, 8, requires_grad=True)
+        return lambda: kind([{"params": [matrix], "state_bits": bits}], lr=1e-3, **more)
+
+    refused, said = errors.ArgumentError, "state_bits"
     return [
         Rejected("schedule-free", make(optim.ScheduleFreeAdamW, state_bits=16),
-                 errors.ArgumentError, ["state_bits", "32", "16"]),
-        Rejected("adafactor", make(optim.Adafactor, state_bits=16),
-                 errors.ArgumentError, ["state_bits", "32", "16"]),
-        Rejected("8 without codes", make(optim.AdamW, state_bits=8),
-                 errors.ArgumentError, ["state_bits", "16 or 32"]),
+                 refused, [said, "expected 32"]),
+        Rejected("schedule-free, 8", make(optim.ScheduleFreeAdamW, state_bits=8),
+                 refused, [said, "expected 32"]),
+        Rejected("adafactor", make(optim.Adafactor, state_bits=16), refused, [said, "expected 32"]),
+        Rejected("8 without codes", make(optim.AdamW, state_bits=8), refused, [said, "16 or 32"]),
         Rejected("flat", make(optim.AdamW, state_bits=16, flat=True),
-                 errors.ArgumentError, ["flat", "state_bits=16"]),
-        Rejected("flat group", mixed.step, errors.ArgumentError, ["state_bits", "flat=True"]),
+                 refused, ["flat", "state_bits=16"]),
+        Rejected("flat group", group(optim.AdamW, 16, flat=True),
+                 refused, [said, "expected 32", "group"]),
+        Rejected("a group", group(optim.ScheduleFreeAdamW, 16), refused, [said, "expected 32"]),
+        Rejected("a group of Muon", group(optim.Muon, 16), refused, [said, "expected 32"]),
     ]  # fmt: skip
 
 

@@ -1,0 +1,95 @@
+"""``Muon``: its iteration against the formula, itself against torch's."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing._internal import common_optimizers
+
+from fastft import optim
+from fastft.optim.muon import orthogonalize
+from tests.optim.pairs import gradients as new_gradients
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+class TestMuon:
+    @staticmethod
+    def polar(x: Tensor, steps: int = 5) -> Tensor:
+        """The iteration's result in float64: its polynomial on the singular values."""
+        a, b, c = 3.4445, -4.775, 2.0315
+        u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
+        s = s / s.square().sum().sqrt()
+        for _ in range(steps):
+            s = a * s + b * s**3 + c * s**5
+        return u @ torch.diag(s) @ v
+
+    @pytest.mark.parametrize(
+        ("shape", "bound"), [((16, 576), 1e-4), ((576, 16), 1e-4), ((64, 64), 0.05)]
+    )
+    def test_orthogonalized_as_the_formula_says(self, shape: Any, bound: float) -> None:
+        """Thin matrices in float32 through the Gram matrix; square ones in bfloat16, whose rounding
+        the iteration amplifies."""
+        torch.manual_seed(0)
+        x = torch.randn(3, *shape)
+        got = orthogonalize(x, (3.4445, -4.775, 2.0315), 5, 1e-7)
+        for own, given in zip(got, x, strict=True):
+            truth = self.polar(given)
+            assert (own - truth).norm() / truth.norm() < bound
+
+    def test_beside_torch_s(self) -> None:
+        torch.manual_seed(0)
+        shapes = [(32, 32), (16, 96), (96, 16), (32, 32)]
+        mine = [torch.randn(s, requires_grad=True) for s in shapes]
+        theirs = [p.detach().clone().requires_grad_() for p in mine]
+        entries = common_optimizers.optim_inputs_func_muon("cpu", F32)
+        assert len(entries) >= 5
+        for entry in entries:
+            own, plain = optim.Muon(mine, **entry.kwargs), torch.optim.Muon(theirs, **entry.kwargs)
+            start = [p.detach().clone() for p in mine]
+            for _ in range(3):
+                new_gradients(mine, theirs)
+                own.step()
+                plain.step()
+            for p, q, s in zip(mine, theirs, start, strict=True):
+                # torch's iterates all in bfloat16.
+                assert (p - q).norm() / (q - s).norm() < 0.05, entry.desc
+                p.data.copy_(q.data)
+
+    def test_torch_s_own_error_inputs(self) -> None:
+        seen = 0
+        for entry in common_optimizers.optim_error_inputs_func_muon("cpu", F32):
+            given = entry.optimizer_error_input
+            if given.params is None or entry.error_type is UserWarning:
+                continue
+            seen += 1
+            with pytest.raises(entry.error_type, match=entry.error_regex):
+                optim.Muon(given.params, **given.kwargs).step()
+        assert seen >= 5
+
+    def test_saved_and_resumed_gives_the_same_bits(self) -> None:
+        torch.manual_seed(0)
+        p = torch.randn(16, 64, dtype=BF16, requires_grad=True)
+        gradients = [torch.randn_like(p) for _ in range(4)]
+        whole = optim.Muon([p], rounding="stochastic", max_grad_norm=1.0)
+
+        def run(optimizer: Any, q: Tensor, steps: slice) -> None:
+            for g in gradients[steps]:
+                q.grad = g.clone()
+                optimizer.step()
+
+        run(whole, p, slice(0, 2))
+        q = p.detach().clone().requires_grad_()
+        resumed = optim.Muon([q], rounding="stochastic", max_grad_norm=1.0)
+        resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+        run(whole, p, slice(2, 4))
+        run(resumed, q, slice(2, 4))
+        assert torch.equal(p, q)
+        q.grad = torch.full_like(q, float("inf"))
+        resumed.step()
+        assert torch.equal(p, q)
+        assert resumed.skipped_steps == 1
