@@ -215,8 +215,9 @@ def _note_adapters(
     constants: Constants, held: Tensor, x: Tensor, lora_as: Sequence[Tensor], masks: Sequence[Any]
 ) -> None:
     """Says how the ss in ``held`` are made again, where that frees enough and the backend can."""
-    launcher = choose(constants.backend, x, lora_as)[1]
-    if held.numel() >= _WORTH * x.numel() and hasattr(launcher, "fwd_adapters"):
+    if held.numel() < _WORTH * x.numel():
+        return
+    if hasattr(choose(constants.backend, x, lora_as)[1], "fwd_adapters"):
         note(held, (x, *lora_as, *masks), functools.partial(_adapters_again, constants))
 
 

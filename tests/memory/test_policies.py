@@ -392,7 +392,11 @@ def live_bytes() -> int:
     gc.collect()
     found = {}
     for held in gc.get_objects():
-        if issubclass(type(held), torch.Tensor) and held.device.type == "cpu":
+        if (
+            type(held) is torch.Tensor
+            and held.layout == torch.strided
+            and held.device.type == "cpu"
+        ):
             storage = held.untyped_storage()
             found[storage._cdata] = storage.nbytes()
     return sum(found.values())
