@@ -40,6 +40,7 @@ def _worker(rank: int, folder: str) -> None:
         found[case] = [[getattr(t, "full_tensor", lambda t=t: t)() for t in one] for one in got]
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
+    dist.barrier()  # no rank ends while another still talks to it
     dist.destroy_process_group()
 
 

@@ -75,6 +75,7 @@ def _fsdp(rank: int, world: int, kind: str, folder: str) -> None:
     whole = _whole(model)
     if rank == 0:
         torch.save((whole, optimizer.grad_norm), f"{folder}/whole.pt")
+    dist.barrier()  # no rank ends while another still talks to it
     dist.destroy_process_group()
 
 
@@ -114,6 +115,7 @@ def _saves(rank: int, world: int, kind: str, folder: str) -> None:
     whole = _whole(model)
     if rank == 0:
         torch.save(whole, f"{folder}/saved.pt")
+    dist.barrier()  # no rank ends while another still talks to it
     dist.destroy_process_group()
 
 
@@ -134,6 +136,7 @@ def _resumes(rank: int, world: int, kind: str, folder: str) -> None:
     whole = _whole(model)
     if rank == 0:
         torch.save(whole, f"{folder}/resumed.pt")
+    dist.barrier()  # no rank ends while another still talks to it
     dist.destroy_process_group()
 
 
@@ -173,6 +176,7 @@ def _zero(rank: int, world: int, folder: str) -> None:
     _train(model, optimizer, range(STEPS))
     own = sum(t.numel() for s in optimizer.optim.state.values() for t in s.values())
     torch.save((_whole(model), own), f"{folder}/{rank}.pt")
+    dist.barrier()  # no rank ends while another still talks to it
     dist.destroy_process_group()
 
 

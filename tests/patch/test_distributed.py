@@ -51,6 +51,7 @@ def _worker(rank: int, kind: str, folder: str) -> None:
         if accelerated:
             calls = fastft.explain(model).to_dict()["calls"]
     torch.save((expected, losses, calls), f"{folder}/{rank}.pt")
+    dist.barrier()  # no rank ends while another still talks to it
     dist.destroy_process_group()
 
 
