@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from fastft import memory
 from fastft.memory._layers import find_layers
 from tests.memory.models import llama, same, steps
+from tests.ranks import end_rank
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="needs torch with gloo"
@@ -40,8 +41,7 @@ def _worker(rank: int, folder: str) -> None:
         found[case] = [[getattr(t, "full_tensor", lambda t=t: t)() for t in one] for one in got]
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
-    dist.barrier()  # no rank ends while another still talks to it
-    dist.destroy_process_group()
+    end_rank()
 
 
 def test_every_policy_under_fsdp2(tmp_path: Path) -> None:

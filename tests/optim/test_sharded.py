@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from fastft import optim
+from tests.ranks import end_rank
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="needs torch with gloo"
@@ -75,8 +76,7 @@ def _fsdp(rank: int, world: int, kind: str, folder: str) -> None:
     whole = _whole(model)
     if rank == 0:
         torch.save((whole, optimizer.grad_norm), f"{folder}/whole.pt")
-    dist.barrier()  # no rank ends while another still talks to it
-    dist.destroy_process_group()
+    end_rank()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,8 +115,7 @@ def _saves(rank: int, world: int, kind: str, folder: str) -> None:
     whole = _whole(model)
     if rank == 0:
         torch.save(whole, f"{folder}/saved.pt")
-    dist.barrier()  # no rank ends while another still talks to it
-    dist.destroy_process_group()
+    end_rank()
 
 
 def _resumes(rank: int, world: int, kind: str, folder: str) -> None:
@@ -136,8 +135,7 @@ def _resumes(rank: int, world: int, kind: str, folder: str) -> None:
     whole = _whole(model)
     if rank == 0:
         torch.save(whole, f"{folder}/resumed.pt")
-    dist.barrier()  # no rank ends while another still talks to it
-    dist.destroy_process_group()
+    end_rank()
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "AdamWBF16", "Lion", "AdamW8bit"])
@@ -176,8 +174,7 @@ def _zero(rank: int, world: int, folder: str) -> None:
     _train(model, optimizer, range(STEPS))
     own = sum(t.numel() for s in optimizer.optim.state.values() for t in s.values())
     torch.save((_whole(model), own), f"{folder}/{rank}.pt")
-    dist.barrier()  # no rank ends while another still talks to it
-    dist.destroy_process_group()
+    end_rank()
 
 
 def test_zero_redundancy_optimizer(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.ranks import end_rank
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 pytestmark = pytest.mark.skipif(
@@ -51,8 +53,7 @@ def _worker(rank: int, kind: str, folder: str) -> None:
         if accelerated:
             calls = fastft.explain(model).to_dict()["calls"]
     torch.save((expected, losses, calls), f"{folder}/{rank}.pt")
-    dist.barrier()  # no rank ends while another still talks to it
-    dist.destroy_process_group()
+    end_rank()
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
