@@ -9,7 +9,6 @@ import json
 import statistics
 import sys
 import time
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -100,7 +99,6 @@ def main() -> None:
     sizes = [each.per_device_train_batch_size for each in cfgs]
     samples = list(zip(names, sizes, strict=True))
     batch, length = sum(sizes), cfg.max_length
-    together = len(cfgs) > 1
     generator = torch.Generator().manual_seed(1)
     vocabulary = config.get_text_config().vocab_size
     trim()
@@ -114,7 +112,7 @@ def main() -> None:
         if cuda:
             torch.cuda.synchronize(device)
         start = time.perf_counter()
-        with adapters_apart(model, samples) if together else nullcontext():
+        with adapters_apart(model, samples):
             model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -83,7 +83,7 @@ class _View:
 class _Notebook:
     """What one layer's forward saved: recipes by their results' storages, tensors in 8 bits."""
 
-    def __init__(self, compressed: Callable[[Tensor], Compressed | None]) -> None:
+    def __init__(self, compressed: Callable[[Tensor], Compressed | None] | None) -> None:
         self._by_storage: dict[int, _Recipe] = {}
         self._compressed = compressed
         self._in_8_bits: dict[Any, tuple[StorageWeakRef, Compressed]] = {}
@@ -113,6 +113,8 @@ class _Notebook:
 
     def _narrow(self, tensor: Tensor) -> Compressed | None:
         """The tensor in 8 bits, where that is asked for: once for all who save it."""
+        if self._compressed is None:
+            return None
         storage = tensor.untyped_storage()
         place = (storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
         key = (*place, tensor.dtype, tensor._version)
@@ -149,14 +151,11 @@ def saving(
         sink: told of every tensor that is kept.
     """
 
-    def compressed(tensor: Tensor) -> Compressed | None:
-        if compression is None or type(tensor) is not Tensor:
-            return None
-        if not _is_activation(tensor, hidden, weights):
-            return None
-        return compress(tensor.detach(), compression)
+    def narrow(tensor: Tensor) -> Compressed | None:
+        activation = type(tensor) is Tensor and _is_activation(tensor, hidden, weights)
+        return compress(tensor.detach(), str(compression)) if activation else None
 
-    notebook = _Notebook(compressed)
+    notebook = _Notebook(None if compression is None else narrow)
 
     def pack(tensor: Tensor) -> Any:
         if type(tensor) is not Tensor or tensor.layout != torch.strided:

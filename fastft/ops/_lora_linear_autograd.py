@@ -108,9 +108,9 @@ _WORTH = 1 / 16
 
 
 def _room(
-    x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], spans: Sequence[int]
+    x: Tensor, lora_as: Sequence[Tensor], spans: Sequence[int]
 ) -> tuple[list[Tensor], Tensor]:
-    """Room for ys and ss, the ss in one piece, which comes last: what is made again at once."""
+    """Room for the ss in one piece, which comes last: what is made again at once."""
     step = _ALIGN // x.element_size()
     shapes = [(b - a, lora_a.shape[0]) for (a, b), lora_a in zip(_pairs(spans), lora_as)]
     starts = [0]
@@ -118,17 +118,18 @@ def _room(
         starts.append(starts[-1] + -(-rows * r // step) * step)
     held = x.new_empty(starts[-1])
     ss = [held[start : start + rows * r].view(rows, r) for start, (rows, r) in zip(starts, shapes)]
-    return [x.new_empty(x.shape[0], w.shape[0]) for w in weights] + ss, held
+    return ss, held
 
 
 def forward_of(*call: Any) -> list[Tensor]:
     """ys and ss, from the launcher: the registered operation."""
-    return _launch("fwd", None, *call)
+    x, weights, _, lora_as, *_, spans, _ = call
+    return _launch("fwd", outputs_of(x, weights, lora_as, spans), *call)
 
 
 def _launch(
     part: str,
-    outputs: list[Tensor] | None,
+    outputs: list[Tensor],
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -141,10 +142,8 @@ def _launch(
     spans: Sequence[int],
     backend: str,
 ) -> list[Tensor]:
-    """ys and ss; part: "fwd", or only the ss ("fwd_adapters"), or then only the ys
-    ("fwd_values")."""
-    if outputs is None:
-        outputs = outputs_of(x, weights, lora_as, spans)
+    """ys and ss, written into ``outputs``; part: "fwd", or only the ss ("fwd_adapters"), or then
+    only the ys ("fwd_values")."""
     n = len(weights)
     with without_autocast(x.device.type):
         getattr(choose(backend, x, lora_as)[1], part)(
@@ -207,17 +206,19 @@ def backward_of(
 
 def late_values(backend: str, x: Tensor, lora_as: Sequence[Tensor]) -> Late | None:
     """In a recompute, where the backend can: room for a call that saves before it computes."""
-    splits = hasattr(choose(backend, x, lora_as)[1], "fwd_values")
-    return Late() if splits and saves_first() else None
+    return Late() if _splits(backend, x, lora_as) and saves_first() else None
+
+
+def _splits(backend: str, x: Tensor, lora_as: Sequence[Tensor]) -> bool:
+    """Whether the call's backend has its two halves apart."""
+    return hasattr(choose(backend, x, lora_as)[1], "fwd_adapters")
 
 
 def _note_adapters(
     constants: Constants, held: Tensor, x: Tensor, lora_as: Sequence[Tensor], masks: Sequence[Any]
 ) -> None:
     """Says how the ss in ``held`` are made again, where that frees enough and the backend can."""
-    if held.numel() < _WORTH * x.numel():
-        return
-    if hasattr(choose(constants.backend, x, lora_as)[1], "fwd_adapters"):
+    if held.numel() >= _WORTH * x.numel() and _splits(constants.backend, x, lora_as):
         note(held, (x, *lora_as, *masks), functools.partial(_adapters_again, constants))
 
 
@@ -225,22 +226,8 @@ def _adapters_again(constants: Constants, x: Tensor, *tensors: Any) -> Tensor:
     """The ss of a call once more, as ``_room`` lays them out; tensors: its lora_as and masks."""
     half = len(tensors) // 2
     lora_as, masks = list(tensors[:half]), list(tensors[half:])
-    ss, held = _room(x, (), lora_as, constants.spans)
-    with without_autocast(x.device.type):
-        choose(constants.backend, x, lora_as)[1].fwd_adapters(
-            [],
-            ss,
-            x,
-            [],
-            [],
-            lora_as,
-            [],
-            constants.scalings,
-            masks,
-            constants.dropout_ps,
-            constants.owners,
-            _pairs(constants.spans),
-        )
+    ss, held = _room(x, lora_as, constants.spans)
+    _launch("fwd_adapters", ss, x, [], [], lora_as, [], masks, *constants.rest())
     return held
 
 
@@ -252,7 +239,8 @@ class LoraLinear(torch.autograd.Function):
         ctx: Any, late: Late | None, constants: Constants, x: Tensor, *tensors: Tensor | None
     ) -> Any:
         call: Any = (x, *constants.split(tensors), *constants.rest())
-        outputs, held = _room(x, call[1], call[3], constants.spans)
+        ss, held = _room(x, call[3], constants.spans)
+        outputs = [*(x.new_empty(x.shape[0], w.shape[0]) for w in call[1]), *ss]
         if late is None:
             _launch("fwd", outputs, *call)
             _note_adapters(constants, held, x, call[3], call[5])

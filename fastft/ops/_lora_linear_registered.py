@@ -17,8 +17,6 @@ from fastft.ops._lora_linear_autograd import (
     outputs_of,
 )
 
-__all__: list[str] = []
-
 
 def _fwd_fake(
     x: Tensor,

@@ -93,7 +93,6 @@ class FusedOptimizer(SavedState):
         check_hyper(where, ranged)
         for name, value, valid, expected in (
             ("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0, "> 0"),
-            ("state_bits", state_bits, state_bits in self._bits(), _either(self._bits())),
             ("rounding", rounding, rounding in ROUNDINGS, " or ".join(ROUNDINGS)),
             ("differentiable", differentiable, not differentiable, "False"),
             ("flat", flat, not flat or rounding != "stochastic", "False with stochastic rounding"),
@@ -337,8 +336,9 @@ class FusedOptimizer(SavedState):
         bits = param_group.get("state_bits", self.defaults["state_bits"])
         allowed = tuple(b for b in self._bits() if not self.flat or b != 16)
         if bits not in allowed:
+            whose = " of a group" if "state_bits" in param_group else ""
             raise ArgumentError(
-                self._where, "state_bits", expected=_either(allowed), got=f"{bits!r} of a group"
+                self._where, "state_bits", expected=_either(allowed), got=f"{bits!r}{whose}"
             )
         self.defaults.update(self._more)
         super().add_param_group(param_group)

@@ -161,8 +161,10 @@ def is_eight_bit(optimizer: FusedOptimizer, p: Tensor, group: dict[str, Any]) ->
     return group["state_bits"] == 8 and p.numel() >= optimizer.min_8bit_size
 
 
-def state_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
-    """Of the states that a parameter of this group gets where they are not in 8 bits."""
+def state_dtype(optimizer: FusedOptimizer, p: Tensor, group: dict[str, Any]) -> torch.dtype:
+    """Of the states that a parameter of this group gets."""
+    if is_eight_bit(optimizer, p, group):
+        return torch.uint8
     wide = torch.promote_types(p.dtype, torch.float32)
     return torch.bfloat16 if group["state_bits"] == 16 and wide == torch.float32 else wide
 
@@ -172,7 +174,7 @@ def make_states(optimizer: FusedOptimizer, members: Members) -> None:
     as, the parameter is."""
     plan = []
     for p, group in members:
-        _adopt(optimizer, p, state_dtype(p, group))
+        _adopt(optimizer, p, state_dtype(optimizer, p, group))
         plan += [(p, *wanted) for wanted in _missing(optimizer, p, group)]
     # One allocation for each dtype and memory: neighbours in it, and starts of 16 bytes.
     totals: dict[tuple[bool, torch.dtype], int] = {}
@@ -246,11 +248,11 @@ def _missing(
     wanted = [("step", 1, torch.float32)]
     # All states of a parameter are of one dtype: that of those that are there.
     there = [state[name].dtype for name in optimizer.state_names if name in state]
-    dtype = there[0] if there else state_dtype(p, group)
+    dtype = there[0] if there else state_dtype(optimizer, p, group)
     for name in optimizer.state_names[: optimizer.n_states(group)]:
         if name in state:
             continue  # one that was loaded in another format stays in it
-        if dtype == torch.uint8 or (not there and is_eight_bit(optimizer, p, group)):
+        if dtype == torch.uint8:
             wanted.append((name, numel, torch.uint8))
             wanted.append((absmax_name(name), -(-numel // STATE_BLOCK), torch.float32))
         else:

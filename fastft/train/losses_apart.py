@@ -70,13 +70,17 @@ class LossesApart:
 
 
 @contextmanager
-def adapters_apart(model: Any, samples: Sequence[tuple[str, int]]) -> Iterator[LossesApart]:
+def adapters_apart(model: Any, samples: Sequence[tuple[str, int]]) -> Iterator[None]:
     """Inside, each batch has so many samples of each adapter, which go through it and have a loss
-    of their own, the mean over their tokens; the backward belongs inside as well."""
+    of their own, the mean over their tokens; the backward belongs inside as well. One adapter, or
+    none, needs nothing of it."""
+    if len(samples) < 2:
+        yield
+        return
     names = [name for name, size in samples for _ in range(size)]
     with losses_apart(model) as losses_of, mixed_batch(model, names):
         losses_of.expect([(name, size, None, 1) for name, size in samples])
-        yield losses_of
+        yield
 
 
 @contextmanager

@@ -7,7 +7,6 @@ is what the run will hold. Time is a roofline over the same operations.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,12 +97,11 @@ class Planner:
         policy = policy or request.policy
         batches = [batch or c.per_device_train_batch_size for c in request.cfgs]
         length = length or max(c.max_length for c in request.cfgs)
-        accumulates = any(c.gradient_accumulation_steps > 1 for c in request.cfgs)
         step = _simulate(
-            self.model, self.device.type, policy, batches, length, request, accumulates, self._steps
+            self.model, self.device.type, policy, batches, length, request, self._steps
         )
         # With accumulation the second forward finds gradients.
-        self._steps = 2 if accumulates else 1
+        self._steps = 2 if request.accumulates else 1
         weights, largest, outside = weight_bytes(self.model, request)
         gradients, each = trained_bytes(self.model, request)
         states = sum(each)
@@ -111,7 +109,7 @@ class Planner:
         # FSDP: shares of everything, and whole what is in no layer and two layers: this one and
         # the next. Of the same two the gradients are whole until they are reduced.
         gathered = 2 * largest + outside if gpus > 1 else 0
-        held = gradients if accumulates else 0
+        held = gradients if request.accumulates else 0
         workspace = max(0, step.peak - step.kept + held - gradients)
         kept = min(step.kept - held, step.peak - gradients)
         if gpus > 1:
@@ -226,7 +224,6 @@ def _simulate(
     batches: list[int],
     length: int,
     request: Request,
-    accumulates: bool,
     steps: int,
 ) -> _Step:
     """The last of so many steps; ``batches``: samples of each adapter."""
@@ -243,11 +240,10 @@ def _simulate(
     ids = torch.zeros(sum(batches), length, dtype=torch.int64, device="meta")
     try:
         samples = list(zip(request.names, batches, strict=True))
-        apart = adapters_apart(model, samples) if request.others else nullcontext()
-        with metered(meter, device_type), apart:
+        with metered(meter, device_type), adapters_apart(model, samples):
             meter.ignore([*model.parameters(), *model.buffers(), ids])
             for _ in range(steps):
-                model.zero_grad(set_to_none=not accumulates)
+                model.zero_grad(set_to_none=not request.accumulates)
                 meter.start()
                 loss = model(input_ids=ids, labels=ids).loss
                 kept = meter.live

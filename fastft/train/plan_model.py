@@ -61,6 +61,11 @@ class Request:
         return (self.cfg, *self.others)
 
     @property
+    def accumulates(self) -> bool:
+        """Whether a micro-batch finds gradients of another."""
+        return any(c.gradient_accumulation_steps > 1 for c in self.cfgs)
+
+    @property
     def names(self) -> list[str]:
         """Of the adapters of a job of several."""
         from fastft.train.lora_setup import adapter_names
