@@ -15,6 +15,7 @@ from . import (
     curves,
     e2e,
     experts,
+    factored,
     full,
     layer,
     lora,
@@ -41,6 +42,7 @@ SUITES: dict[str, Suite] = {
         block.SUITE,
         loss.SUITE,
         optim.SUITE,
+        factored.SUITE,
     )
 }
 # Suites that run a model, each in its own way.

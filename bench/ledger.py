@@ -202,11 +202,12 @@ def _imported(root: Path, file: Path, seen: set[Path] | None = None) -> Iterator
 
 
 def _included(root: Path, file: Path, seen: set[Path] | None = None) -> Iterator[Path]:
-    """Headers of csrc/include that ``file`` includes, directly or not."""
+    """Headers of csrc that ``file`` includes, directly or not."""
     seen = seen if seen is not None else set()
     text = (root / file).read_text(encoding="utf-8")
     for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', text, re.MULTILINE):
-        header = _INCLUDE / name
+        here = _INCLUDE / name
+        header = here if (root / here).is_file() else _CUDA.parent / name
         if (root / header).is_file() and header not in seen:
             seen.add(header)
             yield header

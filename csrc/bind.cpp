@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "fastft/adafactor.h"
 #include "fastft/optimizer.h"
 #if defined(FASTFT_WITH_CUDA)
 #include "fastft/cuda_api.h"
@@ -120,6 +121,8 @@ fastft::AttentionSlab attention_slab(const std::vector<int64_t>& sizes, bool cau
 }
 
 }  // namespace
+
+#include "bind_optimizers.inc"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fastft; use fastft.ops, which checks its arguments.";
@@ -420,40 +423,5 @@ PYBIND11_MODULE(_C, m) {
       py::arg("dz"), py::arg("d_scale"), py::arg("dy"), py::arg("z"), py::arg("scale"),
       py::arg("rows"), py::arg("cols"), py::arg("dtype"), py::arg("isa") = "", free_gil);
   m.attr("SUM_ROWS") = fastft::kSumRows;
-  m.attr("STEP_COLUMNS") = fastft::kStepColumns;
-  m.def(
-      "optimizer_step",
-      [](int rule, int64_t tensors, int64_t count, int64_t hyper, int64_t stats, float max_norm,
-         bool needs_norm, uint64_t seed, const std::string& isa) {
-        const fastft::StepTensor* table = at<const fastft::StepTensor>(tensors);
-        size_t blocks = 0;
-        for (int64_t i = 0; needs_norm && i < count; ++i)
-          blocks +=
-              static_cast<size_t>((table[i].numel + fastft::kStepBlock - 1) / fastft::kStepBlock);
-        std::vector<double> partials(blocks);
-        const fastft::StepCall call{table,    count, at<float>(stats), at<const float>(hyper), seed,
-                                    max_norm, rule,  needs_norm};
-        kernels(isa).optimizer_step(call, partials.data());
-      },
-      py::arg("rule"), py::arg("tensors"), py::arg("count"), py::arg("hyper"), py::arg("stats"),
-      py::arg("max_norm"), py::arg("needs_norm"), py::arg("seed"), py::arg("isa") = "", free_gil);
-#if defined(FASTFT_WITH_CUDA)
-  m.def(
-      "optimizer_step_cuda",
-      [](int device, int rule, int64_t tensors, int64_t n_tensors, int64_t chunk_tensor,
-         int64_t chunk_part, int64_t n_chunks, int64_t chunk, int64_t partials, int64_t scalars,
-         int64_t hyper, int64_t stats, float max_norm, bool needs_norm, uint64_t seed,
-         int64_t stream) {
-        cuda_check("optimizer_step",
-                   fastft_optimizer_step_cuda(
-                       device, rule, at<const fastft::StepTensor>(tensors), n_tensors,
-                       at<const int32_t>(chunk_tensor), at<const int32_t>(chunk_part), n_chunks,
-                       chunk, at<float>(partials), at<float>(scalars), at<const float>(hyper),
-                       at<float>(stats), max_norm, needs_norm ? 1 : 0, seed, at<void>(stream)));
-      },
-      py::arg("device"), py::arg("rule"), py::arg("tensors"), py::arg("n_tensors"),
-      py::arg("chunk_tensor"), py::arg("chunk_part"), py::arg("n_chunks"), py::arg("chunk"),
-      py::arg("partials"), py::arg("scalars"), py::arg("hyper"), py::arg("stats"),
-      py::arg("max_norm"), py::arg("needs_norm"), py::arg("seed"), py::arg("stream"), free_gil);
-#endif
+  bind_optimizers(m);
 }

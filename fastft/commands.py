@@ -181,7 +181,7 @@ def plan(
     ] = "auto",
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the model (FSDP).")] = 1,
     examples: Annotated[
-        int | None, typer.Option(min=1, help="Sequences of the data: says the run's hours.")
+        int | None, typer.Option(min=1, help="Sequences of all data: says the run's hours.")
     ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,

@@ -45,6 +45,7 @@ CPU_FEATURES = (
 
 # For each operation, what its `supports` is asked besides device and dtype: the usual call.
 OP_FACTS: dict[str, dict[str, Any]] = {
+    "adafactor_step": {"rounding": "nearest"},
     "attention": {},
     "dora_scale": {},
     "layer_norm": {},
@@ -215,7 +216,7 @@ def _ops() -> dict[str, dict[str, Any]]:
     for op, more in OP_FACTS.items():
         facts = {"device_type": device.type, "dtype": dtype}
         facts |= {k: getattr(torch, v) if k.endswith("dtype") else v for k, v in more.items()}
-        if op == "optimizer_step":
+        if op.endswith("_step"):
             facts["dtype"] = torch.float32  # the adapters', not the model's
         reasons = dict(backends.explain_op(op, **facts))
         ops[op] = {

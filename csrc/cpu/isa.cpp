@@ -20,6 +20,7 @@
 #include <immintrin.h>  // for what no compiler emits by itself; see thin.inc, optimizer_avx512.inc
 #endif
 
+#include "fastft/adafactor.h"
 #include "fastft/dynamic8.h"
 #include "fastft/glu.h"
 #include "fastft/optimizer.h"
@@ -49,6 +50,7 @@ static inline int64_t thread_index() {
 #include "layer_norm.inc"
 #include "lora.inc"
 #include "optimizer_step.inc"
+#include "adafactor.inc"
 #include "rms_norm.inc"
 #include "rope.inc"
 #include "thin_tiles.inc"
@@ -78,6 +80,7 @@ const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA) = {
     dora_scale_forward,
     dora_scale_backward,
     optimizer_step,
+    adafactor_step,
     thin_scratch,
     thin_shrink,
     thin_expand,

@@ -68,6 +68,7 @@ struct NormRows {
 // One step of an optimizer over all tensors; see fastft/optimizer.h. stats: float32 (5), norm and
 // clip coefficient written, skipped steps counted; 1 over the loss scale and found_inf read.
 struct StepTensor;
+struct FactoredCall;
 struct StepCall {
   const StepTensor* tensors;
   int64_t count;
@@ -133,6 +134,7 @@ struct Kernels {
                               const float* scale, int64_t rows, int64_t cols, int dtype);
   // partials: one for each kStepBlock elements of each tensor, where the norm is needed.
   void (*optimizer_step)(const StepCall& call, double* partials);
+  void (*adafactor_step)(const FactoredCall& call);  // see fastft/adafactor.h
   // Thin products over bfloat16 activations; see thin.inc. r <= kThinMaxRank; adapters and their
   // gradients in float32 where `wide`, else bfloat16. scratch: thin_scratch words.
   int64_t (*thin_scratch)(int64_t rows, int64_t cols, int64_t r);

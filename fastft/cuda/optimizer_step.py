@@ -1,4 +1,4 @@
-"""CUDA launcher of ``optimizer_step``: two or three launches for all tensors of a step."""
+"""CUDA launcher of ``optimizer_step``: one launch for all tensors, one more for their norm."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ __all__ = ["step", "supports"]
 
 # Elements of one thread block; a multiple of 256.
 _CHUNK = 8192
-_SCALARS = 10
 
 
 def supports(*, device_type: str, dtype: torch.dtype, **facts: object) -> str | None:
@@ -45,7 +44,7 @@ def step(
     Nothing waits for the GPU: addresses go up through pinned memory, and only when they change.
     """
     with torch.cuda.device(tensors.device):
-        chunks = chunks_for(tensors, grads, _CHUNK, _SCALARS)
+        chunks = chunks_for(tensors, grads, _CHUNK, 0)
         native.module().optimizer_step_cuda(
             torch.cuda.current_device(),
             tensors.rule_code,
@@ -56,7 +55,7 @@ def step(
             chunks.count,
             _CHUNK,
             chunks.partials.data_ptr(),
-            chunks.scalars.data_ptr(),
+            chunks.tickets.data_ptr(),
             hyper.data_ptr(),
             stats.data_ptr(),
             max_norm,

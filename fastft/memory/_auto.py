@@ -218,13 +218,14 @@ def measure(
         return sum(seen.values())
 
     everything = run(_counted)
-    recipe = run(lambda note: saving(recipes=True, sink=note))
+    moved: list[int] = []
+    recipe = run(lambda note: saving(recipes=True, sink=note, remade=moved.append))
     attention = base + run(lambda note: keep_attention(Store(put=_noted(note)))[0])
     matrices = sum(p.numel() for p in layer.parameters() if p.dim() > 1)
     tokens = hidden.shape[:-1].numel()
     length = hidden.shape[-2] if hidden.dim() > 1 else 1
     products = 2.0 * tokens * matrices
-    passes = 2.0 * (everything - recipe) * _INTENSITY.get(hidden.device.type, _INTENSITY["cpu"])
+    passes = float(sum(moved)) * _INTENSITY.get(hidden.device.type, _INTENSITY["cpu"])
     scores = 2.0 * tokens * length * hidden.shape[-1]
     return [
         Choice("none", everything, 0, 0.0),

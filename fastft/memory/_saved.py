@@ -52,7 +52,10 @@ class _Recipe:
     dtype: torch.dtype
     inputs: tuple[Any, ...]
     make: Callable[..., Tensor]
+    # Bytes read and written to make it.
+    moved: int
     made: StorageWeakRef | None = None
+    told: bool = False
 
     def value(self) -> Tensor:
         """The result, once for all who ask while somebody holds it: its memory, for autograd hands
@@ -94,7 +97,8 @@ class _Notebook:
         """Of ``fastft.ops._saving.Notebook``. Inputs are kept as all else is, without a graph."""
         held = tuple(None if t is None else self.keep(t) for t in inputs)
         storage = StorageWeakRef(result.untyped_storage())
-        recipe = _Recipe(storage, result._version, result.dtype, held, make)
+        moved = result.nbytes + sum(0 if t is None else t.nbytes for t in inputs)
+        recipe = _Recipe(storage, result._version, result.dtype, held, make, moved)
         self._by_storage[storage.cdata] = recipe
 
     def view(self, tensor: Tensor) -> _View | None:
@@ -140,6 +144,7 @@ def saving(
     weights: frozenset[int] = frozenset(),
     hidden: Tensor | None = None,
     sink: Callable[[Tensor], None] | None = None,
+    remade: Callable[[int], None] | None = None,
 ) -> Iterator[None]:
     """Inside, what is saved for the backward is kept by this module.
 
@@ -149,6 +154,7 @@ def saving(
         weights: addresses of storages that are never compressed: they are there anyway.
         hidden: the layer's input (..., features): what activations are told by.
         sink: told of every tensor that is kept.
+        remade: told of every result that is made again, once: the bytes that takes.
     """
 
     def narrow(tensor: Tensor) -> Compressed | None:
@@ -160,9 +166,13 @@ def saving(
     def pack(tensor: Tensor) -> Any:
         if type(tensor) is not Tensor or tensor.layout != torch.strided:
             return tensor  # a parameter, or what only torch knows how to keep
-        if sink is not None and notebook.view(tensor) is None:
+        view = notebook.view(tensor)
+        if view is not None and remade is not None and not view.recipe.told:
+            view.recipe.told = True
+            remade(view.recipe.moved)
+        if view is None and sink is not None:
             sink(tensor)
-        return notebook.keep(tensor)
+        return view or notebook.keep(tensor)
 
     try:
         with noting(notebook) if recipes else nullcontext(), saved_tensors_hooks(pack, _unpack):

@@ -7,6 +7,7 @@ from fastft.nn.conv import FusedLoraConv1d, FusedLoraConv2d, FusedLoraConv3d
 from fastft.nn.deferred import DeferredLogits
 from fastft.nn.embedding import FusedLoraEmbedding
 from fastft.nn.head import FusedHead, FusedLoraHead
+from fastft.nn.kernel_mapping import kernel_mapping
 from fastft.nn.lora import FusedLoraLinear
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "FusedLoraHead",
     "FusedLoraLinear",
     "call_counts",
+    "kernel_mapping",
     "reset_call_counts",
 ]

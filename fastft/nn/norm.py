@@ -13,7 +13,15 @@ from fastft.nn.calls import count
 from fastft.nn.swap import Swapped, call_refusal
 from fastft.ops._checks import autocast_dtype
 
-__all__ = ["FusedLayerNorm", "FusedRMSNorm", "epsilon", "layer_norm_offset", "norm_facts"]
+__all__ = [
+    "Convention",
+    "FusedLayerNorm",
+    "FusedRMSNorm",
+    "epsilon",
+    "layer_norm_offset",
+    "norm_facts",
+    "normed",
+]
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 # (centred, offset, round_first): Llama, OLMo 2, Gemma, and the fourth for completeness; then those
@@ -53,14 +61,16 @@ class FusedRMSNorm(Swapped):
         if reason is not None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         convention = (self.fastft_centred, self.fastft_offset, self.fastft_round_first)
-        y = _normed(x, self.weight, epsilon(self) or 0.0, convention)
+        y = normed(x, self.weight, epsilon(self) or 0.0, convention)
         return y if dtype is None else y.to(dtype)
 
 
+# Whether a norm centres, its offset, and whether it rounds before the weight.
 Convention = tuple[bool, float, bool]
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float, convention: Convention) -> Tensor:
+def normed(x: Tensor, weight: Tensor, eps: float, convention: Convention) -> Tensor:
+    """The norm of this convention."""
     centred, offset, round_first = convention
     if centred:
         return ops.layer_norm(x, weight, None, eps, offset=offset, round_first=round_first)
@@ -175,7 +185,7 @@ def _error(module: Any, dtype: torch.dtype, convention: Convention) -> float:
     x, weight = _draw(module, dtype)
     with torch.no_grad():
         expected = functional_call(module, {"weight": weight}, (x,)).double()
-        y = _normed(x, weight, epsilon(module) or 0.0, convention)
+        y = normed(x, weight, epsilon(module) or 0.0, convention)
     return float((y.double() - expected).norm() / expected.norm())
 
 

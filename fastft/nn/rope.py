@@ -22,7 +22,7 @@ from fastft.nn.calls import count
 from fastft.nn.swap import Swapped, call_refusal
 from fastft.ops._checks import autocast_dtype
 
-__all__ = ["FusedRope", "RopeFacts", "fused_rope", "rope_facts", "rotary_function"]
+__all__ = ["FusedRope", "RopeFacts", "facts_of", "fused_rope", "rope_facts", "rotary_function"]
 
 _PARAMETERS = ["q", "k", "cos", "sin"]
 _TRIAL = (2, 3, 5, 8)  # batch, heads, tokens, width
@@ -171,9 +171,11 @@ def rotary_function(cls: type[nn.Module]) -> str | None:
 def rope_facts(cls: Any) -> RopeFacts | None:
     """What the rotary function of this class computes; None when it is nothing we know."""
     name = rotary_function(cls)
-    if name is None:
-        return None
-    function = cls.forward.__globals__[name]
+    return None if name is None else facts_of(name, cls.forward.__globals__[name])
+
+
+def facts_of(name: str, function: Callable[..., Any]) -> RopeFacts | None:
+    """What a rotary function computes, found by trying it; None when it is nothing we know."""
     for tables in ("whole", "half", "first half"):
         for interleaved in (False, True):
             facts = RopeFacts(name, interleaved, tables, False, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastft.ops.adafactor_step import FactoredTensors, adafactor_step
 from fastft.ops.attention import scaled_dot_product_attention
 from fastft.ops.dora_scale import dora_norm, dora_scale, squared_row_norms
 from fastft.ops.glu import glu
@@ -15,10 +16,12 @@ from fastft.ops.rms_norm import rms_norm
 from fastft.ops.rope import rope
 
 __all__ = [
+    "FactoredTensors",
     "Shard",
     "StepTensors",
     "Teacher",
     "TokenStatistics",
+    "adafactor_step",
     "divergence",
     "dora_norm",
     "dora_scale",

@@ -9,9 +9,11 @@
                    p <- p - lr m, with Nesterov's momentum p <- p - lr (g + b1 m)
     schedule_free  v as in adamw;  u = g / (sqrt(v / (1 - b2^t)) + eps) + wd p
                    p <- p + e (z - p) + lr (b1 (1 - e) - 1) u;  z <- z - lr u
+    muon           m <- b1 m + (1 - b1) g;  p <- m, with Nesterov's momentum (1 - b1) g + b1 m
 
-Columns of ``hyper``: lr, b1, b2, eps, wd, e, sign. sgd: b1 is the momentum, b2 the dampening, e 1
-for Nesterov's. sign is -1 where the objective is maximised, which turns g.
+Columns of ``hyper``: lr, b1, b2, eps, wd, e, sign. sgd: b1 is the momentum, b2 the dampening. sgd
+and muon: e is 1 for Nesterov's. sign is -1 where the objective is maximised, which turns g. muon's
+p is no parameter: it is what the optimizer orthogonalizes, and is written without being read.
 
 States are float32, bfloat16 (always rounded at random), or 8-bit codes of blocks of 256 that
 bitsandbytes' maps decode (:mod:`fastft.reference.optimizer_step`). Parameters in bfloat16 are
@@ -21,7 +23,8 @@ on the seed, its tensor's key, its place in the tensor and the tensor's step alo
 
 Sources: Loshchilov & Hutter 2019, algorithm 2, https://arxiv.org/abs/1711.05101; Chen et al. 2023,
 https://arxiv.org/abs/2302.06675; ``torch.optim.SGD``; Defazio et al. 2024,
-https://arxiv.org/abs/2405.15682; 8-bit: Dettmers et al. 2022, https://arxiv.org/abs/2110.02861.
+https://arxiv.org/abs/2405.15682; Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/;
+8-bit: Dettmers et al. 2022, https://arxiv.org/abs/2110.02861.
 """
 
 from __future__ import annotations
@@ -45,7 +48,9 @@ __all__ = [
     "STATE_BLOCK",
     "Rule",
     "StepTensors",
+    "check_step",
     "dynamic_map",
+    "facts_of",
     "launcher_of",
     "new_stats",
     "optimizer_step",
@@ -75,6 +80,7 @@ RULES = {
     "lion": Rule(1, 1, (32, 16, 8)),
     "sgd": Rule(2, 1, (32, 16, 8)),
     "schedule_free": Rule(3, 2, (32,)),
+    "muon": Rule(4, 1, (32,)),
 }
 
 # Columns of the table of csrc/include/fastft/optimizer.h.
@@ -215,23 +221,40 @@ def optimizer_step(
         DtypeError, ShapeError, DeviceError, ArgumentError: gradients or tables that do not fit.
         BackendError: the backend asked for cannot run it.
     """
-    if not max_norm >= 0.0:
-        raise ArgumentError(_WHERE, "max_norm", expected="0 (no clip) or more", got=repr(max_norm))
-    if max_norm > 0.0 and not needs_norm:
-        raise ArgumentError(_WHERE, "needs_norm", expected="True with a max_norm", got="False")
-    _check_grads(tensors, grads)
-    count = len(tensors.params)
-    for name, tensor, shape in (("hyper", hyper, (count, len(HYPER))), ("stats", stats, (6,))):
-        check_tensor(_WHERE, name, tensor)
-        check_dtype(_WHERE, name, tensor, (torch.float32,))
-        check_shape(_WHERE, name, tensor, shape, "shape")
-        _check_contiguous(name, tensor)
-        if count:
-            check_device(_WHERE, name, tensor, tensors.device)
-    if count:
+    check_step(_WHERE, tensors, grads, hyper, stats, max_norm, needs_norm)
+    if len(tensors.params):
         launcher_of(tensors, backend).step(
             tensors, list(grads), hyper, stats, max_norm=max_norm, needs_norm=needs_norm, seed=seed
         )
+
+
+def check_step(
+    where: str,
+    tensors: StepTensors,
+    grads: Sequence[Tensor],
+    hyper: Tensor,
+    stats: Tensor,
+    max_norm: float,
+    needs_norm: bool,
+) -> None:
+    """Refuses what a step is not defined for.
+
+    Raises:
+        DtypeError, ShapeError, DeviceError, ArgumentError: gradients or tables that do not fit.
+    """
+    if not max_norm >= 0.0:
+        raise ArgumentError(where, "max_norm", expected="0 (no clip) or more", got=repr(max_norm))
+    if max_norm > 0.0 and not needs_norm:
+        raise ArgumentError(where, "needs_norm", expected="True with a max_norm", got="False")
+    _check_grads(where, tensors, grads)
+    count = len(tensors.params)
+    for name, tensor, shape in (("hyper", hyper, (count, len(HYPER))), ("stats", stats, (6,))):
+        check_tensor(where, name, tensor)
+        check_dtype(where, name, tensor, (torch.float32,))
+        check_shape(where, name, tensor, shape, "shape")
+        _check_contiguous(where, name, tensor)
+        if count:
+            check_device(where, name, tensor, tensors.device)
 
 
 def launcher_of(tensors: StepTensors, backend: str | None = None) -> Any:
@@ -241,10 +264,11 @@ def launcher_of(tensors: StepTensors, backend: str | None = None) -> Any:
     Raises:
         BackendError: the backend asked for cannot run it.
     """
-    return backends.select("optimizer_step", backend, **_facts(tensors))[1]
+    return backends.select("optimizer_step", backend, **facts_of(tensors))[1]
 
 
-def _facts(tensors: StepTensors) -> dict[str, Any]:
+def facts_of(tensors: StepTensors) -> dict[str, Any]:
+    """What a launcher's ``supports`` asks."""
     # The dtype least supported decides: every tensor of the step goes through one launcher.
     dtype = max({p.dtype for p in tensors.params}, key=_FLOATS.index)
     return {
@@ -277,7 +301,7 @@ def _check_tensors(tensors: StepTensors) -> None:
     compensated = tensors.rounding == "compensated"
     for i, p in enumerate(tensors.params):
         check_dtype(_WHERE, "params", p, _FLOATS)
-        _check_contiguous("params", p)
+        _check_contiguous(_WHERE, "params", p)
         _check_like("steps", tensors.steps[i], (torch.float32,), p.device, ())
         shape = tuple(p.shape)
         scales = {values[i] is None for values in tensors.absmax}
@@ -314,32 +338,32 @@ def _check_like(
     check_dtype(_WHERE, name, tensor, dtypes)
     check_device(_WHERE, name, tensor, device)
     check_shape(_WHERE, name, tensor, shape, "shape")
-    _check_contiguous(name, tensor)
+    _check_contiguous(_WHERE, name, tensor)
 
 
-def _check_grads(tensors: StepTensors, grads: Sequence[Tensor]) -> None:
+def _check_grads(where: str, tensors: StepTensors, grads: Sequence[Tensor]) -> None:
     if len(grads) != len(tensors.params):
         got = f"{len(grads)} for {len(tensors.params)} parameters"
-        raise ShapeError(_WHERE, "grads", expected="as many as parameters", got=got)
+        raise ShapeError(where, "grads", expected="as many as parameters", got=got)
     device = tensors.device if grads else None
     for p, g in zip(tensors.params, grads, strict=True):
         if g.layout is not torch.strided:
-            raise DtypeError(_WHERE, "grads", expected="dense gradients", got=str(g.layout))
+            raise DtypeError(where, "grads", expected="dense gradients", got=str(g.layout))
         if g.dtype not in _DTYPE_CODES or (g.dtype == torch.float64) != (p.dtype == torch.float64):
             wide = p.dtype == torch.float64
-            check_dtype(_WHERE, "grads", g, (torch.float64,) if wide else _FLOATS[:3])
+            check_dtype(where, "grads", g, (torch.float64,) if wide else _FLOATS[:3])
         if g.shape != p.shape:
-            check_shape(_WHERE, "grads", g, tuple(p.shape), "the parameter's shape")
+            check_shape(where, "grads", g, tuple(p.shape), "the parameter's shape")
         if g.device != device:
-            check_device(_WHERE, "grads", g, p.device)
+            check_device(where, "grads", g, p.device)
         if not g.is_contiguous():
-            _check_contiguous("grads", g)
+            _check_contiguous(where, "grads", g)
 
 
-def _check_contiguous(name: str, tensor: Tensor) -> None:
+def _check_contiguous(where: str, name: str, tensor: Tensor) -> None:
     if not tensor.is_contiguous():
         raise ShapeError(
-            _WHERE,
+            where,
             name,
             expected="contiguous tensors",
             got=f"strides {tensor.stride()}",

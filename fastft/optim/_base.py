@@ -58,6 +58,8 @@ class FusedOptimizer(SavedState):
 
     rule: ClassVar[str]
     state_names: ClassVar[tuple[str, ...]]
+    # What gathers the tensors of a call.
+    batch: ClassVar[type[Batch]] = Batch
     min_8bit_size = 4096
     # Sets of parameters whose tables are kept; a set is those that had gradients together.
     kept_batches = 8
@@ -294,12 +296,17 @@ class FusedOptimizer(SavedState):
             )
 
     def _batch(
-        self, device: torch.device, params: list[Tensor], groups: list[dict[str, Any]]
-    ) -> Batch:
-        key = (device, self.n_states(groups[0]), tuple(map(id, params)), tuple(map(id, groups)))
+        self,
+        device: torch.device,
+        params: list[Tensor],
+        groups: list[dict[str, Any]],
+        kind: type[Any] | None = None,
+    ) -> Any:
+        kind = kind or (self.batch if self.ring_of(device) is None else HostBatch)
+        ids = (tuple(map(id, params)), tuple(map(id, groups)))
+        key = (kind, device, self.n_states(groups[0]), *ids)
         batch = self._batches.pop(key, None)
         if batch is None or batch.is_stale(self, params):
-            kind = Batch if self.ring_of(device) is None else HostBatch
             batch = kind(self, list(zip(params, groups, strict=True)))
         self._batches[key] = batch
         if len(self._batches) > self.kept_batches:

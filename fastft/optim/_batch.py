@@ -16,7 +16,7 @@ from fastft.optim._shards import like_param, local
 if TYPE_CHECKING:
     from fastft.optim._base import FusedOptimizer
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "Members"]
 
 Members = Sequence[tuple[Tensor, dict[str, Any]]]
 
@@ -113,13 +113,17 @@ class Batch:
         pairs = zip(grads, self._orders, strict=True)
         return [_dense(local(g), order).contiguous() for g, order in pairs]
 
+    def row(self, optimizer: FusedOptimizer, group: dict[str, Any]) -> tuple[Any, ...]:
+        """A group's row of the table of hyper-parameters."""
+        return optimizer.row(group)
+
     def set_hyper(self, optimizer: FusedOptimizer) -> None:
         """Writes the rows where a group changed. Tensors on the device are copied there each time,
         so that a captured graph reads what they hold when it runs."""
         device = self.hyper.device
         rows, moving = [], []
         for i, group in enumerate(self._groups):
-            row = optimizer.row(group)
+            row = self.row(optimizer, group)
             for column, value in enumerate(row):
                 if isinstance(value, Tensor) and value.device == device and device.type != "cpu":
                     moving.append((i, column, value))

@@ -1,81 +1,82 @@
-"""What optimizers of whole matrices share: products and sums are torch's, the write is one call."""
+"""What optimizers of whole matrices share."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from fastft.errors import ArgumentError
 from fastft.optim._base import FusedOptimizer
-from fastft.optim._shards import global_norm, is_sharded
+from fastft.optim._batch import Batch
+from fastft.optim._shards import is_sharded
 
-__all__ = ["MatrixOptimizer"]
+if TYPE_CHECKING:
+    from fastft.optim._batch import Members
+
+__all__ = ["MatrixBatch", "MatrixOptimizer"]
+
+
+class MatrixBatch(Batch):
+    """A batch whose tensors keep their dimensions: one that does not lie in their order is stepped
+    in a copy."""
+
+    # States of a parameter that the optimizer makes itself.
+    own_states: tuple[str, ...] = ()
+
+    def __init__(self, optimizer: FusedOptimizer, members: Members) -> None:
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        super().__init__(optimizer, members)
+        self._held |= {name: [s.get(name) for s in self._states] for name in self.own_states}
+
+    def _dense(self, tensors: Sequence[Tensor | None]) -> list[Any]:
+        found: list[Any] = []
+        for tensor in tensors:
+            found.append(tensor)
+            if tensor is not None and not tensor.is_contiguous():
+                found[-1] = tensor.contiguous()
+                self._copies.append((tensor, found[-1]))
+        return found
+
+    def grads(self, grads: list[Tensor], optimizer: FusedOptimizer) -> list[Tensor]:
+        """Gradients in the order of their dimensions."""
+        for p, g in zip(self._params, grads, strict=True):
+            optimizer.refuse(p, g)
+        return [g.contiguous() for g in grads]
+
+    def run(
+        self, optimizer: FusedOptimizer, grads: list[Tensor], stats: Tensor, needs_norm: bool
+    ) -> None:
+        """The step of these parameters."""
+        for theirs, own in self._copies:
+            own.copy_(theirs)
+        super().run(optimizer, grads, stats, needs_norm)
+        for theirs, own in self._copies:
+            theirs.copy_(own)
 
 
 class MatrixOptimizer(FusedOptimizer):
-    """Makes an update U of each gradient and writes p <- p - lr (U + wd p) over all tensors at
-    once, rounding as the base does. With a clip, or a check of the norm, the host waits for the
-    norm once a step. The norm is over all parameters; sharded ones are refused, for their rows
-    and columns lie apart."""
+    """Rows and columns, or the matrix as a whole, say how an element steps: sharded parameters are
+    refused, for theirs lie apart, and so are flat buffers and states elsewhere."""
 
     rule = "sgd"
     state_names = ()
 
     def __init__(self, params: Any, defaults: dict[str, Any], **options: Any) -> None:
         super().__init__(params, defaults, **options)
-        for name, only in (("flat", False), ("capturable", False), ("states", "device")):
+        for name, only in (("flat", False), ("states", "device")):
             if options.get(name, only) != only:
                 raise ArgumentError(
                     self._where, name, expected=repr(only), got=repr(options[name]),
-                    remedy="Matrices and their states stay whole, and the host waits for a norm.",
+                    remedy="Matrices and their states stay whole.",
                 )  # fmt: skip
 
-    def updates(
-        self, params: list[Tensor], grads: list[Tensor], groups: list[dict[str, Any]]
-    ) -> list[Tensor]:
-        """U of each parameter, float32 or wider; states are made and kept here."""
-        raise NotImplementedError
-
-    def hyper(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """See the base."""
-        return (group["lr"], 0.0, 0.0, 0.0, group["weight_decay"], 0.0)
-
-    def row(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """U has the sign already."""
-        return (*self.hyper(group), 1.0)
-
-    def apply_step(
-        self, params: list[Tensor], grads: list[Tensor], groups: list[dict[str, Any]]
-    ) -> None:
-        """See the base."""
-        for p, g in zip(params, grads, strict=True):
-            self.refuse(p, g)
-            if is_sharded(p):
-                raise ArgumentError(
-                    self._where, "params", expected="whole tensors", got="a sharded one",
-                    remedy="Keep these parameters out of FSDP, or use AdamW.",
-                )  # fmt: skip
-        if not params:
-            return
-        device = params[0].device
-        stats = self._stats_of(device)
-        scale = self._inverse_scale(device)
-        found = getattr(self, "found_inf", None)
-        grads = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
-        if isinstance(scale, Tensor):
-            grads = [g * scale.to(g.device) for g in grads]
-        if self.max_grad_norm is not None or self.skip_nonfinite or found is not None:
-            norm = global_norm(grads).to(device)
-            stats[0] = norm
-            if not bool(norm.isfinite()) or (found is not None and float(found) > 0):
-                stats[2] += 1
-                return
-            if self.max_grad_norm is not None:
-                clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-                grads = [g * clip.to(g.device) for g in grads]
-        self._norm_is_global = True
-        signed = [-g if group.get("maximize") else g for g, group in zip(grads, groups)]
-        made = self.updates(params, signed, groups)
-        self.write(params, made, groups)
+    def refuse(self, p: Tensor, grad: Tensor) -> None:
+        """As the base; sharded parameters too."""
+        super().refuse(p, grad)
+        if is_sharded(p):
+            raise ArgumentError(
+                self._where, "params", expected="whole tensors", got="a sharded one",
+                remedy="Keep these parameters out of FSDP, or use AdamW.",
+            )  # fmt: skip

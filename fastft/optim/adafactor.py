@@ -8,10 +8,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft import ops
 from fastft.errors import ArgumentError
-from fastft.optim._matrix import MatrixOptimizer
+from fastft.ops.adafactor_step import factored_launcher_of
+from fastft.optim._matrix import MatrixBatch, MatrixOptimizer
 
 __all__ = ["Adafactor"]
+
+
+class _FactoredBatch(MatrixBatch):
+    """Parameters of one device with their moments, made where there are none."""
+
+    own_states = ("row_var", "col_var", "variance")
+
+    def _lay_out(self, optimizer: Any, keys: list[tuple[int, int]]) -> None:
+        rows: list[Tensor | None] = []
+        columns = []
+        for p, state in zip(self._params, self._states, strict=True):
+            if p.dim() > 1:
+                rows.append(_moment(state, "row_var", p, (*p.shape[:-1], 1)))
+                columns.append(_moment(state, "col_var", p, (*p.shape[:-2], 1, p.shape[-1])))
+            else:
+                rows.append(None)
+                columns.append(_moment(state, "variance", p, tuple(p.shape)))
+        self.tensors = ops.FactoredTensors(
+            self._params,
+            [s["step"] for s in self._states],
+            rows,
+            columns,
+            self._dense([s.get("compensation") for s in self._states]),
+            optimizer.rounding,
+            [key for key, _ in keys],
+        )
+        self.launcher = factored_launcher_of(self.tensors)
+
+
+def _moment(state: dict[str, Any], name: str, p: Tensor, shape: tuple[int, ...]) -> Tensor:
+    wide = torch.promote_types(p.dtype, torch.float32)
+    found = state.get(name)
+    if found is None:
+        state[name] = torch.zeros(shape, dtype=wide, device=p.device)
+    else:
+        state[name] = found.to(p.device, wide).contiguous()
+    moment: Tensor = state[name]
+    return moment
 
 
 class Adafactor(MatrixOptimizer):
@@ -25,10 +65,9 @@ class Adafactor(MatrixOptimizer):
     Args:
         params: parameters or param groups; float32, bfloat16, float16 or float64.
         lr, beta2_decay, eps, d, weight_decay, maximize: as in ``torch.optim.Adafactor``.
-        max_grad_norm, skip_nonfinite, rounding, seed: see :class:`~fastft.optim.FusedOptimizer`;
-            the host waits once a step for the norm where either of the first two asks for it.
+        max_grad_norm, skip_nonfinite, rounding, seed: see :class:`~fastft.optim.FusedOptimizer`.
 
-    States are float32 whatever the parameters' dtype.
+    States are float32 whatever the parameters' dtype. A step is one call over all tensors.
 
     Raises:
         ArgumentError: a hyper-parameter out of range, a sharded parameter.
@@ -36,6 +75,8 @@ class Adafactor(MatrixOptimizer):
 
     Source: Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235.
     """
+
+    batch = _FactoredBatch
 
     def __init__(
         self,
@@ -65,50 +106,8 @@ class Adafactor(MatrixOptimizer):
         defaults = {"lr": lr, "d": d, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults, **options)
 
-    def updates(
-        self, params: list[Tensor], grads: list[Tensor], groups: list[dict[str, Any]]
-    ) -> list[Tensor]:
-        """See the base."""
-        return [self._update(*each) for each in zip(params, grads, groups, strict=True)]
-
-    def _update(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
-        state = self._own_state(p, g)
-        if not p.numel():
-            return torch.zeros_like(g)
-        step = state["step"].to(g.dtype) + 1  # counted by the write
-        eps1 = torch.finfo(p.dtype).eps if group["eps"][0] is None else group["eps"][0]
-        rate = step ** group["beta2_decay"]
-        if g.dim() > 1:
-            row, column = state["row_var"], state["col_var"]
-            square = g.square()
-            row.lerp_(square.mean(-1, keepdim=True), rate)
-            column.lerp_(square.mean(-2, keepdim=True), rate)
-            variance = row * column / row.mean(-2, keepdim=True).clamp(min=eps1)
-        else:
-            state["variance"].lerp_(g.square(), rate)
-            variance = state["variance"].clone()
-        update = variance.clamp_(min=eps1 * eps1).rsqrt_().mul_(g)
-        size = torch.linalg.vector_norm(p, dtype=g.dtype) / p.numel() ** 0.5
-        lr = group["lr"]
-        # Over lr, which the write multiplies by: min(lr, 1 / sqrt t) / lr.
-        share = (1 / (step.sqrt() * lr)).clamp(max=1.0)
-        clip = (torch.linalg.vector_norm(update) / (p.numel() ** 0.5 * group["d"])).clamp(min=1.0)
-        return update.mul_(size.clamp(min=group["eps"][1]) * share / clip)
-
-    def _own_state(self, p: Tensor, g: Tensor) -> Any:
-        state = self.state[p]
-        if "step" not in state:
-            state["step"] = torch.zeros((), device=p.device)
-        if g.dim() > 1:
-            wanted = {"row_var": (*g.shape[:-1], 1), "col_var": (*g.shape[:-2], 1, g.shape[-1])}
-        else:
-            wanted = {"variance": tuple(g.shape)}
-        for name, shape in wanted.items():
-            found = state.get(name)
-            if found is None:
-                state[name] = g.new_zeros(shape)
-            elif found.dtype != g.dtype or found.device != g.device:
-                state[name] = found.to(g.device, g.dtype)
-        if state["step"].device != p.device:
-            state["step"] = state["step"].to(p.device)
-        return state
+    def hyper(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """lr, weight decay, d, the two eps and the decay of a group; see ops.adafactor_step."""
+        eps1, eps2 = group["eps"]
+        first = -1.0 if eps1 is None else eps1
+        return (group["lr"], group["weight_decay"], group["d"], first, eps2, group["beta2_decay"])

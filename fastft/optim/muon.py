@@ -9,14 +9,80 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft import ops
 from fastft.errors import ArgumentError
-from fastft.optim._matrix import MatrixOptimizer
+from fastft.ops.optimizer_step import launcher_of
+from fastft.optim._base import FusedOptimizer
+from fastft.optim._matrix import MatrixBatch, MatrixOptimizer
 
 __all__ = ["Muon", "orthogonalize"]
 
 _WHERE = "fastft.optim.Muon"
 _GRAM_STEPS = 5
 ADJUSTMENTS = ("original", "match_rms_adamw")
+
+
+class _Momenta(MatrixBatch):
+    """The momenta of the parameters of one device, and what is to be orthogonalized: matrices of
+    one shape and group in one stack each.
+
+    Attributes:
+        written: statistics of the write.
+    """
+
+    own_states = ("momentum_buffer",)
+
+    def _lay_out(self, optimizer: Any, keys: list[tuple[int, int]]) -> None:
+        self.written = ops.new_stats(self._params[0].device)
+        self._stacks: dict[tuple[Any, ...], list[int]] = {}
+        for i, p in enumerate(self._params):
+            self._stacks.setdefault((p.shape, p.dtype, self._group_of[i]), []).append(i)
+        steps = torch.zeros(len(self._params), device=self._params[0].device).unbind()
+        buffers = [_buffer(s, p) for s, p in zip(self._states, self._params, strict=True)]
+        self.tensors = ops.StepTensors("muon", self._moves(), steps, [buffers])
+        self.launcher = launcher_of(self.tensors)
+
+    def row(self, optimizer: FusedOptimizer, group: dict[str, Any]) -> tuple[Any, ...]:
+        """See the base."""
+        sign = -1.0 if group["maximize"] else 1.0
+        return (0.0, group["momentum"], 0.0, 0.0, 0.0, float(group["nesterov"]), sign)
+
+    def run(
+        self, optimizer: FusedOptimizer, grads: list[Tensor], stats: Tensor, needs_norm: bool
+    ) -> None:
+        """Brings the momenta to this step."""
+        self.tensors.params = self._moves()
+        super().run(optimizer, grads, stats, needs_norm)
+
+    def _moves(self) -> list[Tensor]:
+        """Room for what is orthogonalized of each parameter, side by side in its stack."""
+        moves: list[Tensor] = [torch.empty(0)] * len(self._params)
+        self._made = []
+        for (shape, dtype, _), members in self._stacks.items():
+            wide = torch.promote_types(dtype, torch.float32)
+            stack = torch.empty((len(members), *shape), dtype=wide, device=self.written.device)
+            self._made.append(stack)
+            for i, move in zip(members, stack.unbind(), strict=True):
+                moves[i] = move
+        return moves
+
+    def orthogonalized(self) -> list[Tensor]:
+        """The update of each parameter; the room is given back."""
+        made: list[Tensor] = [torch.empty(0)] * len(self._params)
+        for members, stack in zip(self._stacks.values(), self._made, strict=True):
+            rows, columns = stack.shape[1:]
+            group = self._groups[self._group_of[members[0]]]
+            if group["adjust_lr_fn"] == "match_rms_adamw":
+                factor = 0.2 * math.sqrt(max(rows, columns))
+            else:
+                factor = math.sqrt(max(1, rows / max(columns, 1)))
+            turned = orthogonalize(
+                stack, group["ns_coefficients"], group["ns_steps"], group["eps"], factor
+            )
+            for i, update in zip(members, turned.unbind(), strict=True):
+                made[i] = update
+        self._made = []
+        return made
 
 
 class Muon(MatrixOptimizer):
@@ -33,8 +99,10 @@ class Muon(MatrixOptimizer):
         lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: as in
             ``torch.optim.Muon``.
         maximize: ascend.
-        max_grad_norm, skip_nonfinite, rounding, seed: see :class:`~fastft.optim.FusedOptimizer`;
-            the host waits once a step for the norm where either of the first two asks for it.
+        max_grad_norm, skip_nonfinite, rounding, seed: see :class:`~fastft.optim.FusedOptimizer`.
+
+    Momentum, clip and check are one call over all matrices, the write another; between them are
+    products.
 
     Raises:
         ArgumentError: a hyper-parameter out of range, a parameter that is no matrix or is sharded.
@@ -91,45 +159,49 @@ class Muon(MatrixOptimizer):
                     remedy="Muon only supports 2D parameters; use AdamW for the others.",
                 )  # fmt: skip
 
-    def updates(
-        self, params: list[Tensor], grads: list[Tensor], groups: list[dict[str, Any]]
-    ) -> list[Tensor]:
-        """See the base."""
-        together: dict[tuple[Any, ...], list[int]] = {}
-        moves = []
-        for i, (p, g, group) in enumerate(zip(params, grads, groups, strict=True)):
-            buffer = self._momentum(p, g)
-            buffer.lerp_(g, 1 - group["momentum"])
-            moves.append(g.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer)
-            key = (p.shape, p.device, id(group))
-            together.setdefault(key, []).append(i)
-        made: list[Tensor] = [torch.empty(0)] * len(params)
-        for members in together.values():
-            group = groups[members[0]]
-            stacked = torch.stack([moves[i] for i in members])
-            turned = orthogonalize(
-                stacked, group["ns_coefficients"], group["ns_steps"], group["eps"]
-            )
-            rows, columns = stacked.shape[1:]
-            if group["adjust_lr_fn"] == "match_rms_adamw":
-                factor = 0.2 * math.sqrt(max(rows, columns))
-            else:
-                factor = math.sqrt(max(1, rows / columns))
-            for i, update in zip(members, (turned * factor).unbind(), strict=True):
-                made[i] = update
-        return made
+    def hyper(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """Of the write, which takes the orthogonalized matrix for a gradient."""
+        return (group["lr"], 0.0, 0.0, 0.0, group["weight_decay"], 0.0)
 
-    def _momentum(self, p: Tensor, g: Tensor) -> Tensor:
-        state = self.state[p]
-        found = state.get("momentum_buffer")
-        if found is None or found.dtype != g.dtype or found.device != g.device:
-            fresh = torch.zeros_like(g) if found is None else found.to(g.device, g.dtype)
-            state["momentum_buffer"] = found = fresh
-        return found  # type: ignore[no-any-return]
+    def row(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """The momentum has the sign already."""
+        return (*self.hyper(group), 1.0)
+
+    def _run(
+        self,
+        device: torch.device,
+        params: list[Tensor],
+        grads: list[Tensor],
+        groups: list[dict[str, Any]],
+        needs_norm: bool,
+    ) -> None:
+        stats = self._stats_of(device)
+        momenta = self._batch(device, params, groups, _Momenta)
+        momenta.run(self, grads, stats, needs_norm)
+        # A step that is left out is not written either.
+        momenta.written[4] = stats[1] == 0
+        write = self._batch(device, params, groups)
+        write.run(self, momenta.orthogonalized(), momenta.written, False)
+
+
+def _buffer(state: dict[str, Any], p: Tensor) -> Tensor:
+    """The momentum of a parameter, float32 or wider."""
+    wide = torch.promote_types(p.dtype, torch.float32)
+    found = state.get("momentum_buffer")
+    if found is None:
+        state["momentum_buffer"] = torch.zeros(p.shape, dtype=wide, device=p.device)
+    else:
+        state["momentum_buffer"] = found.to(p.device, wide).contiguous()
+    buffer: Tensor = state["momentum_buffer"]
+    return buffer
 
 
 def orthogonalize(
-    matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+    matrices: Tensor,
+    coefficients: tuple[float, float, float],
+    steps: int,
+    eps: float,
+    factor: float = 1.0,
 ) -> Tensor:
     """The nearest matrix with orthogonal rows (or columns), about: Newton and Schulz's iteration
 
@@ -140,9 +212,10 @@ def orthogonalize(
         coefficients: a, b, c.
         steps: how many.
         eps: the least norm.
+        factor: what the result is multiplied by.
 
     Returns:
-        float32 of the same shape; singular values between about 0.7 and 1.2.
+        float32 of the same shape; singular values between about 0.7 and 1.2, times the factor.
 
     Where one side is at least twice the other, all steps run on the Gram matrix G = X X^T of the
     shorter one, for X_k = P_k X_0 with P_(k+1) = Q_k P_k, G_(k+1) = Q_k G_k Q_k and
@@ -162,11 +235,11 @@ def orthogonalize(
             for _ in range(min(_GRAM_STEPS, steps - first)):
                 q = a * eye + b * gram + c * (gram @ gram)
                 total, gram = q @ total, q @ gram @ q
-            x = total @ x
+            x = total @ x if first + _GRAM_STEPS < steps else (total * factor) @ x
     else:
         y = x.to(torch.bfloat16)
         for _ in range(steps):
             gram = y @ y.mT
             y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-        x = y.to(matrices.dtype)
+        x = y.to(matrices.dtype).mul_(factor)
     return x.mT if tall else x

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastft.errors import ArgumentError
 from fastft.optim._base import FusedOptimizer
-from fastft.optim._matrix import MatrixOptimizer
 from fastft.optim._shards import is_sharded
 
 __all__ = ["StepInBackward"]
@@ -38,7 +37,7 @@ class StepInBackward:
     it runs once, holds those too and takes an ordinary step.
 
     Args:
-        optimizer: one of fastft's that works element by element, on whole tensors.
+        optimizer: one of fastft's, on whole tensors.
 
     Without ``max_grad_norm`` a parameter whose own gradient is not finite is left as it is, the
     others having stepped already; it is counted in ``skipped_steps``. Hooks survive activation
@@ -51,11 +50,9 @@ class StepInBackward:
     """
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
-        if not isinstance(optimizer, FusedOptimizer) or isinstance(optimizer, MatrixOptimizer):
-            raise ArgumentError(
-                _WHERE, "optimizer", expected="one of fastft.optim, but Muon and Adafactor",
-                got=type(optimizer).__name__,
-            )  # fmt: skip
+        if not isinstance(optimizer, FusedOptimizer):
+            got = type(optimizer).__name__
+            raise ArgumentError(_WHERE, "optimizer", expected="one of fastft.optim", got=got)
         if optimizer.flat or (
             torch.distributed.is_available()
             and torch.distributed.is_initialized()
@@ -84,8 +81,8 @@ class StepInBackward:
                     continue
                 self._group[id(p)] = group
                 self._handles.append(p.register_post_accumulate_grad_hook(self._ready))
-        # Each parameter is a set of its own.
-        optimizer.kept_batches = len(self._group) + FusedOptimizer.kept_batches
+        # Each parameter is a set of its own, of which Muon keeps two.
+        optimizer.kept_batches = 2 * len(self._group) + FusedOptimizer.kept_batches
 
     def remove(self) -> None:
         """Takes the hooks off; gradients stay from then on."""

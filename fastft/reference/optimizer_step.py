@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "close_param",
+    "decide",
     "decode8",
     "dynamic_map",
     "encode8",
+    "open_param",
     "random_bits",
     "round_stochastic",
     "step",
@@ -45,6 +48,26 @@ def step(
     seed: int,
 ) -> None:
     """One step over all tensors; ``tensors`` is what ``fastft.ops.StepTensors`` holds."""
+    scale = decide(grads, stats, max_norm, needs_norm)
+    if scale is None:
+        return
+    for i, (p, g) in enumerate(zip(tensors.params, grads, strict=True)):
+        tensors.steps[i].add_(1)
+        t = tensors.steps[i].item()
+        row = [float(v) for v in hyper[i]]
+        wide = torch.promote_types(p.dtype, torch.float32)
+        states = [_open(tensors, k, i, wide) for k in range(len(tensors.states))]
+        value = open_param(tensors, i)
+        gradient = g.to(wide) * (scale * row[6])
+        value = _RULES[tensors.rule](value, gradient, states, t, row)
+        for k, state in enumerate(states):
+            _close(tensors, k, i, state, seed)
+        close_param(tensors, i, value, seed)
+
+
+def decide(grads: list[Tensor], stats: Tensor, max_norm: float, needs_norm: bool) -> float | None:
+    """What gradients are multiplied by, the clip over the loss scale; None where the step is left
+    out. Written to ``stats``."""
     inverse_scale, found_inf = stats[3].item(), stats[4].item()
     total = sum((g.double().square().sum().item() for g in grads), 0.0) if needs_norm else 0.0
     norm = inverse_scale * (math.sqrt(total) if math.isfinite(total) else total)
@@ -53,28 +76,31 @@ def step(
     stats[0], stats[1] = norm, coefficient if runs else 0.0
     if not runs:
         stats[2] += 1
-        return
-    for i, (p, g) in enumerate(zip(tensors.params, grads, strict=True)):
-        tensors.steps[i].add_(1)
-        t = tensors.steps[i].item()
-        row = [float(v) for v in hyper[i]]
-        wide = torch.promote_types(p.dtype, torch.float32)
-        states = [_open(tensors, k, i, wide) for k in range(len(tensors.states))]
-        value, rest = p.to(wide), tensors.compensation[i]
-        if rest is not None and tensors.rounding == "compensated":
-            value = value + rest.to(wide)
-        gradient = g.to(wide) * (coefficient * inverse_scale * row[6])
-        value = _RULES[tensors.rule](value, gradient, states, t, row)
-        for k, state in enumerate(states):
-            _close(tensors, k, i, state, seed)
-        if tensors.rounding == "nearest" or p.dtype != torch.bfloat16:
-            p.copy_(value)
-        elif tensors.rounding == "stochastic":
-            bits = random_bits(p.numel(), seed, int(t), tensors.keys[i], tensors.offsets[i])
-            p.copy_(round_stochastic(value.float(), bits.view(p.shape).to(p.device)))
-        else:
-            p.copy_(value)
-            rest.copy_(value - p.to(wide))
+        return None
+    return coefficient * inverse_scale
+
+
+def open_param(tensors: Any, i: int) -> Tensor:
+    """Parameter i in float32 or wider, with what rounding has taken from it."""
+    p, rest = tensors.params[i], tensors.compensation[i]
+    wide = torch.promote_types(p.dtype, torch.float32)
+    if rest is not None and tensors.rounding == "compensated":
+        return p.to(wide) + rest.to(wide)
+    return p.to(wide)
+
+
+def close_param(tensors: Any, i: int, value: Tensor, seed: int) -> None:
+    """Writes parameter i, rounded as is asked for; its step is counted already."""
+    p, rest = tensors.params[i], tensors.compensation[i]
+    if tensors.rounding == "nearest" or p.dtype != torch.bfloat16:
+        p.copy_(value)
+    elif tensors.rounding == "stochastic":
+        t = int(tensors.steps[i].item())
+        bits = random_bits(p.numel(), seed, t, tensors.keys[i], tensors.offsets[i])
+        p.copy_(round_stochastic(value.float(), bits.view(p.shape).to(p.device)))
+    else:
+        p.copy_(value)
+        rest.copy_(value - p.to(value.dtype))
 
 
 def _open(tensors: Any, k: int, i: int, dtype: torch.dtype) -> Tensor:
@@ -125,6 +151,13 @@ def _sgd(p: Tensor, g: Tensor, states: list[Tensor], t: float, row: list[float])
     return p - g * lr
 
 
+def _muon(p: Tensor, g: Tensor, states: list[Tensor], t: float, row: list[float]) -> Tensor:
+    momentum, nesterov = row[1], row[5]
+    (m,) = states
+    m.mul_(momentum).add_(g, alpha=1 - momentum)
+    return g * (1 - momentum) + m * momentum if nesterov else m.clone()
+
+
 def _schedule_free(
     p: Tensor, g: Tensor, states: list[Tensor], t: float, row: list[float]
 ) -> Tensor:
@@ -142,6 +175,7 @@ _RULES: dict[str, Callable[[Tensor, Tensor, list[Tensor], float, list[float]], T
     "lion": _lion,
     "sgd": _sgd,
     "schedule_free": _schedule_free,
+    "muon": _muon,
 }
 
 _MASK = 0xFFFFFFFF

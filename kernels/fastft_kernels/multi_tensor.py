@@ -39,6 +39,7 @@ class Chunks:
     tensor: Tensor  # int32 (chunks,): index of the tensor
     part: Tensor  # int32 (chunks,): the chunk starts at part * chunk elements
     partials: Tensor  # float32 (chunks,): of the norm
+    tickets: Tensor  # int32 (2,): zero before a launch and after it
     scalars: Tensor  # float32 (n, n_scalars)
 
 
@@ -73,6 +74,7 @@ def _build(tensors: Any, dtypes: Sequence[torch.dtype], chunk: int, n_scalars: i
         tensor=to_device(tensor_of, torch.int32, device),
         part=to_device(part_of, torch.int32, device),
         partials=torch.empty(max(count, 1), device=device),
+        tickets=torch.zeros(2, dtype=torch.int32, device=device),
         scalars=torch.empty((len(dtypes), n_scalars), device=device),
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import adapters, block, experts, layer, lora, loss, optim
+from bench import adapters, block, experts, factored, layer, lora, loss, optim
 from bench.declare import Case, Impl, Options, Step, Suite
 from bench.runner import run_suite
 
@@ -33,6 +33,10 @@ SIZES: dict[str, list[dict[str, Any]]] = {
         {"op": "attention", "x": (2, 7, 4, 8), "kv": (2, 7, 2, 8)},
     ],
     "optim": [{"shapes": [(16, 9), (5, 16)], "total": 224, "dtype": "float32"}],
+    "factored": [
+        {"shapes": [(16, 9), (5, 16)], "total": 224, "dtype": "float32"},
+        {"shapes": [(160, 90)], "total": 14400, "dtype": "bfloat16"},
+    ],
 }
 _ALL = (
     lora.SUITE,
@@ -42,6 +46,7 @@ _ALL = (
     loss.SUITE,
     optim.SUITE,
     block.SUITE,
+    factored.SUITE,
 )
 SUITES = {s.name: s for s in _ALL}
 
@@ -63,7 +68,7 @@ def test_everything_installed_gives_a_number(name: str) -> None:
     absent = {r.impl: r.reason or "" for r in found if r.value is None}
     for impl, reason in absent.items():
         assert reason.startswith(("missing", "does not apply")), (impl, reason)
-    assert "fastft" not in absent
+    assert not [impl for impl in absent if impl in ("fastft", "fastft-adafactor", "fastft-muon")]
     metrics = {m.name for m in SUITES[name].metrics}
     seen = {r.metric for r in found}
     # Memory is measured in other processes, launches on a GPU.

@@ -586,6 +586,7 @@ def test_lora_grouped_linear(adapter: torch.dtype, device: torch.device) -> None
 
 def test_every_gpu_kernel_is_tested() -> None:
     tested = {
+        "adafactor_step",  # test_gpu_factored.py
         "lora_linear",
         "linear_cross_entropy",
         "optimizer_step",

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstdint>
@@ -76,6 +77,11 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   const T other = static_cast<T>(warp.lanes[lane ^ static_cast<unsigned>(mask)]);
   warp.barrier.arrive_and_wait();
   return other;
+}
+
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline unsigned atomicAdd(unsigned* at, unsigned value) {
+  return std::atomic_ref<unsigned>(*at).fetch_add(value);
 }
 
 inline void __syncwarp() { host::warps[threadIdx.x / 32]->barrier.arrive_and_wait(); }

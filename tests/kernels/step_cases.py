@@ -15,7 +15,7 @@ from fastft.ops.optimizer_step import RULES
 from fastft.reference import optimizer_step as reference
 from tests.kernels.bounds import assert_as_accurate
 
-__all__ = ["MIXED", "STEP_CASES", "StepCase", "StepState", "assert_step"]
+__all__ = ["MIXED", "STEP_CASES", "StepCase", "StepState", "assert_alike", "assert_step"]
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
@@ -153,7 +153,7 @@ def assert_step(case: StepCase, step: Stepper, device: torch.device = CPU) -> di
         elif (narrow and case.rounding != "nearest") or (
             name.startswith("state") and case.state_bits != 32
         ):
-            _assert_alike(name, value, expected[name])
+            assert_alike(name, value, expected[name])
         else:
             assert_as_accurate(name, value, expected[name], exact[name].double())
     if case.rounding == "compensated":
@@ -166,7 +166,7 @@ def assert_step(case: StepCase, step: Stepper, device: torch.device = CPU) -> di
     return {"own": got, "plain": expected, "truth": exact}
 
 
-def _assert_alike(name: str, value: Tensor, expected: Tensor) -> None:
+def assert_alike(name: str, value: Tensor, expected: Tensor) -> None:
     """Equal but where a number lies on the border of two roundings: few, and by one rounding."""
     # Scales may differ by a rounding of float32.
     differs = (value.float() - expected.float()).abs() > 1e-5 * expected.float().abs()
@@ -196,5 +196,7 @@ STEP_CASES: dict[str, StepCase] = {
     "sgd-16bit": StepCase("sgd", 16, extra=1.0, offset=8),
     "lion-16bit": StepCase("lion", 16, "stochastic"),
     "schedule-free": StepCase("schedule_free", extra=0.25),
+    "muon": StepCase("muon", max_norm=1.0),
+    "muon-nesterov": StepCase("muon", extra=1.0, sign=-1.0),
     "schedule-free-stochastic": StepCase("schedule_free", 32, "stochastic", extra=0.25),
 }

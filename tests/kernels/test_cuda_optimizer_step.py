@@ -6,13 +6,8 @@ The compiler proves that the kernel can run; this proves what it computes, with 
 from __future__ import annotations
 
 import ctypes
-import os
-import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,36 +16,16 @@ from fastft_kernels.multi_tensor import chunks_for
 from torch import Tensor
 
 from fastft import ops
+from tests.kernels.cuda_on_host import build
 from tests.kernels.step_cases import BF16, F16, F32, SEED, STEP_CASES, assert_step
 
-ROOT = Path(__file__).resolve().parents[2]
 # Small chunks: many blocks' worth of borders from few elements.
 CHUNK = 512
-SCALARS = 10
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("cuda")
-    text = (ROOT / "csrc/cuda/optimizer_step.cu").read_text()
-    text = text.replace("#include <cuda_runtime.h>", '#include "cuda_on_host.h"')
-    # kernel<<<blocks, threads, 0, queue>>>(args) is no C++.
-    text, launches = re.subn(
-        r"([\w<>]+?)<<<(\w+), (\w+), 0, queue>>>\(", r"host::launch(\1, \2, \3, ", text
-    )
-    assert launches == 3
-    source, out = folder / "step.cpp", folder / "step.so"
-    source.write_text(text)
-    command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-pthread"]
-    command += [f"-I{Path(__file__).parent}", f"-I{ROOT / 'csrc/include'}"]
-    done = subprocess.run([*command, str(source), "-o", str(out)], capture_output=True, text=True)
-    if "unrecognized" in done.stderr or "barrier: No such file" in done.stderr:
-        pytest.skip(f"{compiler} knows no C++20")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return ctypes.CDLL(str(out))
+    return build("optimizer_step", tmp_path_factory.mktemp("cuda"), launches=2)
 
 
 @pytest.fixture
@@ -65,7 +40,7 @@ def step(library: ctypes.CDLL) -> Callable[..., None]:
         needs_norm: bool,
         seed: int,
     ) -> None:
-        chunks = chunks_for(tensors, grads, CHUNK, SCALARS)
+        chunks = chunks_for(tensors, grads, CHUNK, 0)
         table, _ = tensors.table(grads)
 
         def pointer(tensor: Tensor) -> ctypes.c_void_p:
@@ -75,7 +50,7 @@ def step(library: ctypes.CDLL) -> Callable[..., None]:
         status = library.fastft_optimizer_step_cuda(
             ctypes.c_int(0), ctypes.c_int(tensors.rule_code), pointer(table), integer(len(grads)),
             pointer(chunks.tensor), pointer(chunks.part), integer(chunks.count), integer(CHUNK),
-            pointer(chunks.partials), pointer(chunks.scalars), pointer(hyper), pointer(stats),
+            pointer(chunks.partials), pointer(chunks.tickets), pointer(hyper), pointer(stats),
             real(max_norm), ctypes.c_int(needs_norm), ctypes.c_uint64(seed), ctypes.c_void_p(None),
         )  # fmt: skip
         assert status == 0

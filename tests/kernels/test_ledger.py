@@ -73,7 +73,9 @@ def test_kernels_and_their_files() -> None:
         ),
         ("kernels/fastft_kernels/_lora_linear_kernels.py", {"lora_linear"}),
         ("kernels/fastft_kernels/aot.py", set()),
-        ("csrc/include/fastft/numeric.h", {"cuda/optimizer_step"}),
+        ("csrc/include/fastft/numeric.h", {"cuda/optimizer_step", "cuda/adafactor_step"}),
+        ("csrc/cuda/lanes.cuh", {"cuda/optimizer_step", "cuda/adafactor_step"}),
+        ("csrc/include/fastft/dynamic8.h", {"cuda/optimizer_step"}),
     ],
 )
 def test_a_change_is_noticed(file: str, changed: set[str], checkout: Path) -> None:

@@ -93,3 +93,41 @@ class TestMuon:
         resumed.step()
         assert torch.equal(p, q)
         assert resumed.skipped_steps == 1
+
+    def test_the_clip_and_the_sign(self) -> None:
+        """What is orthogonalized has no length: a clip shows in the momentum, maximize in the
+        sign."""
+        torch.manual_seed(0)
+        start, gradient = torch.randn(8, 40), torch.randn(8, 40)
+        found = []
+        for options in ({}, {"max_grad_norm": 0.5}, {"maximize": True}):
+            p = start.clone().requires_grad_()
+            p.grad = gradient.clone()
+            optimizer = optim.Muon([p], weight_decay=0.0, **options)
+            optimizer.step()
+            found.append((p.detach() - start, optimizer.state[p]["momentum_buffer"]))
+        (plain, momentum), (clipped, less), (up, _) = found
+        torch.testing.assert_close(clipped, plain, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(less, momentum * (0.5 / gradient.norm()), rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(up, -plain)
+
+    def test_parameters_that_lie_otherwise(self) -> None:
+        torch.manual_seed(0)
+        plain = torch.randn(12, 30, requires_grad=True)
+        turned = plain.detach().t().contiguous().t().requires_grad_()
+        assert not turned.is_contiguous()
+        one, two = optim.Muon([plain]), optim.Muon([turned])
+        for _ in range(2):
+            new_gradients([plain], [turned])
+            one.step()
+            two.step()
+        torch.testing.assert_close(plain, turned)
+
+    def test_states_are_made_anew_where_they_were_replaced(self) -> None:
+        p = torch.ones(4, 12, requires_grad=True)
+        p.grad = torch.ones(4, 12)
+        optimizer = optim.Muon([p])
+        optimizer.step()
+        optimizer.state[p]["momentum_buffer"] = torch.full((4, 12), 7.0)
+        optimizer.step()
+        assert float(optimizer.state[p]["momentum_buffer"].min()) > 6.0

@@ -6,7 +6,8 @@
 
 namespace fastft {
 struct StepTensor;
-}
+struct FactoredCall;
+}  // namespace fastft
 
 extern "C" {
 
@@ -23,7 +24,8 @@ const char* fastft_cuda_error_string(int status);
 //   chunk_tensor  int32 (n_chunks): index of the tensor a chunk belongs to
 //   chunk_part    int32 (n_chunks): the chunk starts at chunk_part * chunk elements
 //   chunk         a multiple of kStateBlock
-//   partials      float32 (n_chunks), scalars float32 (n_tensors, kScalarColumns): scratch
+//   partials      float32 (n_chunks, at least 1): scratch
+//   tickets       uint32 (2): zero before the call and after it
 //   hyper         float32 (n_tensors, kHyperColumns)
 //   stats         float32 (6): norm and clip coefficient written, skipped steps incremented, 1 over
 //                 the loss scale and found_inf read, whether the step runs written
@@ -33,6 +35,12 @@ const char* fastft_cuda_error_string(int status);
 int fastft_optimizer_step_cuda(int device, int rule, const fastft::StepTensor* tensors,
                                int64_t n_tensors, const int32_t* chunk_tensor,
                                const int32_t* chunk_part, int64_t n_chunks, int64_t chunk,
-                               float* partials, float* scalars, const float* hyper, float* stats,
+                               float* partials, uint32_t* tickets, const float* hyper, float* stats,
                                float max_norm, int needs_norm, uint64_t seed, void* stream);
+
+// One step of Adafactor over all tensors, in place: norm, clip, skip, moments, update. The formulas
+// and the call are those of fastft/adafactor.h; `call` itself is the host's. ticket: uint32 (1),
+// zero before the call and after it. Sums are in a fixed order, and nothing waits for the device.
+int fastft_adafactor_step_cuda(int device, const fastft::FactoredCall* call, uint32_t* ticket,
+                               void* stream);
 }

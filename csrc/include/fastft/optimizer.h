@@ -1,5 +1,5 @@
-// One element of an optimizer's step, for each rule: AdamW, Lion, SGD with momentum and
-// schedule-free AdamW. The same functors run in csrc/cpu and csrc/cuda.
+// One element of an optimizer's step, for each rule: AdamW, Lion, SGD with momentum, schedule-free
+// AdamW and Muon's momentum. The same functors run in csrc/cpu and csrc/cuda.
 #pragma once
 
 #include "fastft/numeric.h"
@@ -8,7 +8,7 @@
 namespace fastft {
 
 // The codes of fastft/ops/optimizer_step.py.
-enum class OptimizerRule : int { kAdamW = 0, kLion = 1, kSgd = 2, kScheduleFree = 3 };
+enum class OptimizerRule : int { kAdamW = 0, kLion = 1, kSgd = 2, kScheduleFree = 3, kMuon = 4 };
 enum class Rounding : int { kNearest = 0, kStochastic = 1, kCompensated = 2 };
 enum class StateKind : int { kFloat32 = 0, kEightBit = 1, kBFloat16 = 2 };
 
@@ -36,7 +36,8 @@ FASTFT_HD Rounding rounding(const StepTensor& t) { return static_cast<Rounding>(
 inline namespace FASTFT_ISA {
 
 // Row of the hyper-parameter table, float32, one for each tensor. SGD: beta1 is the momentum, beta2
-// the dampening, extra 1 for Nesterov's. Schedule-free: extra is the weight of z in y.
+// the dampening, extra 1 for Nesterov's. Schedule-free: extra is the weight of z in y. Muon: beta1
+// is the momentum, extra 1 for Nesterov's.
 struct StepHyper {
   float lr, beta1, beta2, eps, weight_decay, extra, sign;
 };
@@ -48,7 +49,6 @@ struct StepScalars {
   float decay, step_size, inv_sqrt_bias2, eps, extra;
   float gradient_scale;  // clip coefficient over the loss scale, negative where maximised
 };
-constexpr int64_t kScalarColumns = 10;
 
 FASTFT_HD float step_sqrt(float value) {
 #if defined(__CUDA_ARCH__)
@@ -167,6 +167,24 @@ struct ScheduleFreeRule {
     const T move = gradient / (step_sqrt(v) * s.inv_sqrt_bias2 + s.eps) + s.decay * p;
     p = p + s.extra * (z - p) + s.one_minus_beta1 * move;
     z = z - s.step_size * move;
+  }
+};
+
+// Jordan et al. 2024, what is orthogonalized: p is where it goes, and is not read. State m.
+struct MuonRule {
+  static constexpr int kStates = 1;
+  FASTFT_HD static StepScalars prepare(const StepHyper& h, double) {
+    StepScalars s{};
+    s.beta1 = h.beta1, s.one_minus_beta1 = rest_of(h.beta1);
+    s.beta2 = h.extra != 0.0f ? h.beta1 : 1.0f;
+    s.extra = h.extra != 0.0f ? s.one_minus_beta1 : 0.0f;
+    return s;
+  }
+  template <typename T>
+  FASTFT_HD static void update(T& p, T g, T& m, T&, const StepScalars& s) {
+    const T gradient = g * s.gradient_scale;
+    m = s.beta1 * m + s.one_minus_beta1 * gradient;
+    p = s.extra * gradient + s.beta2 * m;
   }
 };
 
