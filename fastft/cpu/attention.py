@@ -18,8 +18,11 @@ from fastft.cpu.products import native_bfloat16, scratch
 # Queries of a block: 128 of 512 skip 3/8 of a causal product and keep its matrices large.
 _QUERIES = 128
 _FEWEST = 16
-# Bytes of a slab of scores: it is written and read several times, so it stays in the last cache.
+# Bytes of a slab of scores of several key heads: it is written and read several times, so it stays
+# in the last cache. Of one head over very many keys: few rows make slow products, and the sums of dK
+# and dV are gone over once a block, which costs more than leaving the cache.
 _SLAB_BYTES = 8 << 20
+_HEAD_BYTES = 32 << 20
 
 
 def supports(*, device_type: str, dtype: torch.dtype) -> str | None:
@@ -65,11 +68,11 @@ class _Problem:
             self.strides = [0 if size == 1 else stride for size, stride in sizes_strides]
 
     def slabs(self) -> Iterator[_Slab]:
-        """Blocks of queries; of each, the key heads whose scores fit a slab."""
+        """Blocks of queries; of each, the key heads whose scores fit a slab: whole elements of the
+        batch, or some heads of one."""
         item = self.query.element_size()
-        # Over very many keys the block shrinks, so that one batch element's scores fit a slab.
-        row = self.kv_heads * self.group * self.keys * item
-        block = max(_FEWEST, min(_QUERIES, _SLAB_BYTES // max(1, row)))
+        block = _HEAD_BYTES // max(1, self.group * self.keys * item)
+        block = max(_FEWEST, min(_QUERIES, block))
         for first in range(0, self.queries, block):
             last = min(self.queries, first + block)
             keys = min(self.keys, last) if self.is_causal else self.keys
@@ -78,19 +81,23 @@ class _Problem:
                 keys = native.module().attention_extent(
                     self.sizes(whole), self.is_causal, self.mask.data_ptr(), self.strides
                 )
-            # Whole batch elements: the mask is addressed by them.
-            element = self.kv_heads * self.group * (last - first) * max(1, keys) * item
-            step = max(1, _SLAB_BYTES // element) * self.kv_heads
-            for start in range(0, self.batch * self.kv_heads, step):
-                stop = min(self.batch * self.kv_heads, start + step)
-                yield _Slab(slice(start, stop), first, last, keys)
+            fit = max(1, _SLAB_BYTES // (self.group * (last - first) * max(1, keys) * item))
+            if fit >= self.kv_heads:
+                step, element = fit // self.kv_heads * self.kv_heads, self.batch * self.kv_heads
+            else:
+                step = -(-self.kv_heads // -(-self.kv_heads // fit))
+                element = self.kv_heads
+            for begin in range(0, self.batch * self.kv_heads, element):
+                for start in range(begin, begin + element, step):
+                    stop = min(begin + element, start + step)
+                    yield _Slab(slice(start, stop), first, last, keys)
 
     def sizes(self, slab: _Slab) -> list[int]:
         count = slab.heads.stop - slab.heads.start
         rows = slab.last - slab.first
         return [
             count,
-            self.kv_heads,
+            min(count, self.kv_heads),  # of an element of the batch, here
             self.group,
             rows,
             slab.keys,
@@ -102,7 +109,8 @@ class _Problem:
         """What the compiled kernels ask of a slab."""
         mask = 0
         if self.mask is not None:
-            offset = slab.heads.start // self.kv_heads * self.strides[0]
+            element, head = divmod(slab.heads.start, self.kv_heads)
+            offset = element * self.strides[0] + head * self.group * self.strides[1]
             mask = self.mask.data_ptr() + offset
         lse = self.lse.data_ptr() + 4 * slab.heads.start * self.group * self.queries
         sizes = self.sizes(slab)
@@ -116,9 +124,12 @@ class _Problem:
 
     def part(self, tensor: Tensor, slab: _Slab) -> Tensor:
         """The same rows where they lie: (batch, kv_heads, group, rows, width)."""
-        elements = slice(slab.heads.start // self.kv_heads, slab.heads.stop // self.kv_heads)
+        element, head = divmod(slab.heads.start, self.kv_heads)
+        count = slab.heads.stop - slab.heads.start
+        elements = slice(element, element + -(-count // self.kv_heads))
+        heads = slice(head, head + min(count, self.kv_heads))
         grouped = tensor.unflatten(1, (self.kv_heads, self.group))
-        return grouped[elements, :, :, slab.first : slab.last]
+        return grouped[elements, heads, :, slab.first : slab.last]
 
 
 def _flat(name: str, tensor: Tensor) -> Tensor:

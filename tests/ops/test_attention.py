@@ -172,6 +172,23 @@ def test_masked_keys_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [n for n in seen if n != 8] == [40, 40]
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_slabs_of_some_heads(case: Case, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slabs of one key head, or of two that no element of the batch is made of, give what one slab
+    gives."""
+    leaves, mask, dy = inputs(case, F32)
+    run = lambda: outputs(  # noqa: E731
+        ops.scaled_dot_product_attention(*leaves, mask, is_causal=case.causal), leaves, dy
+    )
+    expected = run()
+    group = leaves[0].shape[1] // leaves[1].shape[1]
+    of_a_head = group * min(16, leaves[0].shape[2]) * leaves[1].shape[2] * 4
+    monkeypatch.setattr(launcher, "_HEAD_BYTES", 1)
+    monkeypatch.setattr(launcher, "_SLAB_BYTES", heads * of_a_head)
+    torch.testing.assert_close(run(), expected)
+
+
 def test_slabs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small slabs give what one gives."""
     leaves, mask, dy = inputs(CASES[6], F32)
@@ -179,7 +196,8 @@ def test_slabs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.scaled_dot_product_attention(*leaves, mask, is_causal=True), leaves, dy
     )
     expected = run()
-    monkeypatch.setattr(launcher, "_SLAB_BYTES", 1)
+    for name in ("_SLAB_BYTES", "_HEAD_BYTES"):
+        monkeypatch.setattr(launcher, name, 1)
     torch.testing.assert_close(run(), expected)
     sizes: list[int] = []
     original = launcher.scratch
