@@ -19,8 +19,8 @@ from fastft.cpu.products import native_bfloat16, scratch
 _QUERIES = 128
 _FEWEST = 16
 # Bytes of a slab of scores of several key heads: it is written and read several times, so it stays
-# in the last cache. Of one head over very many keys: few rows make slow products, and the sums of dK
-# and dV are gone over once a block, which costs more than leaving the cache.
+# in the last cache. And of one head over very many keys: few rows make slow products, and the sums
+# of dK and dV are gone over once a block, which costs more than leaving the cache.
 _SLAB_BYTES = 8 << 20
 _HEAD_BYTES = 32 << 20
 
