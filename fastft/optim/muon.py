@@ -79,7 +79,8 @@ class _Momenta(MatrixBatch):
             turned = orthogonalize(
                 stack, group["ns_coefficients"], group["ns_steps"], group["eps"], factor
             )
-            for i, update in zip(members, turned.unbind(), strict=True):
+            # Over what it was made of: the updates of all wait for one write.
+            for i, update in zip(members, stack.copy_(turned).unbind(), strict=True):
                 made[i] = update
         self._made = []
         return made
@@ -225,19 +226,21 @@ def orthogonalize(
     a, b, c = coefficients
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
+    scale = 1 / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
     rows, columns = x.shape[1:]
     if 2 * rows <= columns:
         eye = torch.eye(rows, dtype=x.dtype, device=x.device).expand(len(x), rows, rows)
         # What rounding leaves of a singular G's zeros grows by a^2 a step: begin anew after a few.
         for first in range(0, steps, _GRAM_STEPS):
-            gram, total = x @ x.mT, eye
+            gram, total = (x @ x.mT) * scale.square(), eye
             for _ in range(min(_GRAM_STEPS, steps - first)):
                 q = a * eye + b * gram + c * (gram @ gram)
                 total, gram = q @ total, q @ gram @ q
-            x = total @ x if first + _GRAM_STEPS < steps else (total * factor) @ x
+            ends = first + _GRAM_STEPS >= steps
+            x, scale = (total * (scale * factor if ends else scale)) @ x, torch.ones_like(scale)
     else:
-        y = x.to(torch.bfloat16)
+        y = torch.empty_like(x, dtype=torch.bfloat16)
+        torch.mul(x, scale, out=y)
         for _ in range(steps):
             gram = y @ y.mT
             y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
