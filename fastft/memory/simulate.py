@@ -179,6 +179,7 @@ _OPTIONAL = {
     "fwd_values": ("cpu", "triton"),
     "fwd_adapters": ("cpu", "triton"),
     "lay_out": (),
+    "glu_bwd": (),
 }
 
 

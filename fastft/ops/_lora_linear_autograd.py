@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastft import backends
+from fastft.ops import _glu_pair
 from fastft.ops._checks import without_autocast
 from fastft.ops._saving import Late, note, saves_first
 from fastft.reference.lora_linear import lora_term
@@ -179,17 +180,19 @@ def backward_of(
     need_dx: bool,
     need_da: Sequence[bool],
     need_db: Sequence[bool],
+    made: Any = None,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """dx, dAs and dBs, from the launcher."""
+    """dx, dAs and dBs, from the launcher; of these ``made`` has the dBs already (``_glu_pair``)."""
     dx = torch.empty_like(x) if need_dx else None
     das = [torch.empty_like(a) if need else None for a, need in zip(lora_as, need_da, strict=True)]
-    dbs = [torch.empty_like(b) if need else None for b, need in zip(lora_bs, need_db, strict=True)]
+    needed = zip(lora_bs, need_db, strict=True)
+    dbs = [torch.empty_like(b) if need and made is None else None for b, need in needed]
     with without_autocast(x.device.type):
         choose(backend, x, lora_as)[1].bwd(
             dx,
             das,
             dbs,
-            [dy.contiguous() for dy in dys],
+            [dy.contiguous() for dy in dys] if made is None else list(dys),
             x,
             list(ss),
             _cast(weights, x.dtype),
@@ -200,8 +203,9 @@ def backward_of(
             list(dropout_ps),
             list(owners),
             _pairs(spans),
+            **({} if made is None else {"made": made}),
         )
-    return dx, das, dbs
+    return dx, das, dbs if made is None else list(made.dbs)
 
 
 def late_values(backend: str, x: Tensor, lora_as: Sequence[Tensor]) -> Late | None:
@@ -254,7 +258,8 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> Any:
         constants: Constants = ctx.constants
-        x, *tensors = ctx.saved_tensors
+        left = _glu_pair.take(ctx, dys)
+        x, *tensors = ctx.saved_tensors if left is None else left.saved
         weights, biases, lora_as, lora_bs, masks, ss = constants.split(tensors)
         no_masks = [None] * len(masks)
         if torch.is_grad_enabled():
@@ -280,6 +285,7 @@ class LoraLinear(torch.autograd.Function):
             ctx.needs_input_grad[2],
             need_a,
             need_b,
+            None if left is None else left.made,
         )
         dws = [(dy.t() @ x).to(w.dtype) if k else None for dy, w, k in zip(dys, weights, need_w)]
         dbiases = [dy.sum(0).to(b.dtype) if k else None for dy, b, k in zip(dys, biases, need_bias)]

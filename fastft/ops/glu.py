@@ -2,7 +2,8 @@
 
     y = activation(gate) * up;   dup = dy activation(gate);   dgate = dy up activation'(gate)
 
-Only gate and up are saved; activation and slope are made again in the backward (Shazeer 2020,
+Only gate and up are saved; activation and slope are made again in the backward, which may make dS
+and dB of LoRA layers that gate and up come from too (``_glu_pair``) (Shazeer 2020,
 "GLU Variants Improve Transformer"; Hendrycks and Gimpel 2016 for GELU and its tanh form).
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastft import backends
 from fastft.errors import ArgumentError, nearest
+from fastft.ops import _glu_pair
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from fastft.ops._library import register
 from fastft.ops._saving import note
@@ -129,6 +131,7 @@ class Glu(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.facts = (activation, backend)
+        ctx.producer = _glu_pair.producer(gate, up)
         out = _fwd_kernel(gate, up, activation, backend)
         note(out, (gate, up), lambda gate, up: _fwd_kernel(gate, up, activation, backend))
         return out
@@ -141,6 +144,10 @@ class Glu(torch.autograd.Function):
             out = reference.glu(gate, up, ctx.facts[0])
             found = iter(torch.autograd.grad(out, leaves, d_out, create_graph=True))
             return (*(next(found) if t.requires_grad else None for t in (gate, up)), None, None)
+        if ctx.producer is not None:
+            made = _glu_pair.backward(ctx.producer, d_out, gate, up, ctx.facts[0])
+            if made is not None:
+                return (*made, None, None)
         return (*_bwd_kernel(d_out, gate, up, *ctx.facts), None, None)
 
 

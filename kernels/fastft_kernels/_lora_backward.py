@@ -10,6 +10,7 @@ from torch import Tensor
 from fastft_kernels import _lora_gemm, border
 from fastft_kernels._common import device_guard
 from fastft_kernels._lora_calls import at, by, choose_way, clear_padding, dense, plain, scales_kept
+from fastft_kernels._lora_glu import GluPair
 from fastft_kernels._lora_routed import Route, routes
 from fastft_kernels._lora_skinny import Copy, expand_add, outer, pair, pairs_well, shrink
 
@@ -31,12 +32,14 @@ def bwd(
     dropout_ps: list[float],
     owners: list[int],
     spans: list[tuple[int, int]],
+    made: GluPair | None = None,
 ) -> None:
-    """Writes dx (M, K), dA_j (r_j, K) and dB_j (N, r_j), each where it is not None."""
+    """Writes dx (M, K), dA_j (r_j, K) and dB_j (N, r_j), each where it is not None. made: what
+    ``glu_bwd`` has made already, whose dys these are; then no dB is wanted."""
     lora_as, lora_bs = dense(lora_as), dense(lora_bs)
     keep_scales = scales_kept(masks, dropout_ps)
     with device_guard(x):
-        d_ss: list[Tensor] = [torch.empty_like(s) for s in ss]
+        d_ss: list[Tensor] = [torch.empty_like(s) for s in ss] if made is None else made.d_ss
         thin = (ss, lora_as, lora_bs, scalings, keep_scales, masks, owners, spans)
         if routes(owners, spans, x):
             return _bwd_routed(dx, das, dbs, dys, d_ss, x, weights, *thin)
@@ -44,10 +47,12 @@ def bwd(
         if dx is not None and dx.numel() and plain(len(dys), owners, spans, (0, x.shape[0])):
             way, held = choose_way("bwd", dx, dys, weights, lora_as, masks)
         dropped = any(mask is not None for mask in masks)
-        left, copies = None, None
-        if way == "border" and held is not None:
+        left, copies = None if made is None else made.left, None
+        if way == "border" and held is not None and left is None:
             left, copies = _bordered_dys(held, dys)
         for (owner, span), members in by(zip(owners, spans, strict=True)).items():
+            if made is not None:
+                break
             _d_s_and_d_b(
                 d_ss, dbs, dys[owner][slice(*span)], members, ss, lora_bs, scalings,
                 dx is not None or any(das[j] is not None for j in members),

@@ -19,7 +19,18 @@ from fastft_kernels._lora_linear_kernels import (
 )
 from fastft_kernels._lora_pair_kernels import _pair_partial_kernel, _pair_reduce_kernel
 
-__all__ = ["Copy", "expand_add", "outer", "padded", "pair", "pairs_well", "shrink"]
+__all__ = [
+    "Copy",
+    "expand_add",
+    "outer",
+    "padded",
+    "pair",
+    "pair_block",
+    "pairs_well",
+    "reduce_parts",
+    "shrink",
+    "split_rows",
+]
 
 # Grid axes 1 and 2 hold at most 65535 programs; rank blocks and splits stay far below.
 _MAX_SPLITS = 1024
@@ -167,7 +178,7 @@ def outer(
         stacked = masked or len(group) > 1
         block_r, tile = config.tile_for(arch.outer, x.element_size(), max(ranks), stacked)
         blocks = (triton.cdiv(features, tile.block_n), triton.cdiv(max(ranks), block_r))
-        splits, rows = _split(tokens, tile.block_m, blocks[0] * blocks[1], arch.target_programs)
+        splits, rows = split_rows(tokens, tile.block_m, blocks[0] * blocks[1], arch.target_programs)
         partials = [
             torch.empty((splits, r, features), dtype=torch.float32, device=x.device)
             for r in ranks[: len(group)]
@@ -180,10 +191,10 @@ def outer(
             **tile.launch.options(),
         )  # fmt: skip
         for i, partial in zip(group, partials, strict=True):
-            _reduce(outs[i], partial, float(scales[i]), arch, transposed=transposed)
+            reduce_parts(outs[i], partial, float(scales[i]), arch, transposed=transposed)
 
 
-def _reduce(
+def reduce_parts(
     out: Tensor, partial: Tensor, scale: float, arch: config.Arch, *, transposed: bool
 ) -> None:
     """out = scale * partial (splits, r, K) summed over the splits, transposed or not."""
@@ -197,7 +208,7 @@ def _reduce(
         out.copy_(dense)
 
 
-def _split(tokens: int, block_m: int, blocks: int, target: int) -> tuple[int, int]:
+def split_rows(tokens: int, block_m: int, blocks: int, target: int) -> tuple[int, int]:
     """(splits, rows in each): enough programs to fill the GPU, each with at least four blocks."""
     steps = triton.cdiv(tokens, block_m)
     splits = min(triton.cdiv(target, blocks), triton.cdiv(steps, 4), _MAX_SPLITS)
@@ -214,10 +225,11 @@ def pairs_well(dy: Tensor, r: int) -> bool:
     table = config.for_device(dy.device).pair
     if dy.element_size() != 2 or r > max(table) or 0 in dy.shape or dy.shape[1] % 16:
         return False
-    return 8 * r < dy.element_size() * table[_pair_block(table, r)].block_n
+    return 8 * r < dy.element_size() * table[pair_block(table, r)].block_n
 
 
-def _pair_block(table: dict[int, config.TileConfig], r: int) -> int:
+def pair_block(table: dict[int, config.TileConfig], r: int) -> int:
+    """The least rank block that holds r."""
     return next(block for block in sorted(table) if r <= block)
 
 
@@ -227,10 +239,10 @@ def pair(
     """ds (M, r) = scale * dy b and db (N, r) = scale * dy^T s in one read of dy (M, N)."""
     tokens, features = dy.shape
     r, arch = b.shape[1], config.for_device(dy.device)
-    block_r = _pair_block(arch.pair, r)
+    block_r = pair_block(arch.pair, r)
     tile = arch.pair[block_r]
     strips = triton.cdiv(features, tile.block_n)
-    splits, rows = _split(tokens, tile.block_m, strips, arch.target_programs)
+    splits, rows = split_rows(tokens, tile.block_m, strips, arch.target_programs)
     ds_parts = torch.empty((strips, tokens, r), dtype=torch.float32, device=dy.device)
     db_parts = torch.empty((splits, r, features), dtype=torch.float32, device=dy.device)
     copies = copy is not None
@@ -244,4 +256,4 @@ def pair(
         ds, thin, ds_parts, tokens * r, strips, r, thin.stride(0), scale,
         COPY=copies, BLOCK=arch.reduce.block, **arch.reduce.launch.options(),
     )  # fmt: skip
-    _reduce(db, db_parts, scale, arch, transposed=True)
+    reduce_parts(db, db_parts, scale, arch, transposed=True)

@@ -78,6 +78,7 @@ def _lora_variants() -> list[Variant]:
         _reduce("bf16", True),
     ]
     variants += [_pair("bf16", "fp32", 16, True), _pair("fp16", "fp16", 32, False)]
+    variants += [_glu_pair("bf16", "fp32", 16), _glu_pair("fp16", "fp16", 32, 1)]
     for kernel in ("shrink", "expand", "outer"):
         variants += [_routed(kernel, "bf16", "fp32", 64, True), _routed(kernel, "fp32", "fp32", 16)]
     variants += [
@@ -113,6 +114,21 @@ def _pair(x: str, adapter: str, r: int, copy: bool) -> Variant:
         "fastft_kernels._lora_pair_kernels", "_pair_partial_kernel",
         f"dy={x} b={adapter} r={r} copy={copy}", types, {"COPY": copy, "BLOCK_R": r}, "pair",
         (DTYPES[x], r, False),
+    )  # fmt: skip
+
+
+def _glu_pair(x: str, adapter: str, r: int, activation: int = 0) -> Variant:
+    pointers = {
+        **dict.fromkeys(("d_gate_ptr", "d_up_ptr", "d_out_ptr", "gate_ptr", "up_ptr"), x),
+        **dict.fromkeys(("b0_ptr", "b1_ptr"), adapter), **dict.fromkeys(("s0_ptr", "s1_ptr"), x),
+        **dict.fromkeys(("ds0_ptr", "ds1_ptr", "db0_ptr", "db1_ptr"), "fp32"),
+    }  # fmt: skip
+    sizes = ("M", "N", "r", "rows_per_split", "gate_stride", "up_stride", "d_stride")
+    types = {**{name: f"*{kind}" for name, kind in pointers.items()}, **dict.fromkeys(sizes, "i32")}
+    return Variant(
+        "fastft_kernels._lora_glu_kernels", "_glu_pair_kernel",
+        f"dy={x} b={adapter} r={r} activation={activation}", types,
+        {"ACTIVATION": activation, "BLOCK_R": r}, "glu_pair", (DTYPES[x], r, False),
     )  # fmt: skip
 
 
@@ -183,6 +199,9 @@ def _all_variants() -> list[Variant]:
     for (x, a), copy in itertools.product(pairs, BOOLEANS):
         if DTYPES[x] == 2:
             variants += [_pair(x, a, r, copy) for r in (16, 32)]
+    for (x, a), activation in itertools.product(pairs, range(3)):
+        if DTYPES[x] == 2:
+            variants += [_glu_pair(x, a, r, activation) for r in (16, 32)]
     for (x, a), r in itertools.product(pairs, (16, 32, 64)):
         for masked, transposed, aligned in itertools.product(BOOLEANS, BOOLEANS, BOOLEANS):
             rest = (x, a, r, masked, transposed, aligned)

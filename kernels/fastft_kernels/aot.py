@@ -52,8 +52,8 @@ def _blocks(variant: Variant, arch: config.Arch) -> tuple[dict[str, int], config
         tile = getattr(arch, variant.table)[variant.key]
         wide = "BLOCK_N" if variant.table == "expand" else "BLOCK_K"
         return {"BLOCK_M": tile.block_m, wide: tile.block_n}, tile.launch
-    if variant.table == "pair":
-        tile = arch.pair[variant.key[1]]
+    if variant.table in ("pair", "glu_pair"):
+        tile = getattr(arch, variant.table)[variant.key[1]]
         return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}, tile.launch
     if variant.table == "gemm":
         gemm = arch.gemm[variant.key[2]]  # type: ignore[index]
@@ -81,7 +81,9 @@ def applies(variant: Variant, arch: config.Arch) -> bool:
     """Whether a launcher makes this variant on the architecture."""
     if variant.table == "gemm":
         return arch.gemm is not None
-    return variant.table != "pair" or variant.key[1] in arch.pair
+    if variant.table in ("pair", "glu_pair"):
+        return variant.key[1] in getattr(arch, variant.table)
+    return True
 
 
 def compile_variant(variant: Variant, capability: int) -> Report:

@@ -8,7 +8,7 @@ same call on the same kind of GPU always runs the same code and gives the same b
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -186,6 +186,10 @@ class Arch:
     cross_entropy: CrossEntropyConfig = CrossEntropyConfig()
     divergence: CrossEntropyConfig = CrossEntropyConfig(block_v=2048)
     adamw: AdamWConfig = AdamWConfig()
+    # dS and dB of gate and up in the backward of their unit, which holds five such tiles.
+    glu_pair: dict[int, TileConfig] = field(
+        default_factory=lambda: dict.fromkeys((16, 32), TileConfig(32, 128, Launch(8, 2)))
+    )
     # Gated linear units: elements of one row.
     elementwise: BlockConfig = BlockConfig(1024)
     norm: NormConfig = NormConfig()

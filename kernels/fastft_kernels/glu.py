@@ -14,10 +14,10 @@ from torch import Tensor
 from fastft_kernels import config
 from fastft_kernels._common import device_guard, supports_device
 
-__all__ = ["bwd", "fwd", "supports"]
+__all__ = ["CODES", "bwd", "fwd", "supports"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def _launch(kernel: triton.JITFunction, tensors: list[Tensor], activation: str) 
     with device_guard(gate):
         kernel[(rows, triton.cdiv(columns, block.block))](
             *tensors, columns, gate.stride(0), up.stride(0),
-            ACTIVATION=_CODES[activation], BLOCK=block.block, **block.launch.options(),
+            ACTIVATION=CODES[activation], BLOCK=block.block, **block.launch.options(),
         )  # fmt: skip
 
 

@@ -1,0 +1,114 @@
+"""A gated unit's backward and the thin products of the LoRA layers before it, as one pass.
+
+gate and up of SwiGLU come, mostly, from two LoRA layers that ran as one call. That call's node of
+the autograd graph is found from the tensors themselves; where its backend has a ``glu_bwd``, the
+unit's backward makes the gradients of gate and up and of each adapter dS and dB, and leaves them
+with that node, whose own backward comes next. There they count only if what autograd hands over is
+the very gradients left: whoever else used gate or up, or hooked them, made others.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Left", "backward", "producer", "take"]
+
+
+class Producer(NamedTuple):
+    """The call that made gate and up: its node, and whether gate is its first result."""
+
+    node: Any
+    gate_first: bool
+
+
+class Left(NamedTuple):
+    """What is left with a node: its saved tensors, for they may be unpacked once, and what the
+    backend has made, with the gradients it goes with."""
+
+    saved: tuple[Tensor, ...]
+    made: Any
+    dys: list[tuple[Any, ...]]
+
+
+def producer(gate: Tensor, up: Tensor) -> Producer | None:
+    """The LoRA call whose two results these are; None where there is none."""
+    first, second = _origin(gate), _origin(up)
+    if first is None or second is None or first[0] is not second[0]:
+        return None
+    node, places = first[0], (first[1], second[1])
+    constants = node.constants
+    rows = gate.numel() // max(gate.shape[-1], 1)
+    plain = constants.owners == [0, 1] and constants.spans == [0, rows] * 2
+    if constants.layers != 2 or not plain or sorted(places) != [0, 1]:
+        return None
+    return Producer(node, places[0] == 0)
+
+
+def _origin(tensor: Tensor) -> tuple[Any, int] | None:
+    """The node of a LoRA call, and which of its results the tensor is, maybe in another shape."""
+    node, place = tensor.grad_fn, tensor.output_nr
+    if node is not None and node.name() in ("ViewBackward0", "UnsafeViewBackward0"):
+        node, place = node.next_functions[0]
+    from fastft.ops._lora_linear_autograd import LoraLinear
+
+    return (node, place) if getattr(node, "_forward_cls", None) is LoraLinear else None
+
+
+def backward(
+    found: Producer, d_out: Tensor, gate: Tensor, up: Tensor, activation: str
+) -> tuple[Tensor, Tensor] | None:
+    """The gradients of gate and up, with more left at the node; None where it cannot or would not
+    pay."""
+    from fastft.ops._lora_linear_autograd import choose
+
+    node = found.node
+    constants = node.constants
+    _, _, _, need_b, _ = constants.split(node.needs_input_grad[3:])
+    if not node.needs_input_grad[2] or not all(need_b) or gate.numel() == 0:
+        return None
+    saved = node.saved_tensors
+    x, *tensors = saved
+    weights, _, lora_as, lora_bs, masks, ss = constants.split(tensors)
+    launcher = choose(constants.backend, x, lora_as)[1]
+    if not hasattr(launcher, "glu_bwd") or x.dtype != gate.dtype:
+        node.left = Left(saved, None, [])
+        return None
+    columns = gate.shape[-1]
+    made = launcher.glu_bwd(
+        d_out.reshape(-1, columns).contiguous(),
+        gate.reshape(-1, columns),
+        up.reshape(-1, columns),
+        x,
+        list(ss),
+        [w if w.dtype == x.dtype else w.to(x.dtype) for w in weights],
+        list(lora_as),
+        list(lora_bs),
+        list(constants.scalings),
+        list(masks),
+        gate_first=found.gate_first,
+        activation=activation,
+    )
+    if made is None:
+        node.left = Left(saved, None, [])
+        return None
+    node.left = Left(saved, made, [_identity(dy) for dy in made.dys])
+    d_gate, d_up = made.dys if found.gate_first else reversed(made.dys)
+    return d_gate.view(gate.shape), d_up.view(up.shape)
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """What tells a tensor from any other, and from itself once changed."""
+    return (tensor.data_ptr(), tensor._version, tuple(tensor.shape), tensor.stride())
+
+
+def take(node: Any, dys: Any) -> Left | None:
+    """What was left at this node, which forgets it; without what the backend has made where these
+    are not the gradients it goes with."""
+    left: Left | None = node.__dict__.pop("left", None)
+    if left is None or left.made is None:
+        return left
+    if [_identity(dy) for dy in dys] == left.dys:
+        return left
+    return left._replace(made=None)

@@ -1,0 +1,112 @@
+"""Launcher of a gated unit's backward that makes dS and dB of the layers before it on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from fastft_kernels import border, config
+from fastft_kernels._common import device_guard
+from fastft_kernels._lora_calls import choose_way, clear_padding, dense
+from fastft_kernels._lora_glu_kernels import _glu_pair_kernel
+from fastft_kernels._lora_pair_kernels import _pair_reduce_kernel
+from fastft_kernels._lora_skinny import pair_block, reduce_parts, split_rows
+from fastft_kernels.glu import CODES
+
+__all__ = ["GluPair", "glu_bwd"]
+
+
+@dataclass(frozen=True)
+class GluPair:
+    """What a gated unit's backward has made of the two layers before it, in their order.
+
+    dys: (M, N) each, columns of ``left`` where there is one: [dY_0 | dY_1 | dS_0 | dS_1], the
+    bordered operand of dx. d_ss: (M, r) each. dbs: (N, r) each.
+    """
+
+    dys: list[Tensor]
+    d_ss: list[Tensor]
+    dbs: list[Tensor]
+    left: Tensor | None
+
+
+def glu_bwd(
+    d_out: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    x: Tensor,
+    ss: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    masks: Sequence[Tensor | None],
+    *,
+    gate_first: bool,
+    activation: str,
+) -> GluPair | None:
+    """The gradients of gate and up = x W_i^T + scaling_i S_i B_i^T, each with one adapter over all
+    rows, from that of activation(gate) * up; None where it would not pay.
+
+    Args:
+        d_out, gate, up: (M, N), 16 bits; the rows of gate and up may be strided.
+        x, ss, weights, lora_as, lora_bs, scalings, masks: of the two layers in their order, as
+            ``bwd`` takes them; gate is the first's result where ``gate_first``, else the second's.
+    """
+    if not _pays(gate, lora_bs):
+        return None
+    arch, r = config.for_device(gate.device), lora_bs[0].shape[1]
+    block_r = pair_block(arch.glu_pair, r)
+    tile = arch.glu_pair[block_r]
+    tokens, features = gate.shape
+    strips = triton.cdiv(features, tile.block_n)
+    splits, rows = split_rows(tokens, tile.block_m, strips, arch.target_programs)
+    with device_guard(gate):
+        way, held = choose_way("bwd", x, [gate, up], weights, lora_as, masks)
+        left, thins = None, None
+        if way == "border" and held is not None:
+            left = border.operand(gate, tokens, held.width, held.border)
+            thin = left[:, held.width :]
+            clear_padding(thin, held.ranks)
+            dys = list(left[:, : held.width].split(list(held.widths), 1))
+            thins = [thin[:, place] for place in held.rank_slices()]
+        else:
+            dys = [torch.empty_like(d_out) for _ in ss]
+        parts = [torch.empty((strips, tokens, r), dtype=torch.float32, device=gate.device)
+                 for _ in ss]  # fmt: skip
+        sums = [torch.empty((splits, r, features), dtype=torch.float32, device=gate.device)
+                for _ in ss]  # fmt: skip
+        order = (0, 1) if gate_first else (1, 0)
+        bs = dense(lora_bs)
+        of = [[values[i] for i in order] for values in (dys, bs, ss, parts, sums)]
+        _glu_pair_kernel[(strips, splits)](
+            *of[0], d_out, gate, up, *of[1], *of[2], *of[3], *of[4], tokens, features, r, rows,
+            gate.stride(0), up.stride(0), dys[0].stride(0),
+            ACTIVATION=CODES[activation], BLOCK_M=tile.block_m, BLOCK_R=block_r,
+            BLOCK_N=tile.block_n, **tile.launch.options(),
+        )  # fmt: skip
+        d_ss = [torch.empty_like(s) for s in ss]
+        dbs = [torch.empty_like(b) for b in bs]
+        for i, scale in enumerate(scalings):
+            copy = d_ss[i] if thins is None else thins[i]
+            _pair_reduce_kernel[(triton.cdiv(tokens * r, arch.reduce.block),)](
+                d_ss[i], copy, parts[i], tokens * r, strips, r, copy.stride(0), float(scale),
+                COPY=thins is not None, BLOCK=arch.reduce.block, **arch.reduce.launch.options(),
+            )  # fmt: skip
+            reduce_parts(dbs[i], sums[i], float(scale), arch, transposed=True)
+    return GluPair(dys, d_ss, dbs, left)
+
+
+def _pays(gate: Tensor, lora_bs: Sequence[Tensor]) -> bool:
+    """Whether the parts of dS, float32 and written and read once, are fewer bytes than a read of
+    the gradients, and whole vectors make a row."""
+    table, r = config.for_device(gate.device).glu_pair, lora_bs[0].shape[1]
+    if gate.element_size() != 2 or 0 in gate.shape or gate.shape[1] % 16:
+        return False
+    if r != lora_bs[1].shape[1] or r > max(table):
+        return False
+    return 8 * r < gate.element_size() * table[pair_block(table, r)].block_n
