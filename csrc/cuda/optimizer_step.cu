@@ -129,7 +129,6 @@ __device__ void update_chunk(const Tables& tables, const StepHyper* hyper, float
   __syncthreads();
   const StepScalars& s = prepared;
   const StateKind kind = state_kind(t);
-  const Rounding how = rounding(t);
   const uint32_t step = static_cast<uint32_t>(taken);
   // Every lane of a warp takes each turn: the largest of a block is that of all of them.
   for (int64_t tile = threadIdx.x / 32 * kStateBlock; tile < chunk.size;

@@ -34,7 +34,7 @@ def step(
 ) -> None:
     """One step over all tensors; see :func:`fastft.ops.adafactor_step` for the formulas."""
     table, _ = tensors.table(grads)
-    scratch, partials = (torch.empty(size) for size in tensors.scratch_sizes)
+    scratch, partials = (torch.empty(size, dtype=torch.float32) for size in tensors.scratch_sizes)
     tiles, lines = tensors.tile_tensor, tensors.line_tensor
     places = [table.data_ptr(), len(grads)]
     places += [tiles.data_ptr(), tiles.numel(), lines.data_ptr(), lines.numel()]

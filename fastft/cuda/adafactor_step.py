@@ -36,7 +36,8 @@ def step(
             tables["work"] = (*(upload(t, tensors.device) for t in work), ticket)
         tiles, lines, ticket = tables["work"]
         scratch, partials = (
-            torch.empty(size, device=tensors.device) for size in tensors.scratch_sizes
+            torch.empty(size, dtype=torch.float32, device=tensors.device)
+            for size in tensors.scratch_sizes
         )
         places = [table_for(tensors, grads).data_ptr(), len(grads)]
         places += [tiles.data_ptr(), tiles.numel(), lines.data_ptr(), lines.numel()]

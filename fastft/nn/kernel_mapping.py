@@ -80,15 +80,20 @@ class RotaryEmbedding(nn.Module):
 def _norm(module: Any, x: Tensor) -> Tensor:
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and not torch.compiler.is_compiling():
-        key = (type(module), weight.dtype, epsilon(module))
-        if key not in _NORMS:
-            _NORMS[key] = _convention(module)
-        facts = _NORMS[key]
-        op = "layer_norm" if facts is not None and facts[0] else "rms_norm"
-        if facts is not None and call_refusal(op, x, weight) is None:
+        # Asked first: a trial is no work for fake tensors.
+        facts = _facts(module) if call_refusal("rms_norm", x, weight) is None else None
+        # A norm that centres is another operation.
+        if facts is not None and (not facts[0] or call_refusal("layer_norm", x, weight) is None):
             return normed(x, weight, epsilon(module) or 0.0, facts)
     y: Tensor = type(module).forward(module, x)
     return y
+
+
+def _facts(module: Any) -> Convention | None:
+    key = (type(module), module.weight.dtype, epsilon(module))
+    if key not in _NORMS:
+        _NORMS[key] = _convention(module)
+    return _NORMS[key]
 
 
 # What norms of a class, a dtype and an epsilon compute; None: nothing known.
@@ -98,6 +103,10 @@ _NORMS: dict[tuple[Any, ...], Convention | None] = {}
 def _convention(module: nn.Module) -> Convention | None:
     probe = copy.copy(module)
     probe.__dict__.pop("forward", None)  # this module's; the class's own is what is tried
+    probe._parameters = dict(module._parameters)
+    for name, value in vars(module).items():  # nobody's hooks see what is tried
+        if name.endswith("_hooks"):
+            probe.__dict__[name] = type(value)()
     facts = norm_facts(probe)
     if facts is None:
         return None

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from fastft import backends
 
 __all__ = ["Left", "backward", "producer", "take"]
 
@@ -32,13 +35,15 @@ class Left(NamedTuple):
     dys: list[tuple[Any, ...]]
 
 
-def producer(gate: Tensor, up: Tensor) -> Producer | None:
-    """The LoRA call whose two results these are; None where there is none."""
+def producer(gate: Tensor, up: Tensor, backend: str) -> Producer | None:
+    """The LoRA call of this backend whose two results these are; None where there is none."""
     first, second = _origin(gate), _origin(up)
     if first is None or second is None or first[0] is not second[0]:
         return None
     node, places = first[0], (first[1], second[1])
     constants = node.constants
+    if constants.backend != backend:
+        return None
     rows = gate.numel() // max(gate.shape[-1], 1)
     plain = constants.owners == [0, 1] and constants.spans == [0, rows] * 2
     if constants.layers != 2 or not plain or sorted(places) != [0, 1]:
@@ -60,21 +65,17 @@ def backward(
     found: Producer, d_out: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor] | None:
     """The gradients of gate and up, with more left at the node; None where it cannot or would not
-    pay."""
-    from fastft.ops._lora_linear_autograd import choose
-
-    node = found.node
-    constants = node.constants
+    pay, or where the node's own backward does not come."""
+    node, constants = found.node, found.node.constants
+    launcher = backends.launcher("lora_linear", constants.backend)
     _, _, _, need_b, _ = constants.split(node.needs_input_grad[3:])
-    if not node.needs_input_grad[2] or not all(need_b) or gate.numel() == 0:
+    if not hasattr(launcher, "glu_bwd") or not node.needs_input_grad[2] or not all(need_b):
+        return None
+    if gate.numel() == 0 or not torch._C._will_engine_execute_node(node):  # type: ignore[attr-defined]
         return None
     saved = node.saved_tensors
     x, *tensors = saved
     weights, _, lora_as, lora_bs, masks, ss = constants.split(tensors)
-    launcher = choose(constants.backend, x, lora_as)[1]
-    if not hasattr(launcher, "glu_bwd") or x.dtype != gate.dtype:
-        node.left = Left(saved, None, [])
-        return None
     columns = gate.shape[-1]
     made = launcher.glu_bwd(
         d_out.reshape(-1, columns).contiguous(),

@@ -131,7 +131,7 @@ class Glu(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.facts = (activation, backend)
-        ctx.producer = _glu_pair.producer(gate, up)
+        ctx.producer = _glu_pair.producer(gate, up, backend)
         out = _fwd_kernel(gate, up, activation, backend)
         note(out, (gate, up), lambda gate, up: _fwd_kernel(gate, up, activation, backend))
         return out

@@ -187,7 +187,7 @@ def _address(tensor: Tensor | None) -> int:
 def new_stats(device: torch.device) -> Tensor:
     """The statistics of a step, float32 (6,): norm, clip coefficient and count of skipped steps,
     written; 1 over the loss scale and whether a scaler found infinities, read; scratch."""
-    stats = torch.zeros(6, device=device)
+    stats = torch.zeros(6, dtype=torch.float32, device=device)
     stats[3] = 1.0
     return stats
 

@@ -233,17 +233,6 @@ class FusedOptimizer(SavedState):
             if norm is not None:
                 self._stats_of(device)[0] = norm.to(device) * self._inverse_scale(device)
 
-    def write(
-        self, params: list[Tensor], grads: list[Tensor], groups: list[dict[str, Any]]
-    ) -> None:
-        """The step without a look at norms or scales, which the caller has applied."""
-        for device, part in _by_device(params, grads, groups):
-            stats = self._stats_of(device)
-            stats[3], stats[4] = 1.0, 0.0
-            norm = stats[0].clone()
-            self._run(device, *part, False)
-            stats[0] = norm
-
     def _run(
         self,
         device: torch.device,

@@ -47,7 +47,8 @@ class Batch:
         self._group_of = [index[id(group)] for _, group in members]
         self._rows: list[tuple[Any, ...]] = []
         self._lay_out(optimizer, [optimizer.random_key(p) for p, _ in members])
-        self.hyper = torch.zeros(len(self._group_of), len(HYPER), device=self._params[0].device)
+        shape = (len(self._group_of), len(HYPER))
+        self.hyper = torch.zeros(shape, dtype=torch.float32, device=self._params[0].device)
 
     # Whether the call holds views of the parameters' memory, not the parameters.
     holds_views = False

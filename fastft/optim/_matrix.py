@@ -19,41 +19,23 @@ __all__ = ["MatrixBatch", "MatrixOptimizer"]
 
 
 class MatrixBatch(Batch):
-    """A batch whose tensors keep their dimensions: one that does not lie in their order is stepped
-    in a copy."""
+    """A batch whose gradients keep the order of their dimensions."""
 
     # States of a parameter that the optimizer makes itself.
     own_states: tuple[str, ...] = ()
 
     def __init__(self, optimizer: FusedOptimizer, members: Members) -> None:
-        self._copies: list[tuple[Tensor, Tensor]] = []
         super().__init__(optimizer, members)
         self._held |= {name: [s.get(name) for s in self._states] for name in self.own_states}
 
     def _dense(self, tensors: Sequence[Tensor | None]) -> list[Any]:
-        found: list[Any] = []
-        for tensor in tensors:
-            found.append(tensor)
-            if tensor is not None and not tensor.is_contiguous():
-                found[-1] = tensor.contiguous()
-                self._copies.append((tensor, found[-1]))
-        return found
+        return list(tensors)
 
     def grads(self, grads: list[Tensor], optimizer: FusedOptimizer) -> list[Tensor]:
         """Gradients in the order of their dimensions."""
         for p, g in zip(self._params, grads, strict=True):
             optimizer.refuse(p, g)
         return [g.contiguous() for g in grads]
-
-    def run(
-        self, optimizer: FusedOptimizer, grads: list[Tensor], stats: Tensor, needs_norm: bool
-    ) -> None:
-        """The step of these parameters."""
-        for theirs, own in self._copies:
-            own.copy_(theirs)
-        super().run(optimizer, grads, stats, needs_norm)
-        for theirs, own in self._copies:
-            theirs.copy_(own)
 
 
 class MatrixOptimizer(FusedOptimizer):

@@ -37,10 +37,16 @@ class _Momenta(MatrixBatch):
         self._stacks: dict[tuple[Any, ...], list[int]] = {}
         for i, p in enumerate(self._params):
             self._stacks.setdefault((p.shape, p.dtype, self._group_of[i]), []).append(i)
-        steps = torch.zeros(len(self._params), device=self._params[0].device).unbind()
+        device = self._params[0].device
+        steps = torch.zeros(len(self._params), dtype=torch.float32, device=device).unbind()
         buffers = [_buffer(s, p) for s, p in zip(self._states, self._params, strict=True)]
         self.tensors = ops.StepTensors("muon", self._moves(), steps, [buffers])
         self.launcher = launcher_of(self.tensors)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        self._made: list[Tensor] = []
+        self.tensors.params = []
 
     def row(self, optimizer: FusedOptimizer, group: dict[str, Any]) -> tuple[Any, ...]:
         """See the base."""
@@ -82,7 +88,7 @@ class _Momenta(MatrixBatch):
             # Over what it was made of: the updates of all wait for one write.
             for i, update in zip(members, stack.copy_(turned).unbind(), strict=True):
                 made[i] = update
-        self._made = []
+        self._give_back()
         return made
 
 
@@ -111,6 +117,9 @@ class Muon(MatrixOptimizer):
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
     """
+
+    # Two of a set: of its momenta, and of the write.
+    kept_batches = 2 * FusedOptimizer.kept_batches
 
     def __init__(
         self,

@@ -81,8 +81,8 @@ class StepInBackward:
                     continue
                 self._group[id(p)] = group
                 self._handles.append(p.register_post_accumulate_grad_hook(self._ready))
-        # Each parameter is a set of its own, of which Muon keeps two.
-        optimizer.kept_batches = 2 * len(self._group) + FusedOptimizer.kept_batches
+        # Each parameter is a set of its own.
+        optimizer.kept_batches *= len(self._group) + 1
 
     def remove(self) -> None:
         """Takes the hooks off; gradients stay from then on."""

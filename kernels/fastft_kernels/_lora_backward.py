@@ -47,8 +47,10 @@ def bwd(
         if dx is not None and dx.numel() and plain(len(dys), owners, spans, (0, x.shape[0])):
             way, held = choose_way("bwd", dx, dys, weights, lora_as, masks)
         dropped = any(mask is not None for mask in masks)
-        left, copies = None if made is None else made.left, None
-        if way == "border" and held is not None and left is None:
+        left, copies = None, None
+        if made is not None:
+            left, way = made.left, "expand" if way == "border" else way
+        elif way == "border" and held is not None:
             left, copies = _bordered_dys(held, dys)
         for (owner, span), members in by(zip(owners, spans, strict=True)).items():
             if made is not None:

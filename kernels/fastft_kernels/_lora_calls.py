@@ -31,7 +31,8 @@ def choose_way(
     lora_as: Sequence[Tensor],
     masks: Sequence[Tensor | None],
 ) -> tuple[str, border.Border | None]:
-    """The way of a call, and the border that holds its weights; ``narrow`` is x or dx."""
+    """The way of a call, and the border that holds its weights; ``narrow`` is x or dx. direction:
+    see ``ways.Shape``."""
     ranks = [a.shape[0] for a in lora_as]
     held = border.find(weights, ranks)
     possible = ["expand"]

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from fastft_kernels import border, config
-from fastft_kernels._common import device_guard
+from fastft_kernels._common import INTERPRETED, device_guard
 from fastft_kernels._lora_calls import choose_way, clear_padding, dense
 from fastft_kernels._lora_glu_kernels import _glu_pair_kernel
 from fastft_kernels._lora_pair_kernels import _pair_reduce_kernel
@@ -66,7 +66,7 @@ def glu_bwd(
     strips = triton.cdiv(features, tile.block_n)
     splits, rows = split_rows(tokens, tile.block_m, strips, arch.target_programs)
     with device_guard(gate):
-        way, held = choose_way("bwd", x, [gate, up], weights, lora_as, masks)
+        way, held = choose_way("glu", x, [gate, up], weights, lora_as, masks)
         left, thins = None, None
         if way == "border" and held is not None:
             left = border.operand(gate, tokens, held.width, held.border)
@@ -86,8 +86,8 @@ def glu_bwd(
         _glu_pair_kernel[(strips, splits)](
             *of[0], d_out, gate, up, *of[1], *of[2], *of[3], *of[4], tokens, features, r, rows,
             gate.stride(0), up.stride(0), dys[0].stride(0),
-            ACTIVATION=CODES[activation], BLOCK_M=tile.block_m, BLOCK_R=block_r,
-            BLOCK_N=tile.block_n, **tile.launch.options(),
+            ACTIVATION=CODES[activation], SETTLE=not INTERPRETED, BLOCK_M=tile.block_m,
+            BLOCK_R=block_r, BLOCK_N=tile.block_n, **tile.launch.options(),
         )  # fmt: skip
         d_ss = [torch.empty_like(s) for s in ss]
         dbs = [torch.empty_like(b) for b in bs]

@@ -17,6 +17,17 @@ __all__ = ["_glu_pair_kernel"]
 
 
 @triton.jit
+def _settled(x, SETTLE: tl.constexpr):
+    """x of 16 bits, which the compiler may not make again: for each product that takes it in a
+    layout of its own it would make the whole activation again in that, and spill."""
+    if SETTLE:
+        x = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+        )
+    return x
+
+
+@triton.jit
 def _thin_parts(
     dy, b, db, s_ptr, ds_ptr, strip, row, in_rows, M, r,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -24,12 +35,12 @@ def _thin_parts(
     """Stores the tile's part of dS; db with its part of dB added."""
     rows, rank = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
     s = tl.load(
-        s_ptr + row * r + rows[None, :] * r + rank[:, None],
+        s_ptr + row * r + (rows[None, :] * r + rank[:, None]),
         mask=in_rows[None, :] & (rank < r)[:, None],
         other=0.0,
     )
     tl.store(
-        ds_ptr + (strip.to(tl.int64) * M + row + rows[:, None]) * r + rank[None, :],
+        ds_ptr + (strip.to(tl.int64) * M + row) * r + (rows[:, None] * r + rank[None, :]),
         tl.dot(dy, b, input_precision="ieee"),
         mask=in_rows[:, None] & (rank < r)[None, :],
     )
@@ -47,6 +58,7 @@ def _glu_pair_kernel(
     db0_ptr, db1_ptr,  # float32 (splits, r, N)
     M, N, r, rows_per_split, gate_stride, up_stride, d_stride,
     ACTIVATION: tl.constexpr,
+    SETTLE: tl.constexpr,  # False where interpreted: there is no assembly
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -67,22 +79,29 @@ def _glu_pair_kernel(
         row = (begin + step).to(tl.int64)
         in_rows = row + rows < end
         inside = in_rows[:, None] & (columns < N)[None, :]
-        # Zeros outside: there the gradients are zero, and so are their parts.
-        gate_at = row * gate_stride + rows[:, None] * gate_stride + columns[None, :]
-        gate = tl.load(gate_ptr + gate_at, mask=inside, other=0.0).to(tl.float32)
-        up_at = row * up_stride + rows[:, None] * up_stride + columns[None, :]
-        up = tl.load(up_ptr + up_at, mask=inside, other=0.0).to(tl.float32)
-        d_at = row * N + rows[:, None] * N + columns[None, :]
-        d_out = tl.load(d_out_ptr + d_at, mask=inside, other=0.0).to(tl.float32)
+        # Zeros outside: there the gradients are zero, and so are their parts. One address a tile,
+        # 32-bit offsets in it: 64-bit ones would take two registers an element.
+        gate_row = gate_ptr + row * gate_stride
+        gate = tl.load(
+            gate_row + (rows[:, None] * gate_stride + columns[None, :]), mask=inside, other=0.0
+        ).to(tl.float32)
+        up_row = up_ptr + row * up_stride
+        up = tl.load(
+            up_row + (rows[:, None] * up_stride + columns[None, :]), mask=inside, other=0.0
+        ).to(tl.float32)
+        d_row = d_out_ptr + row * N
+        d_out = tl.load(d_row + (rows[:, None] * N + columns[None, :]), mask=inside, other=0.0).to(
+            tl.float32
+        )
         value, slope = _activate(gate, ACTIVATION)
-        to = row * d_stride + rows[:, None] * d_stride + columns[None, :]
-        d_gate = (d_out * up * slope).to(d_out_ptr.dtype.element_ty)
-        tl.store(d_gate_ptr + to, d_gate, mask=inside)
+        to = rows[:, None] * d_stride + columns[None, :]
+        d_gate = _settled((d_out * up * slope).to(d_out_ptr.dtype.element_ty), SETTLE)
+        tl.store(d_gate_ptr + row * d_stride + to, d_gate, mask=inside)
         db0 = _thin_parts(
             d_gate, b0, db0, s0_ptr, ds0_ptr, strip, row, in_rows, M, r, BLOCK_M, BLOCK_R
         )
-        d_up = (d_out * value).to(d_out_ptr.dtype.element_ty)
-        tl.store(d_up_ptr + to, d_up, mask=inside)
+        d_up = _settled((d_out * value).to(d_out_ptr.dtype.element_ty), SETTLE)
+        tl.store(d_up_ptr + row * d_stride + to, d_up, mask=inside)
         db1 = _thin_parts(
             d_up, b1, db1, s1_ptr, ds1_ptr, strip, row, in_rows, M, r, BLOCK_M, BLOCK_R
         )

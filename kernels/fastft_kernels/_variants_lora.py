@@ -128,7 +128,7 @@ def _glu_pair(x: str, adapter: str, r: int, activation: int = 0) -> Variant:
     return Variant(
         "fastft_kernels._lora_glu_kernels", "_glu_pair_kernel",
         f"dy={x} b={adapter} r={r} activation={activation}", types,
-        {"ACTIVATION": activation, "BLOCK_R": r}, "glu_pair", (DTYPES[x], r, False),
+        {"ACTIVATION": activation, "SETTLE": True, "BLOCK_R": r}, "glu_pair", (DTYPES[x], r, False),
     )  # fmt: skip
 
 

@@ -188,7 +188,7 @@ class Arch:
     adamw: AdamWConfig = AdamWConfig()
     # dS and dB of gate and up in the backward of their unit, which holds five such tiles.
     glu_pair: dict[int, TileConfig] = field(
-        default_factory=lambda: dict.fromkeys((16, 32), TileConfig(32, 128, Launch(8, 2)))
+        default_factory=lambda: dict.fromkeys((16, 32), TileConfig(16, 256, Launch(8, 2)))
     )
     # Gated linear units: elements of one row.
     elementwise: BlockConfig = BlockConfig(1024)

@@ -73,9 +73,9 @@ def _build(tensors: Any, dtypes: Sequence[torch.dtype], chunk: int, n_scalars: i
         count=count,
         tensor=to_device(tensor_of, torch.int32, device),
         part=to_device(part_of, torch.int32, device),
-        partials=torch.empty(max(count, 1), device=device),
+        partials=torch.empty(max(count, 1), dtype=torch.float32, device=device),
         tickets=torch.zeros(2, dtype=torch.int32, device=device),
-        scalars=torch.empty((len(dtypes), n_scalars), device=device),
+        scalars=torch.empty((len(dtypes), n_scalars), dtype=torch.float32, device=device),
     )
 
 

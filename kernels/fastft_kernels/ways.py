@@ -30,7 +30,9 @@ _NEAR = 2.0
 
 @dataclass(frozen=True)
 class Shape:
-    """What a choice depends on. widths: of the layers that share x; r: the largest rank."""
+    """What a choice depends on. direction: "fwd", "bwd", or "glu", a backward whose dY and dS a
+    gated unit's leaves wherever they are wanted. widths: of the layers that share x; r: the largest
+    rank."""
 
     direction: str
     tokens: int
@@ -69,6 +71,10 @@ def counted(shape: Shape, way: str) -> float:
     if shape.direction == "fwd":
         # expand reads x for S, then reads and writes y; border reads x and writes [x | S].
         return float(k + 2 * n if way == "expand" else 2 * k + n * fill)
+    if shape.direction == "glu":
+        # expand: every product but the first adds to dx, and so does the low-rank term.
+        own = 2 * k if shape.dropout else k * layers * fill
+        return float(2 * k * layers if way == "expand" else own)
     # Both read dy for dS and dB. expand: every product but the first adds to dx, and so does the
     # low-rank term; border writes [dy | dS], and under dropout the term is still added apart.
     own = n + (2 * k if shape.dropout else k * layers * fill)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fastft_kernels import _lora_glu, border, ways
+from fastft_kernels import lora_linear as launcher
 
 from tests.gpu.conftest import REHEARSAL
 from tests.gpu.test_gpu_ops import median_ms
@@ -19,6 +20,20 @@ KERNEL = pytest.mark.parametrize("kernel", ["triton/lora_linear"])
 LARGE: dict[str, Any] = {} if REHEARSAL else {"width": 5632, "rows": 2050, "features": 2048}
 
 
+def _made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What units' backwards leave from here on; not those that leave nothing."""
+    seen: list[Any] = []
+    usual = launcher.glu_bwd
+
+    def glu_bwd(*args: Any, **kwargs: Any) -> Any:
+        found = usual(*args, **kwargs)
+        seen.extend([] if found is None else [found])
+        return found
+
+    monkeypatch.setattr(launcher, "glu_bwd", glu_bwd)
+    return seen
+
+
 @KERNEL
 @pytest.mark.parametrize("way", ["expand", "border"])
 @pytest.mark.parametrize(
@@ -27,14 +42,16 @@ LARGE: dict[str, Any] = {} if REHEARSAL else {"width": 5632, "rows": 2050, "feat
 )
 def test_glu_pair(
     kernel: str, activation: str, r: int, dtype: torch.dtype, adapter: torch.dtype, way: str,
-    device: torch.device, observed: Any,
+    device: torch.device, observed: Any, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     block = Block((r, r), dtype=dtype, adapter=adapter, device=device, **{"width": 144, **LARGE})
     held = border.make(block.weights, [r, r]) if way == "border" else None
     if held is not None:
         block.weights = held.weights
+    made = _made(monkeypatch)
     with ways.force(way):
         got = block.fused(activation)
+    assert [m.left is not None for m in made] == [way == "border"]
     block.check(got, activation)
     truth = block.plain(activation, torch.float64)
     for name, value, exact in zip(NAMES, got, truth, strict=True):
@@ -54,5 +71,9 @@ def test_glu_pair_time(
     with ways.force(way):
         for label in ("one pass", "two"):
             name = f"gate, up and unit of Llama-3-8B, {way}, {label}"
+            with monkeypatch.context() as own:
+                made = _made(own)
+                block.fused("silu")
+            assert len(made) == (1 if label == "one pass" else 0)
             observed.time_ms[name] = median_ms(lambda: block.fused("silu"))
             monkeypatch.setattr(_lora_glu, "_pays", lambda *_: False)

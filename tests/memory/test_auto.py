@@ -9,9 +9,10 @@ import random
 import pytest
 import torch
 
-from fastft import memory
+from fastft import memory, ops
 from fastft.errors import ArgumentError
 from fastft.memory._auto import Choice, cheapest
+from fastft.memory._saved import saving
 from tests.memory.models import llama, same, steps
 
 
@@ -135,3 +136,16 @@ def test_a_pickle_keeps_the_policies_it_was_made_with() -> None:
     model = memory.checkpoint(llama(fused=False), "auto", budget=1 << 30)
     steps(model, 2)
     assert memory.explain(pickle.loads(pickle.dumps(model))) == "4 x none"
+
+
+def test_a_result_made_again_costs_the_bytes_that_takes() -> None:
+    """S is small, but x is read for it; each is told of once, whoever else saves it."""
+    x, w = torch.randn(40, 64, requires_grad=True), torch.randn(32, 64)
+    a, b = torch.randn(16, 64, requires_grad=True), torch.randn(32, 16, requires_grad=True)
+    moved: list[int] = []
+    with saving(recipes=True, remade=moved.append):
+        y = ops.lora_linear(x, w, a, b, scaling=1.0)
+        z = ops.rms_norm(y, torch.ones(32))
+        (z * z).sum()
+    s = 4 * 40 * 16
+    assert moved == [x.nbytes + a.nbytes + s, 2 * y.nbytes + 4 * 32]

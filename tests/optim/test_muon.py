@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -131,3 +132,35 @@ class TestMuon:
         optimizer.state[p]["momentum_buffer"] = torch.full((4, 12), 7.0)
         optimizer.step()
         assert float(optimizer.state[p]["momentum_buffer"].min()) > 6.0
+
+    def test_nothing_but_the_momentum_outlives_a_step(self) -> None:
+        p = torch.randn(64, 96, requires_grad=True)
+        p.grad = torch.randn(64, 96)
+        optimizer = optim.Muon([p])
+        alive = []
+        usual = torch.empty
+
+        def empty(*args: Any, **more: Any) -> Tensor:
+            made = usual(*args, **more)
+            if made.numel() >= p.numel():
+                alive.append(weakref.ref(made))
+            return made
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "empty", empty)
+            for _ in range(2):
+                optimizer.step()
+        assert len(alive) >= 2
+        assert not any(made() is not None for made in alive)
+
+    def test_in_another_default_dtype(self) -> None:
+        p = torch.randn(8, 40, dtype=F32, requires_grad=True)
+        p.grad = torch.randn(8, 40, dtype=F32)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(BF16)
+        try:
+            for kind in (optim.Muon, optim.Adafactor, optim.AdamW):
+                kind([p], max_grad_norm=1.0).step()
+        finally:
+            torch.set_default_dtype(before)
+        assert bool(p.isfinite().all())
