@@ -67,6 +67,8 @@ def backward(
     """The gradients of gate and up, with more left at the node; None where it cannot or would not
     pay, or where the node's own backward does not come."""
     node, constants = found.node, found.node.constants
+    if gate.device.type == "meta":  # the planner looks at the operations apart
+        return None
     launcher = backends.launcher("lora_linear", constants.backend)
     _, _, _, need_b, _ = constants.split(node.needs_input_grad[3:])
     if not hasattr(launcher, "glu_bwd") or not node.needs_input_grad[2] or not all(need_b):
