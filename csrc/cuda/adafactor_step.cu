@@ -170,7 +170,8 @@ __device__ float update_tile(const FactoredCall& call, float scale) {
   const FactoredTensor t = call.tensors[index];
   const FactoredHyper h = reinterpret_cast<const FactoredHyper*>(call.hyper)[index];
   const FactoredTile f = tile_of(t, blockIdx.x);
-  const float eps1 = first_eps(h, param_dtype(t.step)), least = least_variance(eps1);
+  const float eps1 = first_eps(h, param_dtype(t.step));
+  const float most = inverse_root(least_variance(eps1));
   const float mean = mean_of_rows(call, t, f.matrix);
   const float* moments = reinterpret_cast<const float*>(t.row) + f.matrix * t.rows;
   const float size = kWrite ? call.partials[3 * call.tiles + index] : 0.0f;
@@ -182,14 +183,16 @@ __device__ float update_tile(const FactoredCall& call, float scale) {
     const Lanes l = lanes_over(width);
     float column[kLane];
     load<float>(column, t.column, f.matrix * t.cols + col + l.at, l.count);
+#pragma unroll
+    for (int i = 0; i < kLane; ++i) column[i] = inverse_root(column[i]);
     over_rows(t, f, l, col, [&](int64_t row, int64_t start, int count) {
       if (count == 0) return;
-      const float share = t.row ? row_share(moments[row], mean, eps1) : 1.0f;
+      const float own = t.row ? inverse_root(row_share(moments[row], mean, eps1)) : 1.0f;
       float g[kLane], u[kLane];
       load_gradient(g, t, start, count);
 #pragma unroll
       for (int i = 0; i < kLane; ++i)
-        u[i] = factored_update(signed_scale * g[i], share, column[i], least);
+        u[i] = factored_update(signed_scale * g[i], own, column[i], most);
       if (!kWrite) {
         squares += squares_of(u);
         return;

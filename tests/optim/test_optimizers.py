@@ -466,3 +466,21 @@ def test_sparse_and_complex_are_refused_aloud(kind: str) -> None:
     p.grad = torch.ones(4).to_sparse() if kind == "sparse" else torch.ones(4, dtype=p.dtype)
     with pytest.raises(TypeError, match=kind):
         optim.AdamW([p]).step()
+
+
+@pytest.mark.parametrize("options", [{}, {"rounding": "compensated"}])
+def test_adafactor_of_parameters_that_lie_otherwise(options: dict[str, Any]) -> None:
+    """Rows and columns are those of the parameter, not of its memory."""
+    torch.manual_seed(0)
+    dtype = BF16 if options else F32
+    plain = torch.randn(12, 30, dtype=dtype, requires_grad=True)
+    turned = plain.detach().t().contiguous().t().requires_grad_()
+    assert not turned.is_contiguous()
+    one, two = optim.Adafactor([plain], **options), optim.Adafactor([turned], **options)
+    for _ in range(3):
+        gradients([plain], [turned])
+        one.step()
+        two.step()
+    assert torch.equal(plain, turned)
+    for name, value in one.state[plain].items():
+        assert torch.equal(value, two.state[turned][name]), name

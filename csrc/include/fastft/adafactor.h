@@ -117,9 +117,13 @@ FASTFT_HD float row_share(float moment, float mean, float eps1) {
   return moment / (mean < eps1 ? eps1 : mean);
 }
 
-FASTFT_HD float factored_update(float g, float share, float column, float least) {
-  const float variance = share * column;
-  return g / step_sqrt(variance < least ? least : variance);  // NaN stays
+FASTFT_HD float inverse_root(float value) { return 1.0f / step_sqrt(value); }
+
+// g / sqrt(max(variance, least)): the variance is a row's share times a column's moment, of which
+// these are the inverse roots; most: that of the least. No root and no quotient an element.
+FASTFT_HD float factored_update(float g, float row, float column, float most) {
+  const float size = row * column;
+  return g * (size > most ? most : size);  // NaN stays
 }
 
 // What an update is multiplied by: max(eps2, rms p) min(lr, 1 / sqrt t) / max(1, rms u / d).
