@@ -6,16 +6,29 @@ whose shapes these are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 
-from .declare import Case, Impl, Measured, Metric, Options, Step, Suite
-from .optim import LLAMA_8B, MAX_NORM, SMOLLM2, R, lora_shapes, model_shapes
+from .declare import Case, Impl, Metric, Options, Step, Suite
+from .optim import (
+    CHECKED_STEPS,
+    LLAMA_8B,
+    MAX_NORM,
+    SMOLLM2,
+    Inputs,
+    bytes_per_param,
+    case_of,
+    clips,
+    launches,
+    lora_shapes,
+    model_shapes,
+    ns_per_param,
+    prepare,
+    tiny,
+)
 
 LR, WEIGHT_DECAY = 1e-3, 0.01
-CHECKED_STEPS = 3
 
 
 def cases(options: Options) -> Sequence[Case]:
@@ -24,48 +37,12 @@ def cases(options: Options) -> Sequence[Case]:
     model = model_shapes(options)
     count = f"{sum(torch.Size(s).numel() for s in model) / 1e9:.2f}B"
     return [
-        _case(f"lora {name} {len(shapes)} tensors", shapes, "float32")
+        case_of(f"lora {name} {len(shapes)} tensors", shapes, "float32")
         for name, shapes in (
             ("SmolLM2", lora_shapes(SMOLLM2, quick)),
             ("Llama-3-8B", lora_shapes(LLAMA_8B, quick)),
         )
-    ] + [_case(f"model {count} bfloat16", model, "bfloat16")]
-
-
-def _case(name: str, shapes: Sequence[tuple[int, ...]], dtype: str) -> Case:
-    total = sum(torch.Size(s).numel() for s in shapes)
-    return Case(name, {"shapes": shapes, "total": total, "dtype": dtype})
-
-
-def tiny(case: Case) -> Case:
-    return _case(case.name, [(R, 64), (64, R)], case["dtype"])
-
-
-@dataclass
-class Inputs:
-    """values, gradients: tensors of the case's shapes and dtype."""
-
-    case: Case
-    values: list[torch.Tensor]
-    gradients: list[torch.Tensor]
-
-
-def prepare(case: Case, options: Options) -> Inputs:
-    generator = torch.Generator().manual_seed(case["total"] % 2**31)
-    dtype = getattr(torch, case["dtype"])
-
-    def draw(scale: float) -> list[torch.Tensor]:
-        return [
-            (torch.randn(shape, generator=generator) * scale).to(options.device, dtype)
-            for shape in case["shapes"]
-        ]
-
-    return Inputs(case, values=draw(0.05), gradients=draw(0.01))
-
-
-def clips(case: Case) -> bool:
-    """Whether the norm of the case's gradients is clipped."""
-    return bool(case["dtype"] == "float32")
+    ] + [case_of(f"model {count} bfloat16", model, "bfloat16")]
 
 
 Make = Callable[[list[torch.Tensor]], Callable[[], object]]
@@ -142,21 +119,6 @@ def check(inputs: Inputs, step: Step) -> str | None:
         return None if 0.5 < along < 1.5 else f"moves {along:.2f} times as far as torch's"
     off = float((change.double() - exact).norm() / exact.norm())
     return None if off < ALLOWED[name] else f"steps are {off:.1%} off torch's in float64"
-
-
-def ns_per_param(own: Measured, by_impl: Mapping[str, Measured], case: Case) -> float | None:
-    """Median time of a step over the number of parameters."""
-    return own.median * 1e9 / case["total"]
-
-
-def bytes_per_param(own: Measured, by_impl: Mapping[str, Measured], case: Case) -> float | None:
-    """Peak memory of the first step over the number of parameters, beside these and gradients."""
-    return None if own.peak_bytes is None else own.peak_bytes / case["total"]
-
-
-def launches(own: Measured, by_impl: Mapping[str, Measured], case: Case) -> float | None:
-    """Kernels, copies and fills of a step; on a GPU."""
-    return own.launches
 
 
 SUITE = Suite(

@@ -64,15 +64,16 @@ def cases(options: Options) -> Sequence[Case]:
     model = model_shapes(options)
     count = f"{_size(model) / 1e9:.2f}B"
     return [
-        _case(f"lora SmolLM2 {len(adapters)} tensors", adapters, "float32"),
-        _case(f"lora Llama-3-8B {len(large)} tensors", large, "float32"),
-        _case("flat 1 tensor", [(_size(adapters),)], "float32"),
-        _case(f"{len(small)} tensors of 1024", small, "float32"),
-        _case(f"model {count} bfloat16", model, "bfloat16"),
+        case_of(f"lora SmolLM2 {len(adapters)} tensors", adapters, "float32"),
+        case_of(f"lora Llama-3-8B {len(large)} tensors", large, "float32"),
+        case_of("flat 1 tensor", [(_size(adapters),)], "float32"),
+        case_of(f"{len(small)} tensors of 1024", small, "float32"),
+        case_of(f"model {count} bfloat16", model, "bfloat16"),
     ]
 
 
-def _case(name: str, shapes: Sequence[tuple[int, ...]], dtype: str) -> Case:
+def case_of(name: str, shapes: Sequence[tuple[int, ...]], dtype: str) -> Case:
+    """Tensors of these shapes and this dtype."""
     return Case(name, {"shapes": shapes, "total": _size(shapes), "dtype": dtype})
 
 
@@ -292,7 +293,7 @@ def of_copy(own: Measured, by_impl: Mapping[str, Measured], case: Case) -> float
 
 
 def tiny(case: Case) -> Case:
-    return _case(case.name, [(R, 64), (64, R)], case["dtype"])
+    return case_of(case.name, [(R, 64), (64, R)], case["dtype"])
 
 
 SUITE = Suite(

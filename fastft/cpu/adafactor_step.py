@@ -8,17 +8,9 @@ import torch
 from torch import Tensor
 
 from fastft import native
+from fastft.cpu.optimizer_step import supports
 
 __all__ = ["step", "supports"]
-
-
-def supports(*, device_type: str, dtype: torch.dtype, **facts: object) -> str | None:
-    """All roundings for float32, bfloat16 and float16."""
-    if not native.available():
-        return f"the compiled module is missing ({native.load_error()})"
-    if dtype not in native.DTYPE_CODES:
-        return f"parameters in {dtype}; the CPU kernels take float32, bfloat16 and float16"
-    return None
 
 
 def step(
