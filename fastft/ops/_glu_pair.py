@@ -9,6 +9,7 @@ the very gradients left: whoever else used gate or up, or hooked them, made othe
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,10 @@ class Left(NamedTuple):
 
 
 def producer(gate: Tensor, up: Tensor, backend: str) -> Producer | None:
-    """The LoRA call of this backend whose two results these are; None where there is none."""
+    """The LoRA call of this backend whose two results these are; None where there is none, or the
+    backend makes no pair. The planner's tensors look at the operations apart."""
+    if gate.device.type == "meta" or not _has_pair(backend):
+        return None
     first, second = _origin(gate), _origin(up)
     if first is None or second is None or first[0] is not second[0]:
         return None
@@ -49,6 +53,11 @@ def producer(gate: Tensor, up: Tensor, backend: str) -> Producer | None:
     if constants.layers != 2 or not plain or sorted(places) != [0, 1]:
         return None
     return Producer(node, places[0] == 0)
+
+
+@functools.cache
+def _has_pair(backend: str) -> bool:
+    return hasattr(backends.launcher("lora_linear", backend), "glu_bwd")
 
 
 def _origin(tensor: Tensor) -> tuple[Any, int] | None:
@@ -67,11 +76,8 @@ def backward(
     """The gradients of gate and up, with more left at the node; None where it cannot or would not
     pay, or where the node's own backward does not come."""
     node, constants = found.node, found.node.constants
-    if gate.device.type == "meta":  # the planner looks at the operations apart
-        return None
-    launcher = backends.launcher("lora_linear", constants.backend)
     _, _, _, need_b, _ = constants.split(node.needs_input_grad[3:])
-    if not hasattr(launcher, "glu_bwd") or not node.needs_input_grad[2] or not all(need_b):
+    if not node.needs_input_grad[2] or not all(need_b):
         return None
     if gate.numel() == 0 or not torch._C._will_engine_execute_node(node):  # type: ignore[attr-defined]
         return None
@@ -79,6 +85,7 @@ def backward(
     x, *tensors = saved
     weights, _, lora_as, lora_bs, masks, ss = constants.split(tensors)
     columns = gate.shape[-1]
+    launcher: Any = backends.launcher("lora_linear", constants.backend)
     made = launcher.glu_bwd(
         d_out.reshape(-1, columns).contiguous(),
         gate.reshape(-1, columns),
