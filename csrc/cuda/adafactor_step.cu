@@ -149,20 +149,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks) moments_kernel(FactoredCall
     call.scratch[t.row_means + f.matrix * parts_of(t.rows, kLines) + f.item] = own;
 }
 
-// The mean of the rows' moments of a matrix, in all threads; 0 of a vector.
-__device__ float mean_of_rows(const FactoredCall& call, const FactoredTensor& t, int64_t matrix) {
-  __shared__ float mean;
-  if (threadIdx.x == 0) {
-    const int64_t parts = t.row ? parts_of(t.rows, kLines) : 0;
-    const float* sums = call.scratch + t.row_means + matrix * parts;
-    double sum = 0.0;
-    for (int64_t i = 0; i < parts; ++i) sum += sums[i];
-    mean = static_cast<float>(sum / static_cast<double>(t.rows));
-  }
-  __syncthreads();
-  return mean;
-}
-
 // The sum of squares of this thread's updates; with kWrite the parameters are written instead.
 template <bool kWrite>
 __device__ float update_tile(const FactoredCall& call, float scale) {
@@ -172,7 +158,10 @@ __device__ float update_tile(const FactoredCall& call, float scale) {
   const FactoredTile f = tile_of(t, blockIdx.x);
   const float eps1 = first_eps(h, param_dtype(t.step));
   const float most = inverse_root(least_variance(eps1));
-  const float mean = mean_of_rows(call, t, f.matrix);
+  __shared__ float shared_mean;
+  if (threadIdx.x == 0) shared_mean = mean_of_rows(call, t, f.matrix);
+  __syncthreads();
+  const float mean = shared_mean;
   const float* moments = reinterpret_cast<const float*>(t.row) + f.matrix * t.rows;
   const float size = kWrite ? call.partials[3 * call.tiles + index] : 0.0f;
   const float kept = 1.0f - h.lr * h.weight_decay, signed_scale = h.sign * scale;

@@ -27,8 +27,6 @@ def step(
     """One step over all tensors; see :func:`fastft.ops.adafactor_step` for the formulas."""
     table, _ = tensors.table(grads)
     scratch, partials = (torch.empty(size, dtype=torch.float32) for size in tensors.scratch_sizes)
-    tiles, lines = tensors.tile_tensor, tensors.line_tensor
-    places = [table.data_ptr(), len(grads)]
-    places += [tiles.data_ptr(), tiles.numel(), lines.data_ptr(), lines.numel()]
-    places += [t.data_ptr() for t in (scratch, partials, hyper, stats)]
+    work = (tensors.tile_tensor, tensors.line_tensor)
+    places = tensors.call(table, *work, scratch, partials, hyper, stats)
     native.module().adafactor_step(places, max_norm, needs_norm, seed, isa=isa)

@@ -34,14 +34,13 @@ def step(
             ticket = torch.zeros(1, dtype=torch.int32, device=tensors.device)
             work = (tensors.tile_tensor, tensors.line_tensor)
             tables["work"] = (*(upload(t, tensors.device) for t in work), ticket)
-        tiles, lines, ticket = tables["work"]
+        *work, ticket = tables["work"]
         scratch, partials = (
             torch.empty(size, dtype=torch.float32, device=tensors.device)
             for size in tensors.scratch_sizes
         )
-        places = [table_for(tensors, grads).data_ptr(), len(grads)]
-        places += [tiles.data_ptr(), tiles.numel(), lines.data_ptr(), lines.numel()]
-        places += [t.data_ptr() for t in (scratch, partials, hyper, stats)]
+        table = table_for(tensors, grads)
+        places = tensors.call(table, *work, scratch, partials, hyper, stats)
         native.module().adafactor_step_cuda(
             torch.cuda.current_device(), places, ticket.data_ptr(), max_norm, needs_norm, seed,
             torch.cuda.current_stream().cuda_stream,

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fastft import backends
+from fastft.ops._lora_linear_autograd import Left, LoraLinear, cast, identity
 
-__all__ = ["Left", "backward", "producer", "take"]
+__all__ = ["backward", "producer"]
 
 
 class Producer(NamedTuple):
@@ -25,15 +26,6 @@ class Producer(NamedTuple):
 
     node: Any
     gate_first: bool
-
-
-class Left(NamedTuple):
-    """What is left with a node: its saved tensors, for they may be unpacked once, and what the
-    backend has made, with the gradients it goes with."""
-
-    saved: tuple[Tensor, ...]
-    made: Any
-    dys: list[tuple[Any, ...]]
 
 
 def producer(gate: Tensor, up: Tensor, backend: str) -> Producer | None:
@@ -65,8 +57,6 @@ def _origin(tensor: Tensor) -> tuple[Any, int] | None:
     node, place = tensor.grad_fn, tensor.output_nr
     if node is not None and node.name() in ("ViewBackward0", "UnsafeViewBackward0"):
         node, place = node.next_functions[0]
-    from fastft.ops._lora_linear_autograd import LoraLinear
-
     return (node, place) if getattr(node, "_forward_cls", None) is LoraLinear else None
 
 
@@ -92,7 +82,7 @@ def backward(
         up.reshape(-1, columns),
         x,
         list(ss),
-        [w if w.dtype == x.dtype else w.to(x.dtype) for w in weights],
+        cast(weights, x.dtype),
         list(lora_as),
         list(lora_bs),
         list(constants.scalings),
@@ -103,22 +93,6 @@ def backward(
     if made is None:
         node.left = Left(saved, None, [])
         return None
-    node.left = Left(saved, made, [_identity(dy) for dy in made.dys])
+    node.left = Left(saved, made, [identity(dy) for dy in made.dys])
     d_gate, d_up = made.dys if found.gate_first else reversed(made.dys)
     return d_gate.view(gate.shape), d_up.view(up.shape)
-
-
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """What tells a tensor from any other, and from itself once changed."""
-    return (tensor.data_ptr(), tensor._version, tuple(tensor.shape), tensor.stride())
-
-
-def take(node: Any, dys: Any) -> Left | None:
-    """What was left at this node, which forgets it; without what the backend has made where these
-    are not the gradients it goes with."""
-    left: Left | None = node.__dict__.pop("left", None)
-    if left is None or left.made is None:
-        return left
-    if [_identity(dy) for dy in dys] == left.dys:
-        return left
-    return left._replace(made=None)

@@ -6,13 +6,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastft import backends
-from fastft.ops import _glu_pair
 from fastft.ops._checks import without_autocast
 from fastft.ops._saving import Late, note, saves_first
 from fastft.reference.lora_linear import lora_term
@@ -20,10 +19,13 @@ from fastft.reference.lora_linear import lora_term
 __all__ = [
     "AUTO",
     "Constants",
+    "Left",
     "LoraLinear",
     "backward_of",
+    "cast",
     "choose",
     "forward_of",
+    "identity",
     "late_values",
     "new_dropout_mask",
     "outputs_of",
@@ -80,7 +82,8 @@ def new_dropout_mask(x: Tensor, p: float, lora_a: Tensor, backend: str) -> Tenso
     return mask
 
 
-def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Those of another dtype, cast."""
     return [t if t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
@@ -151,7 +154,7 @@ def _launch(
             outputs[:n],
             outputs[n:],
             x,
-            _cast(weights, x.dtype),
+            cast(weights, x.dtype),
             _cast_biases(biases, x.dtype),
             list(lora_as),
             list(lora_bs),
@@ -195,7 +198,7 @@ def backward_of(
             [dy.contiguous() for dy in dys] if made is None else list(dys),
             x,
             list(ss),
-            _cast(weights, x.dtype),
+            cast(weights, x.dtype),
             list(lora_as),
             list(lora_bs),
             list(scalings),
@@ -235,6 +238,31 @@ def _adapters_again(constants: Constants, x: Tensor, *tensors: Any) -> Tensor:
     return held
 
 
+class Left(NamedTuple):
+    """What is left with a node: its saved tensors, for they may be unpacked once, and what the
+    backend has made, with the gradients it goes with."""
+
+    saved: tuple[Tensor, ...]
+    made: Any
+    dys: list[tuple[Any, ...]]
+
+
+def identity(tensor: Tensor) -> tuple[Any, ...]:
+    """What tells a tensor from any other, and from itself once changed."""
+    return (tensor.data_ptr(), tensor._version, tuple(tensor.shape), tensor.stride())
+
+
+def _take(node: Any, dys: Any) -> Left | None:
+    """What was left at this node, which forgets it; without what the backend has made where these
+    are not the gradients it goes with."""
+    left: Left | None = node.__dict__.pop("left", None)
+    if left is None or left.made is None:
+        return left
+    if [identity(dy) for dy in dys] == left.dys:
+        return left
+    return left._replace(made=None)
+
+
 class LoraLinear(torch.autograd.Function):
     """Eager autograd of ``lora_linear_siblings``."""
 
@@ -258,7 +286,7 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> Any:
         constants: Constants = ctx.constants
-        left = _glu_pair.take(ctx, dys)
+        left = _take(ctx, dys)
         x, *tensors = ctx.saved_tensors if left is None else left.saved
         weights, biases, lora_as, lora_bs, masks, ss = constants.split(tensors)
         no_masks = [None] * len(masks)

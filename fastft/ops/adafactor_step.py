@@ -92,13 +92,24 @@ class FactoredTensors(StepTensors):
         self.line_tensor = which.repeat_interleave(repeats[:, 1])
         # float32 elements that a launcher needs room for: sums, then those of tiles and tensors.
         self.scratch_sizes = (max(scratch, 1), 3 * tiles + max(len(params), 1))
-        self._places = torch.tensor(places, dtype=torch.int64).view(len(params), 12)
+        geometry = torch.tensor(places, dtype=torch.int64).view(len(params), 12)
+        self._whole = torch.cat((self._table, geometry), 1)
+        self._table = self._whole[:, : self._table.shape[1]]  # written where addresses change
 
     def table(self, grads: Sequence[Tensor]) -> tuple[Tensor, bool]:
         """The rows of csrc/include/fastft/adafactor.h, int64 (n, 24) on the CPU, and whether
         anything has changed since the last call."""
-        own, changed = super().table(grads)
-        return torch.cat((own, self._places), 1), changed
+        return self._whole, super().table(grads)[1]
+
+    def call(
+        self, table: Tensor, tile_tensor: Tensor, line_tensor: Tensor, *buffers: Tensor
+    ) -> list[int]:
+        """The first fields of csrc/include/fastft/adafactor.h's FactoredCall: the three tables,
+        where the launcher has them, and scratch, partials, hyper and stats."""
+        fields = [table.data_ptr(), len(self.params)]
+        for work in (tile_tensor, line_tensor):
+            fields += [work.data_ptr(), work.numel()]
+        return fields + [buffer.data_ptr() for buffer in buffers]
 
 
 def adafactor_step(

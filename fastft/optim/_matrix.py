@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fastft.errors import ArgumentError
@@ -15,7 +16,7 @@ from fastft.optim._shards import is_sharded
 if TYPE_CHECKING:
     from fastft.optim._batch import Members
 
-__all__ = ["MatrixBatch", "MatrixOptimizer"]
+__all__ = ["MatrixBatch", "MatrixOptimizer", "own_state"]
 
 
 class MatrixBatch(Batch):
@@ -36,6 +37,18 @@ class MatrixBatch(Batch):
         for p, g in zip(self._params, grads, strict=True):
             optimizer.refuse(p, g)
         return [g.contiguous() for g in grads]
+
+
+def own_state(state: dict[str, Any], name: str, p: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The state of this name, zeros where there is none, on p's device in float32 or wider."""
+    wide = torch.promote_types(p.dtype, torch.float32)
+    found = state.get(name)
+    if found is None:
+        state[name] = torch.zeros(shape, dtype=wide, device=p.device)
+    else:
+        state[name] = found.to(p.device, wide).contiguous()
+    kept: Tensor = state[name]
+    return kept
 
 
 class MatrixOptimizer(FusedOptimizer):

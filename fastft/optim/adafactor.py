@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastft import ops
@@ -13,7 +12,7 @@ from fastft.errors import ArgumentError
 from fastft.ops.adafactor_step import factored_launcher_of
 from fastft.optim._base import FusedOptimizer
 from fastft.optim._batch import Members
-from fastft.optim._matrix import MatrixBatch, MatrixOptimizer
+from fastft.optim._matrix import MatrixBatch, MatrixOptimizer, own_state
 
 __all__ = ["Adafactor"]
 
@@ -52,11 +51,11 @@ class _FactoredBatch(MatrixBatch):
         columns = []
         for p, state in zip(self._params, self._states, strict=True):
             if p.dim() > 1:
-                rows.append(_moment(state, "row_var", p, (*p.shape[:-1], 1)))
-                columns.append(_moment(state, "col_var", p, (*p.shape[:-2], 1, p.shape[-1])))
+                rows.append(own_state(state, "row_var", p, (*p.shape[:-1], 1)))
+                columns.append(own_state(state, "col_var", p, (*p.shape[:-2], 1, p.shape[-1])))
             else:
                 rows.append(None)
-                columns.append(_moment(state, "variance", p, tuple(p.shape)))
+                columns.append(own_state(state, "variance", p, tuple(p.shape)))
         self.tensors = ops.FactoredTensors(
             self._params,
             [s["step"] for s in self._states],
@@ -67,17 +66,6 @@ class _FactoredBatch(MatrixBatch):
             [key for key, _ in keys],
         )
         self.launcher = factored_launcher_of(self.tensors)
-
-
-def _moment(state: dict[str, Any], name: str, p: Tensor, shape: tuple[int, ...]) -> Tensor:
-    wide = torch.promote_types(p.dtype, torch.float32)
-    found = state.get(name)
-    if found is None:
-        state[name] = torch.zeros(shape, dtype=wide, device=p.device)
-    else:
-        state[name] = found.to(p.device, wide).contiguous()
-    moment: Tensor = state[name]
-    return moment
 
 
 class Adafactor(MatrixOptimizer):

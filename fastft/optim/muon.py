@@ -13,7 +13,7 @@ from fastft import ops
 from fastft.errors import ArgumentError
 from fastft.ops.optimizer_step import launcher_of
 from fastft.optim._base import FusedOptimizer
-from fastft.optim._matrix import MatrixBatch, MatrixOptimizer
+from fastft.optim._matrix import MatrixBatch, MatrixOptimizer, own_state
 
 __all__ = ["Muon", "orthogonalize"]
 
@@ -39,7 +39,10 @@ class _Momenta(MatrixBatch):
             self._stacks.setdefault((p.shape, p.dtype, self._group_of[i]), []).append(i)
         device = self._params[0].device
         steps = torch.zeros(len(self._params), dtype=torch.float32, device=device).unbind()
-        buffers = [_buffer(s, p) for s, p in zip(self._states, self._params, strict=True)]
+        buffers = [
+            own_state(state, "momentum_buffer", p, tuple(p.shape))
+            for state, p in zip(self._states, self._params, strict=True)
+        ]
         self.tensors = ops.StepTensors("muon", self._moves(), steps, [buffers])
         self.launcher = launcher_of(self.tensors)
         self._give_back()
@@ -192,18 +195,6 @@ class Muon(MatrixOptimizer):
         momenta.written[4] = stats[1] == 0
         write = self._batch(device, params, groups)
         write.run(self, momenta.orthogonalized(), momenta.written, False)
-
-
-def _buffer(state: dict[str, Any], p: Tensor) -> Tensor:
-    """The momentum of a parameter, float32 or wider."""
-    wide = torch.promote_types(p.dtype, torch.float32)
-    found = state.get("momentum_buffer")
-    if found is None:
-        state["momentum_buffer"] = torch.zeros(p.shape, dtype=wide, device=p.device)
-    else:
-        state["momentum_buffer"] = found.to(p.device, wide).contiguous()
-    buffer: Tensor = state["momentum_buffer"]
-    return buffer
 
 
 def orthogonalize(

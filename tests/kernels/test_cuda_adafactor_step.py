@@ -48,12 +48,9 @@ def step(library: ctypes.CDLL) -> Callable[..., None]:
     ) -> None:
         table, _ = tensors.table(grads)
         scratch, partials = (torch.full((n,), float("nan")) for n in tensors.scratch_sizes)
-        tiles, lines = tensors.tile_tensor, tensors.line_tensor
-        call = _Call(
-            table.data_ptr(), len(grads), tiles.data_ptr(), tiles.numel(), lines.data_ptr(),
-            lines.numel(), scratch.data_ptr(), partials.data_ptr(), hyper.data_ptr(),
-            stats.data_ptr(), max_norm, needs_norm, seed,
-        )  # fmt: skip
+        work = (tensors.tile_tensor, tensors.line_tensor)
+        places = tensors.call(table, *work, scratch, partials, hyper, stats)
+        call = _Call(*places, max_norm, needs_norm, seed)
         status = library.fastft_adafactor_step_cuda(
             ctypes.c_int(0), ctypes.byref(call), ctypes.c_void_p(ticket.data_ptr()),
             ctypes.c_void_p(None),

@@ -112,6 +112,16 @@ FASTFT_HD float blend(float old, float fresh, float rate) {
   return rate < 0.5f ? old + rate * way : fresh - way * (1.0f - rate);
 }
 
+// The mean of the rows' moments of a matrix, from the sums of their pass; 0 of a vector.
+FASTFT_HD float mean_of_rows(const FactoredCall& call, const FactoredTensor& t, int64_t matrix) {
+  if (!t.row) return 0.0f;
+  const int64_t parts = parts_of(t.rows, kLines);
+  const float* sums = call.scratch + t.row_means + matrix * parts;
+  double sum = 0.0;
+  for (int64_t i = 0; i < parts; ++i) sum += static_cast<double>(sums[i]);
+  return static_cast<float>(sum / static_cast<double>(t.rows));
+}
+
 // What a row brings to the variance of its elements: R / mean R, 1 in a vector.
 FASTFT_HD float row_share(float moment, float mean, float eps1) {
   return moment / (mean < eps1 ? eps1 : mean);
