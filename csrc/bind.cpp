@@ -17,6 +17,7 @@
 
 #include "cpu/dispatch.h"
 #include "fastft/adafactor.h"
+#include "fastft/dynamic8.h"
 #include "fastft/optimizer.h"
 #if defined(FASTFT_WITH_CUDA)
 #include "fastft/cuda_api.h"

@@ -165,13 +165,16 @@ __device__ float update_tile(const FactoredCall& call, float scale) {
   const float* moments = reinterpret_cast<const float*>(t.row) + f.matrix * t.rows;
   const float size = kWrite ? call.partials[3 * call.tiles + index] : 0.0f;
   const float kept = 1.0f - h.lr * h.weight_decay, signed_scale = h.sign * scale;
-  const uint32_t step = static_cast<uint32_t>(*reinterpret_cast<const float*>(t.step.step));
+  const Random random{call.seed,
+                      static_cast<uint32_t>(*reinterpret_cast<const float*>(t.step.step)),
+                      static_cast<uint32_t>(t.step.key)};
   float squares = 0.0f;
   for (int64_t col = f.col0; col < f.col1; col += kStateBlock) {
     const int64_t width = f.col1 - col < kStateBlock ? f.col1 - col : kStateBlock;
     const Lanes l = lanes_over(width);
     float column[kLane];
-    load<float>(column, t.column, f.matrix * t.cols + col + l.at, l.count);
+    const float* from = reinterpret_cast<const float*>(t.column) + f.matrix * t.cols + col;
+    load(column, from + l.at, l.count);
 #pragma unroll
     for (int i = 0; i < kLane; ++i) column[i] = inverse_root(column[i]);
     over_rows(t, f, l, col, [&](int64_t row, int64_t start, int count) {
@@ -190,7 +193,11 @@ __device__ float update_tile(const FactoredCall& call, float scale) {
       load_param(p, t.step, start, count);
 #pragma unroll
       for (int i = 0; i < kLane; ++i) p[i] = p[i] * kept - size * u[i];
-      store_param(p, t.step, start, count, call.seed, step);
+      store_param(p, t.step, start, count,
+                  [&](const float (&values)[kLane], int64_t address, uint32_t words) {
+                    store_stochastic_anywhere(values, address, start, count, random,
+                                              static_cast<uint64_t>(t.step.offset + start), words);
+                  });
     });
   }
   return squares;

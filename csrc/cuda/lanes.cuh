@@ -12,33 +12,81 @@ using namespace fastft;
 
 constexpr int kLane = 8;  // elements of a lane
 
-// kLane elements in one access; a torch tensor may start anywhere, so the caller asks first.
+// kLane elements as words, in accesses of up to 16 bytes that leave the caches to others. A torch
+// tensor may start anywhere, so the caller asks first whether it is `whole`.
 template <typename T>
-struct alignas(sizeof(T) * kLane < 16 ? sizeof(T) * kLane : 16) Pack {
-  T values[kLane];
+struct Words {
+  static constexpr int kCount = kLane * static_cast<int>(sizeof(T)) / 4;
+  static constexpr int kIn = 4 / static_cast<int>(sizeof(T));  // elements of a word
+  static constexpr int kBits = 8 * static_cast<int>(sizeof(T));
+  static constexpr size_t kAlignment = kCount < 4 ? 4 * kCount : 16;
+  uint32_t words[kCount];
+
+  __device__ void read(const T* from) {
+    if constexpr (kCount == 2) {
+      const uint2 all = __ldcs(reinterpret_cast<const uint2*>(from));
+      words[0] = all.x, words[1] = all.y;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; i += 4) {
+        const uint4 all = __ldcs(reinterpret_cast<const uint4*>(from) + i / 4);
+        words[i] = all.x, words[i + 1] = all.y, words[i + 2] = all.z, words[i + 3] = all.w;
+      }
+    }
+  }
+  __device__ void write(T* to) const {
+    if constexpr (kCount == 2) {
+      __stcs(reinterpret_cast<uint2*>(to), uint2{words[0], words[1]});
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; i += 4)
+        __stcs(reinterpret_cast<uint4*>(to) + i / 4,
+               uint4{words[i], words[i + 1], words[i + 2], words[i + 3]});
+    }
+  }
+  __device__ uint32_t bits(int i) const {
+    return words[i / kIn] >> (kBits * (i % kIn)) & (0xffffffffu >> (32 - kBits));
+  }
 };
 
 template <typename T>
-__device__ void load(float (&out)[kLane], int64_t address, int64_t start, int count) {
-  const T* from = reinterpret_cast<const T*>(address) + start;
-  if (count == kLane && reinterpret_cast<uintptr_t>(from) % alignof(Pack<T>) == 0) {
-    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(from);
+__device__ bool whole(const T* at, int count) {
+  return count == kLane && reinterpret_cast<uintptr_t>(at) % Words<T>::kAlignment == 0;
+}
+
+__device__ float from_bits(float, uint32_t bits) { return float_from_bits(bits); }
+__device__ float from_bits(bfloat16, uint32_t bits) { return float_from_bits(bits << 16); }
+__device__ float from_bits(float16, uint32_t bits) {
+  return to_float(float16{static_cast<uint16_t>(bits)});
+}
+__device__ uint32_t to_bits(float value) { return float_bits(value); }
+__device__ uint32_t to_bits(bfloat16 value) { return value.bits; }
+__device__ uint32_t to_bits(float16 value) { return value.bits; }
+__device__ uint32_t to_bits(uint8_t value) { return value; }
+
+// kWhole: all eight are there and lie as Words wants them; else it is looked.
+template <bool kWhole = false, typename T>
+__device__ void load(float (&out)[kLane], const T* from, int count) {
+  if (kWhole || whole(from, count)) {
+    Words<T> all;
+    all.read(from);
 #pragma unroll
-    for (int i = 0; i < kLane; ++i) out[i] = to_float(pack.values[i]);
+    for (int i = 0; i < kLane; ++i) out[i] = from_bits(T{}, all.bits(i));
   } else {
 #pragma unroll
     for (int i = 0; i < kLane; ++i) out[i] = i < count ? to_float(from[i]) : 0.0f;
   }
 }
 
-template <typename T>
+template <bool kWhole = false, typename T>
 __device__ void store(const T (&values)[kLane], int64_t address, int64_t start, int count) {
   T* to = reinterpret_cast<T*>(address) + start;
-  if (count == kLane && reinterpret_cast<uintptr_t>(to) % alignof(Pack<T>) == 0) {
-    Pack<T> pack;
+  if (kWhole || whole(to, count)) {
+    Words<T> all{};
 #pragma unroll
-    for (int i = 0; i < kLane; ++i) pack.values[i] = values[i];
-    *reinterpret_cast<Pack<T>*>(to) = pack;
+    for (int i = 0; i < kLane; ++i)
+      all.words[i / Words<T>::kIn] |= to_bits(values[i]) << (Words<T>::kBits * (i % Words<T>::kIn));
+    all.write(to);
   } else {
 #pragma unroll
     for (int i = 0; i < kLane; ++i)
@@ -46,24 +94,25 @@ __device__ void store(const T (&values)[kLane], int64_t address, int64_t start, 
   }
 }
 
-template <typename T>
+template <typename T, bool kWhole = false>
 __device__ void store_rounded(const float (&values)[kLane], int64_t address, int64_t start,
                               int count) {
   T rounded[kLane];
 #pragma unroll
   for (int i = 0; i < kLane; ++i) rounded[i] = from_float<T>(values[i]);
-  store(rounded, address, start, count);
+  store<kWhole>(rounded, address, start, count);
 }
 
+template <bool kWhole = false>
 __device__ void load_as(float (&out)[kLane], DType dtype, int64_t address, int64_t start,
                         int count) {
   switch (dtype) {
     case DType::kFloat32:
-      return load<float>(out, address, start, count);
+      return load<kWhole>(out, reinterpret_cast<const float*>(address) + start, count);
     case DType::kBFloat16:
-      return load<bfloat16>(out, address, start, count);
+      return load<kWhole>(out, reinterpret_cast<const bfloat16*>(address) + start, count);
     default:
-      return load<float16>(out, address, start, count);
+      return load<kWhole>(out, reinterpret_cast<const float16*>(address) + start, count);
   }
 }
 
@@ -83,58 +132,85 @@ __device__ T block_sum(T value) {
   return value;
 }
 
-// Eight bfloat16, each up with the probability of what is cut off, by the bits that
-// csrc/cpu/optimizer_step.inc gives the same elements. words: where those of a parameter or of a
-// state begin in a block's.
-__device__ void store_stochastic(const float (&values)[kLane], int64_t address, const StepTensor& t,
-                                 int64_t start, int count, uint32_t words, uint64_t seed,
-                                 uint32_t step) {
-  const uint64_t first = static_cast<uint64_t>(t.offset + start);
-  const uint32_t tensor = static_cast<uint32_t>(t.key);
-  uint64_t block = first / kStateBlock;
-  RoundingKey key = rounding_key(block, step, tensor, seed);
+// The random bits of a step's rounding, by which csrc/cpu/optimizer_step.inc rounds the same
+// elements.
+struct Random {
+  uint64_t seed;
+  uint32_t step, tensor;
+
+  __device__ RoundingKey key(uint64_t block) const {
+    return rounding_key(block, step, tensor, seed);
+  }
+};
+
+// Eight bfloat16, each up with the probability of what is cut off: elements of one block from
+// `place` on, which is a multiple of eight. words: where those of a parameter or of a state begin.
+template <bool kWhole = false>
+__device__ void store_stochastic(const float (&values)[kLane], int64_t address, int64_t start,
+                                 int count, RoundingKey key, uint32_t place, uint32_t words) {
   bfloat16 rounded[kLane];
 #pragma unroll
-  for (int i = 0; i < kLane; ++i) {
-    const uint64_t element = first + static_cast<uint64_t>(i);
-    if (element / kStateBlock != block) {  // a shard's eight may lie across two blocks
-      block = element / kStateBlock;
-      key = rounding_key(block, step, tensor, seed);
+  for (int i = 0; i < kLane; i += 2) {
+    const uint32_t word = rounding_word(key, words + place / 2 + i / 2);
+    rounded[i] = round_stochastic(values[i], word & 0xffffu);
+    rounded[i + 1] = round_stochastic(values[i + 1], word >> 16);
+  }
+  store<kWhole>(rounded, address, start, count);
+}
+
+// The same anywhere: of a shard, eight may lie across two blocks.
+__device__ void store_stochastic_anywhere(const float (&values)[kLane], int64_t address,
+                                          int64_t start, int count, const Random& random,
+                                          uint64_t first, uint32_t words) {
+  uint64_t block = first / kStateBlock;
+  RoundingKey key = random.key(block);
+  if (first % kLane == 0)
+    return store_stochastic(values, address, start, count, key,
+                            static_cast<uint32_t>(first % kStateBlock), words);
+  bfloat16 rounded[kLane];
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {  // one key a turn
+#pragma unroll
+    for (int i = 0; i < kLane; ++i) {
+      const uint64_t element = first + static_cast<uint64_t>(i);
+      if (element / kStateBlock != block) continue;
+      const uint32_t place = static_cast<uint32_t>(element % kStateBlock);
+      const uint32_t word = rounding_word(key, words + place / 2);
+      rounded[i] = round_stochastic(values[i], (word >> (16 * (place & 1))) & 0xffffu);
     }
-    const uint32_t place = static_cast<uint32_t>(element % kStateBlock);
-    const uint32_t word = rounding_word(key, words + place / 2);
-    rounded[i] = round_stochastic(values[i], (word >> (16 * (place & 1))) & 0xffffu);
+    key = random.key(++block);
   }
   store(rounded, address, start, count);
 }
 
 // A parameter's elements, with what rounding has taken from them.
+template <bool kWhole = false>
 __device__ void load_param(float (&p)[kLane], const StepTensor& t, int64_t start, int count) {
-  load_as(p, param_dtype(t), t.param, start, count);
+  load_as<kWhole>(p, param_dtype(t), t.param, start, count);
   if (rounding(t) != Rounding::kCompensated) return;
   float rest[kLane];
-  load<bfloat16>(rest, t.compensation, start, count);
+  load<kWhole>(rest, reinterpret_cast<const bfloat16*>(t.compensation) + start, count);
 #pragma unroll
   for (int i = 0; i < kLane; ++i) p[i] += rest[i];
 }
 
-// Rounded as the tensor asks for. step: of this step, counted from 1.
+// Rounded as the tensor asks for; stochastic(address, words) stores at random.
+template <bool kWhole = false, typename Stochastic>
 __device__ void store_param(const float (&p)[kLane], const StepTensor& t, int64_t start, int count,
-                            uint64_t seed, uint32_t step) {
+                            const Stochastic& stochastic) {
   switch (param_dtype(t)) {
     case DType::kFloat32:
-      return store(p, t.param, start, count);
+      return store<kWhole>(p, t.param, start, count);
     case DType::kFloat16:
-      return store_rounded<float16>(p, t.param, start, count);
+      return store_rounded<float16, kWhole>(p, t.param, start, count);
     default:
-      if (rounding(t) == Rounding::kStochastic)
-        return store_stochastic(p, t.param, t, start, count, 0, seed, step);
-      store_rounded<bfloat16>(p, t.param, start, count);
+      if (rounding(t) == Rounding::kStochastic) return stochastic(p, t.param, 0u);
+      store_rounded<bfloat16, kWhole>(p, t.param, start, count);
       if (rounding(t) == Rounding::kCompensated) {
         float rest[kLane];
 #pragma unroll
         for (int i = 0; i < kLane; ++i) rest[i] = p[i] - to_float(from_float<bfloat16>(p[i]));
-        store_rounded<bfloat16>(rest, t.compensation, start, count);
+        store_rounded<bfloat16, kWhole>(rest, t.compensation, start, count);
       }
   }
 }

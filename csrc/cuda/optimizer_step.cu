@@ -9,7 +9,6 @@
 #include "fastft/cuda_api.h"
 #include "fastft/dynamic8.h"
 #include "fastft/optimizer.h"
-#include "fastft/philox.h"
 
 namespace {
 
@@ -64,116 +63,213 @@ __global__ void __launch_bounds__(kThreads)
   sum_and_decide<kThreads>(scratch.partials, tables.blocks, stats, max_norm);
 }
 
-// The largest of a warp, in all its lanes.
-__device__ float warp_max(float value) {
-  for (int offset = 16; offset > 0; offset /= 2) {
-    const float other = __shfl_xor_sync(0xffffffffu, value, offset);
-    value = other > value ? other : value;
-  }
-  return value;
+// The byte that holds the sign of each of two numbers, repeated, in the lowest bytes.
+__device__ uint32_t sign_bytes(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, 0xfb;" : "=r"(bytes) : "r"(float_bits(a)), "r"(float_bits(b)));
+  return bytes;
+#else
+  return (float_bits(a) >> 31) * 0xffu | (float_bits(b) >> 31) * 0xff00u;
+#endif
 }
 
-template <bool kSigned>
-__device__ void load_state(float (&out)[kLane], int64_t codes, const float* absmax, int64_t start,
-                           int count) {
-  const uint8_t* from = reinterpret_cast<const uint8_t*>(codes) + start;
+// The codes of 8-bit states where a block of threads reads them.
+struct SharedCodes {
+  alignas(16) uint32_t words[kDynamic8Words];
+
+  __device__ void fill(const uint4* from) {
+    for (int i = static_cast<int>(threadIdx.x); i < kDynamic8Words / 4; i += kThreads)
+      reinterpret_cast<uint4*>(words)[i] = from[i];
+  }
+
+  template <bool kSigned>
+  __device__ float value(uint8_t code) const {
+    return float_from_bits(words[Dynamic8Words<kSigned>::kValues + code]);
+  }
+
+  // Four numbers in [-1, 1], or [0, 1] of the unsigned map: their nearest codes.
+  template <bool kSigned>
+  __device__ uint32_t code(const float* x) const {
+    using Words = Dynamic8Words<kSigned>;
+    uint32_t sums[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      // -1 has no code: it takes that of its neighbour.
+      const float a = fmaxf(fabsf(kSigned ? fmaxf(x[i], -0.9921875f) : x[i]), kDynamic8Least);
+      const uint32_t bits = float_bits(a);
+      sums[i] =
+          words[Words::kSteps + (bits >> Words::kRest) - Words::kFirst] + (bits << Words::kShift);
+    }
+    const uint32_t codes = __byte_perm(__byte_perm(sums[0], sums[1], 0x73),
+                                       __byte_perm(sums[2], sums[3], 0x73), 0x5410);
+    if (!kSigned) return codes;
+    // 127 + k becomes 127 - k: all bits turned, and less one.
+    const uint32_t negative = __byte_perm(sign_bytes(x[0], x[1]), sign_bytes(x[2], x[3]), 0x5410);
+    return (codes ^ negative) - (negative & 0x01010101u);
+  }
+};
+
+template <bool kWhole, bool kSigned>
+__device__ void load_state(float (&out)[kLane], const SharedCodes& codes, int64_t address,
+                           const float* absmax, int64_t start, int count) {
+  const uint8_t* from = reinterpret_cast<const uint8_t*>(address) + start;
   const float scale = *absmax;
-  Pack<uint8_t> pack{};
-  if (count == kLane && reinterpret_cast<uintptr_t>(from) % alignof(Pack<uint8_t>) == 0) {
-    pack = *reinterpret_cast<const Pack<uint8_t>*>(from);
+  Words<uint8_t> all{};
+  if (kWhole || whole(from, count)) {
+    all.read(from);
   } else {
 #pragma unroll
-    for (int i = 0; i < kLane; ++i)
-      pack.values[i] = i < count ? from[i] : uint8_t(kSigned ? 127 : 0);
+    for (int i = 0; i < kLane; ++i) {
+      const uint32_t code = i < count ? from[i] : (kSigned ? 127u : 0u);
+      all.words[i / 4] |= code << (8 * (i % 4));
+    }
   }
 #pragma unroll
   for (int i = 0; i < kLane; ++i)
-    out[i] = scale * (kSigned ? dynamic8_decode_signed(pack.values[i])
-                              : dynamic8_decode_unsigned(pack.values[i]));
+    out[i] = scale * codes.value<kSigned>(static_cast<uint8_t>(all.bits(i)));
 }
 
-template <bool kSigned>
-__device__ void store_state(const float (&in)[kLane], int64_t codes, float* absmax, int64_t start,
-                            int count) {
-  float top = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kLane; ++i) {
-    const float size = in[i] < 0.0f ? -in[i] : in[i];
-    top = i < count && size > top ? size : top;
-  }
-  top = warp_max(top);
-  const float inverse = dynamic8_inverse(top);
-  uint8_t packed[kLane];
+template <bool kWhole, bool kSigned>
+__device__ void store_state(const float (&in)[kLane], const SharedCodes& codes, int64_t address,
+                            float* absmax, int64_t start, int count) {
+  float top = 0.0f;  // fmaxf passes NaN over
 #pragma unroll
   for (int i = 0; i < kLane; ++i)
-    packed[i] = kSigned ? dynamic8_encode_signed(in[i] * inverse)
-                        : dynamic8_encode_unsigned(in[i] * inverse);
-  store(packed, codes, start, count);
+    if (kWhole || i < count) top = fmaxf(top, fabsf(in[i]));
+  top = float_from_bits(__reduce_max_sync(0xffffffffu, float_bits(top)));
+  const float inverse = top >= 1.17549435e-38f ? step_quotient(1.0f, top) : 0.0f;
+  float scaled[kLane];
+#pragma unroll
+  for (int i = 0; i < kLane; ++i) scaled[i] = in[i] * inverse;
+  const uint32_t packed[2] = {codes.code<kSigned>(scaled), codes.code<kSigned>(scaled + 4)};
+  uint8_t bytes[kLane];
+#pragma unroll
+  for (int i = 0; i < kLane; ++i) bytes[i] = static_cast<uint8_t>(packed[i / 4] >> (8 * (i % 4)));
+  store<kWhole>(bytes, address, start, count);
   if (threadIdx.x % 32 == 0) *absmax = inverse > 0.0f ? top : 0.0f;
 }
 
-// One block's part of one tensor.
+// What a chunk's tiles share.
+struct ChunkCall {
+  const StepTensor& t;
+  const StepScalars& s;
+  const SharedCodes& codes;
+  Random random;
+  RoundingKey own;  // of the lane's block of the chunk, where those are the tensor's own
+  bool aligned;     // whether they are
+};
+
+// 256 elements of a chunk, eight a lane; kWhole: all are there, on borders of 16 bytes.
+template <typename Rule, bool kWhole>
+__device__ void update_tile(const ChunkCall& c, int64_t begin, int tile, int64_t left) {
+  const StepTensor& t = c.t;
+  const StateKind kind = state_kind(t);
+  const int lane = static_cast<int>(threadIdx.x % 32) * kLane;
+  const int count =
+      kWhole ? kLane
+             : static_cast<int>(left - lane < 0 ? 0 : (left - lane < kLane ? left - lane : kLane));
+  const int64_t start = begin + lane, block = begin / kStateBlock;
+  float* absmax1 = reinterpret_cast<float*>(t.absmax1) + block;
+  float* absmax2 = reinterpret_cast<float*>(t.absmax2) + block;
+  float p[kLane], g[kLane], first[kLane] = {}, second[kLane] = {};
+  load_as<kWhole>(g, grad_dtype(t), t.grad, start, count);
+  load_param<kWhole>(p, t, start, count);
+  if (kind == StateKind::kEightBit) {
+    load_state<kWhole, true>(first, c.codes, t.state1, absmax1, start, count);
+    if (Rule::kStates > 1)
+      load_state<kWhole, false>(second, c.codes, t.state2, absmax2, start, count);
+  } else {
+    const DType dtype = kind == StateKind::kBFloat16 ? DType::kBFloat16 : DType::kFloat32;
+    if (t.state1) load_as<kWhole>(first, dtype, t.state1, start, count);
+    if (t.state2) load_as<kWhole>(second, dtype, t.state2, start, count);
+  }
+#pragma unroll
+  for (int i = 0; i < kLane; ++i) Rule::update(p[i], g[i], first[i], second[i], c.s);
+  RoundingKey key{};
+  if (c.aligned)
+    key = {__shfl_sync(0xffffffffu, c.own.first, tile),
+           __shfl_sync(0xffffffffu, c.own.second, tile)};
+  const auto stochastic = [&](const float (&values)[kLane], int64_t address, uint32_t words) {
+    if (c.aligned)
+      return store_stochastic<kWhole>(values, address, start, count, key,
+                                      static_cast<uint32_t>(lane), words);
+    store_stochastic_anywhere(values, address, start, count, c.random,
+                              static_cast<uint64_t>(t.offset + start), words);
+  };
+  if (kind == StateKind::kEightBit) {
+    __syncwarp();  // the block's scale has been read by all before one lane writes it
+    store_state<kWhole, true>(first, c.codes, t.state1, absmax1, start, count);
+    if (Rule::kStates > 1)
+      store_state<kWhole, false>(second, c.codes, t.state2, absmax2, start, count);
+  } else if (kind == StateKind::kBFloat16) {
+    if (t.state1) stochastic(first, t.state1, kRoundingWords);
+    if (t.state2) stochastic(second, t.state2, 2 * kRoundingWords);
+  } else {
+    if (t.state1) store<kWhole>(first, t.state1, start, count);
+    if (t.state2) store<kWhole>(second, t.state2, start, count);
+  }
+  store_param<kWhole>(p, t, start, count, stochastic);
+}
+
+// What the chunks of a block of threads share.
+struct Shared {
+  StepTensor t;
+  StepScalars scalars;
+  SharedCodes codes;
+};
+
+// A chunk of one tensor.
 template <typename Rule>
-__device__ void update_chunk(const Tables& tables, const StepHyper* hyper, float coefficient,
-                             uint64_t seed) {
-  __shared__ StepScalars prepared;
-  const int64_t index = tables.chunk_tensor[blockIdx.x];
-  const StepTensor t = tables.tensors[index];
-  const Chunk chunk = chunk_of(tables, t, blockIdx.x);
+__device__ void update_chunk(const Tables& tables, int64_t number, Shared& shared,
+                             const StepHyper* hyper, float coefficient, uint64_t seed) {
+  const int64_t index = tables.chunk_tensor[number];
+  __syncthreads();  // the chunk before this one is done
+  if (threadIdx.x < kStepColumns)
+    reinterpret_cast<int64_t*>(&shared.t)[threadIdx.x] =
+        reinterpret_cast<const int64_t*>(tables.tensors + index)[threadIdx.x];
+  __syncthreads();
+  const StepTensor& t = shared.t;
+  const Chunk chunk = chunk_of(tables, t, number);
   const float taken = *reinterpret_cast<const float*>(t.step) + 1.0f;  // counted when all is done
   if (threadIdx.x == 0) {
     StepScalars own = Rule::prepare(hyper[index], static_cast<double>(taken));
     own.gradient_scale = hyper[index].sign * coefficient;
-    prepared = own;
+    shared.scalars = own;
   }
+  const Random random{seed, static_cast<uint32_t>(taken), static_cast<uint32_t>(t.key)};
+  const bool draws = rounding(t) == Rounding::kStochastic || state_kind(t) == StateKind::kBFloat16;
+  const bool aligned = draws && t.offset % kStateBlock == 0;
+  RoundingKey key{};
+  if (aligned)
+    key =
+        random.key(static_cast<uint64_t>(t.offset + chunk.start) / kStateBlock + threadIdx.x % 32);
   __syncthreads();
-  const StepScalars& s = prepared;
-  const StateKind kind = state_kind(t);
-  const uint32_t step = static_cast<uint32_t>(taken);
+  const ChunkCall call{t, shared.scalars, shared.codes, random, key, aligned};
+  const bool vectors = (t.param | t.grad | t.state1 | t.state2 | t.compensation) % 16 == 0;
   // Every lane of a warp takes each turn: the largest of a block is that of all of them.
-  for (int64_t tile = threadIdx.x / 32 * kStateBlock; tile < chunk.size;
-       tile += kThreads / 32 * kStateBlock) {
-    const int64_t offset = tile + threadIdx.x % 32 * kLane, left = chunk.size - offset;
-    const int count = static_cast<int>(left < 0 ? 0 : (left < kLane ? left : kLane));
-    const int64_t start = chunk.start + offset, block = (chunk.start + tile) / kStateBlock;
-    float* absmax1 = reinterpret_cast<float*>(t.absmax1) + block;
-    float* absmax2 = reinterpret_cast<float*>(t.absmax2) + block;
-    float p[kLane], g[kLane], first[kLane] = {}, second[kLane] = {};
-    load_as(g, grad_dtype(t), t.grad, start, count);
-    load_param(p, t, start, count);
-    if (kind == StateKind::kEightBit) {
-      load_state<true>(first, t.state1, absmax1, start, count);
-      if (Rule::kStates > 1) load_state<false>(second, t.state2, absmax2, start, count);
-    } else {
-      const DType dtype = kind == StateKind::kBFloat16 ? DType::kBFloat16 : DType::kFloat32;
-      if (t.state1) load_as(first, dtype, t.state1, start, count);
-      if (t.state2) load_as(second, dtype, t.state2, start, count);
-    }
-#pragma unroll
-    for (int i = 0; i < kLane; ++i) Rule::update(p[i], g[i], first[i], second[i], s);
-    if (kind == StateKind::kEightBit) {
-      __syncwarp();  // the block's scale has been read by all before one lane writes it
-      store_state<true>(first, t.state1, absmax1, start, count);
-      if (Rule::kStates > 1) store_state<false>(second, t.state2, absmax2, start, count);
-    } else if (kind == StateKind::kBFloat16) {
-      if (t.state1) store_stochastic(first, t.state1, t, start, count, kRoundingWords, seed, step);
-      if (t.state2)
-        store_stochastic(second, t.state2, t, start, count, 2 * kRoundingWords, seed, step);
-    } else {
-      if (t.state1) store(first, t.state1, start, count);
-      if (t.state2) store(second, t.state2, start, count);
-    }
-    store_param(p, t, start, count, seed, step);
+  for (int64_t at = threadIdx.x / 32 * kStateBlock; at < chunk.size;
+       at += kThreads / 32 * kStateBlock) {
+    const int tile = static_cast<int>(at / kStateBlock);
+    if (vectors && at + kStateBlock <= chunk.size)
+      update_tile<Rule, true>(call, chunk.start + at, tile, kStateBlock);
+    else
+      update_tile<Rule, false>(call, chunk.start + at, tile, chunk.size - at);
   }
 }
 
+// A block takes every so-manieth chunk: no more blocks than run at a time have the codes to read.
 template <typename Rule>
 __global__ void __launch_bounds__(kThreads, kUpdateBlocks)
-    update_kernel(Tables tables, Scratch scratch, const StepHyper* hyper, int64_t n_tensors,
-                  float* stats, int needs_norm, uint64_t seed) {
+    update_kernel(Tables tables, const uint4* codes, Scratch scratch, const StepHyper* hyper,
+                  int64_t n_tensors, float* stats, int needs_norm, uint64_t seed) {
+  __shared__ Shared shared;
   const StepDecision d = decision_of(stats, needs_norm);
-  if (d.run && blockIdx.x < tables.n_chunks)
-    update_chunk<Rule>(tables, hyper, d.coefficient * stats[3], seed);
+  if (d.run) {
+    if (codes) shared.codes.fill(codes);
+    for (int64_t i = blockIdx.x; i < tables.n_chunks; i += tables.blocks)
+      update_chunk<Rule>(tables, i, shared, hyper, d.coefficient * stats[3], seed);
+  }
   if (!is_last_block(&scratch.tickets[1], tables.blocks)) return;
   if (threadIdx.x == 0 && !needs_norm) note_decision(stats, d);
   for (int64_t i = threadIdx.x; d.run && i < n_tensors; i += kThreads)
@@ -181,17 +277,18 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks)
 }
 
 template <typename Rule>
-cudaError_t launch(const Tables& tables, const Scratch& scratch, const StepHyper* hyper,
-                   int64_t n_tensors, float* stats, float max_norm, int needs_norm, uint64_t seed,
-                   cudaStream_t queue) {
-  const unsigned blocks = tables.blocks;
+cudaError_t launch(Tables tables, const uint4* codes, const Scratch& scratch,
+                   const StepHyper* hyper, int64_t n_tensors, float* stats, float max_norm,
+                   int needs_norm, uint64_t seed, unsigned resident, cudaStream_t queue) {
+  unsigned blocks = tables.blocks;
   if (needs_norm) {
     norm_kernel<<<blocks, kThreads, 0, queue>>>(tables, scratch, stats, max_norm);
     const cudaError_t status = cudaGetLastError();
     if (status != cudaSuccess) return status;
   }
-  update_kernel<Rule>
-      <<<blocks, kThreads, 0, queue>>>(tables, scratch, hyper, n_tensors, stats, needs_norm, seed);
+  blocks = tables.blocks = blocks < resident ? blocks : resident;
+  update_kernel<Rule><<<blocks, kThreads, 0, queue>>>(tables, codes, scratch, hyper, n_tensors,
+                                                      stats, needs_norm, seed);
   return cudaGetLastError();
 }
 
@@ -205,19 +302,24 @@ const char* fastft_cuda_error_string(int status) {
 
 int fastft_optimizer_step_cuda(int device, int rule, const StepTensor* tensors, int64_t n_tensors,
                                const int32_t* chunk_tensor, const int32_t* chunk_part,
-                               int64_t n_chunks, int64_t chunk, float* partials, uint32_t* tickets,
-                               const float* hyper, float* stats, float max_norm, int needs_norm,
-                               uint64_t seed, void* stream) {
+                               int64_t n_chunks, int64_t chunk, const uint32_t* codes,
+                               float* partials, uint32_t* tickets, const float* hyper, float* stats,
+                               float max_norm, int needs_norm, uint64_t seed, void* stream) {
   if (n_chunks > 0x7fffffff) return cudaErrorInvalidValue;  // the grid's first axis
-  const cudaError_t status = cudaSetDevice(device);
+  if (chunk % kStateBlock || chunk > 32 * kStateBlock) return cudaErrorInvalidValue;
+  cudaError_t status = cudaSetDevice(device);
+  int processors = 0;
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
   const unsigned blocks = n_chunks > 0 ? static_cast<unsigned>(n_chunks) : 1;
   const Tables tables{tensors, chunk_tensor, chunk_part, chunk, n_chunks, blocks};
   const Scratch scratch{partials, tickets};
   const auto run = [&](auto which) {
-    return launch<decltype(which)>(tables, scratch, reinterpret_cast<const StepHyper*>(hyper),
-                                   n_tensors, stats, max_norm, needs_norm, seed,
-                                   static_cast<cudaStream_t>(stream));
+    return launch<decltype(which)>(
+        tables, reinterpret_cast<const uint4*>(codes), scratch,
+        reinterpret_cast<const StepHyper*>(hyper), n_tensors, stats, max_norm, needs_norm, seed,
+        static_cast<unsigned>(processors * kUpdateBlocks), static_cast<cudaStream_t>(stream));
   };
   switch (static_cast<OptimizerRule>(rule)) {
     case OptimizerRule::kAdamW:

@@ -54,6 +54,7 @@ def step(
             chunks.part.data_ptr(),
             chunks.count,
             _CHUNK,
+            _codes(tensors.device).data_ptr() if tensors.state_bits == 8 else 0,
             chunks.partials.data_ptr(),
             tickets=chunks.tickets.data_ptr(),
             hyper=hyper.data_ptr(),
@@ -63,3 +64,15 @@ def step(
             seed=seed,
             stream=torch.cuda.current_stream().cuda_stream,
         )
+
+
+_held: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+
+def _codes(device: torch.device) -> Tensor:
+    """The codes of 8-bit states as the kernel reads them."""
+    if device not in _held:
+        words = torch.tensor(native.module().dynamic8_words(), dtype=torch.int64)
+        host = words.to(torch.int32).pin_memory()  # wraps; stays, should a graph replay the copy
+        _held[device] = host, host.to(device, non_blocking=True)
+    return _held[device][1]

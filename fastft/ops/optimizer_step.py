@@ -188,7 +188,7 @@ def new_stats(device: torch.device) -> Tensor:
     """The statistics of a step, float32 (6,): norm, clip coefficient and count of skipped steps,
     written; 1 over the loss scale and whether a scaler found infinities, read; scratch."""
     stats = torch.zeros(6, dtype=torch.float32, device=device)
-    stats[3] = 1.0
+    stats[3].fill_(1.0)
     return stats
 
 

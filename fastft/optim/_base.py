@@ -253,11 +253,12 @@ class FusedOptimizer(SavedState):
         scaler found infinities. GradScaler sets ``grad_scale`` and ``found_inf`` for the call."""
         found = getattr(self, "found_inf", None)
         if norm is None and getattr(self, "grad_scale", None) is None and found is None:
-            if self._scaled.pop(stats.device, True):
-                stats[3], stats[4] = 1.0, 0.0
-                self._scaled[stats.device] = False
+            if stats.device in self._scaled:  # else they are as they were made
+                stats[3].fill_(1.0)
+                stats[4].zero_()
+                self._scaled.discard(stats.device)
             return
-        self._scaled[stats.device] = True
+        self._scaled.add(stats.device)
         inverse = self._inverse_scale(stats.device)
         stats[3] = inverse
         stats[4] = 0.0 if found is None else found.to(stats.device, non_blocking=True)
@@ -324,7 +325,7 @@ class FusedOptimizer(SavedState):
     def _start(self) -> None:
         self._batches, self._stats, self._keys, self._flats = {}, {}, {}, []
         self._rings = {}
-        self._scaled: dict[torch.device, bool] = {}
+        self._scaled: set[torch.device] = set()
         self._norm_is_global = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -198,9 +198,11 @@ class StepInBackward:
         if self._scale is not None:
             stats = optimizer._stats_of(p.device)
             norm = stats[0].clone()
-            stats[3], stats[4] = self._scale.to(p.device), 0.0
+            stats[3] = self._scale.to(p.device)
+            stats[4].zero_()
             optimizer._run(p.device, [p], [grad], [group], False)
-            stats[0], stats[3] = norm, 1.0
+            stats[0] = norm
+            stats[3].fill_(1.0)
         else:
             optimizer.apply_step([p], [grad], [group])
         p.grad = None

@@ -64,7 +64,8 @@ def glu_bwd(
     tile = arch.glu_pair[block_r]
     tokens, features = gate.shape
     strips = triton.cdiv(features, tile.block_n)
-    splits, rows = split_rows(tokens, tile.block_m, strips, arch.target_programs)
+    slots = arch.multiprocessors * tile.resident
+    splits, rows = split_rows(tokens, tile.block_m, strips, slots)
     with device_guard(gate):
         way, held = choose_way("glu", x, [gate, up], weights, lora_as, masks)
         left, thins = None, None

@@ -47,23 +47,34 @@ def _dropout_mask_kernel(
 
 
 @triton.jit
-def _keep_tile(mask_ptr, row, column, M, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Unpacks the keep bits of a (BLOCK_M, BLOCK_N) tile; each byte is loaded once."""
+def _keep_bytes(mask_ptr, row, column, end, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The packed keep bits of a (BLOCK_M, BLOCK_N) tile of rows below ``end``."""
     row_bytes = (K + 7) // 8
     rows = tl.arange(0, BLOCK_M)
     bytes_ = column // 8 + tl.arange(0, BLOCK_N // 8)
-    packed = tl.load(
+    return tl.load(
         mask_ptr + tl.cast(row, tl.int64) * row_bytes + rows[:, None] * row_bytes + bytes_[None, :],
-        mask=(row + rows < M)[:, None] & (bytes_ < row_bytes)[None, :],
+        mask=(row + rows < end)[:, None] & (bytes_ < row_bytes)[None, :],
         other=0,
     )
+
+
+@triton.jit
+def _keep(packed, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether each element of the tile of these bytes is kept."""
     bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :].to(tl.uint8)) & 1
     return tl.reshape(bits, (BLOCK_M, BLOCK_N)) != 0
 
 
 @triton.jit
+def _keep_tile(mask_ptr, row, column, M, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Unpacks the keep bits of a (BLOCK_M, BLOCK_N) tile; each byte is loaded once."""
+    return _keep(_keep_bytes(mask_ptr, row, column, M, K, BLOCK_M, BLOCK_N), BLOCK_M, BLOCK_N)
+
+
+@triton.jit
 def _shrink_step(
-    acc, x, a_ptr, mask_ptr, row, k0, r0, M, K, r,
+    acc, x, a_ptr, packed, k0, r0, K, r,
     MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -77,8 +88,7 @@ def _shrink_step(
         a_offset = rank[None, :] * K + k[:, None]
     a = tl.load(a_ptr + a_offset, mask=(k < K)[:, None] & (rank < r)[None, :], other=0.0)
     if MASKED:
-        keep = _keep_tile(mask_ptr, row, k0, M, K, BLOCK_M, BLOCK_K)
-        x = tl.where(keep, x, 0.0).to(x.dtype)
+        x = tl.where(_keep(packed, BLOCK_M, BLOCK_K), x, 0.0).to(x.dtype)
     return tl.dot(x, a.to(x.dtype), acc, input_precision="ieee")
 
 
@@ -128,28 +138,45 @@ def _shrink_kernel(
         acc1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if SIBLINGS > 2:
         acc2 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    # Bits of a block are loaded while the one before it is multiplied: no copy in the background is
+    # as narrow as theirs would be.
+    bits0, bits1, bits2 = 0, 0, 0
+    if MASKED:
+        bits0 = _keep_bytes(mask0_ptr, row, 0, M, K, BLOCK_M, BLOCK_K)
+        if SIBLINGS > 1:
+            bits1 = _keep_bytes(mask1_ptr, row, 0, M, K, BLOCK_M, BLOCK_K)
+        if SIBLINGS > 2:
+            bits2 = _keep_bytes(mask2_ptr, row, 0, M, K, BLOCK_M, BLOCK_K)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         x = tl.load(
             x_tile + k[None, :], mask=(row + rows < M)[:, None] & (k < K)[None, :], other=0.0
         )
+        next0, next1, next2 = bits0, bits1, bits2
+        if MASKED:
+            next0 = _keep_bytes(mask0_ptr, row, k0 + BLOCK_K, M, K, BLOCK_M, BLOCK_K)
+            if SIBLINGS > 1:
+                next1 = _keep_bytes(mask1_ptr, row, k0 + BLOCK_K, M, K, BLOCK_M, BLOCK_K)
+            if SIBLINGS > 2:
+                next2 = _keep_bytes(mask2_ptr, row, k0 + BLOCK_K, M, K, BLOCK_M, BLOCK_K)
         if COPY:
             copied = (row + rows < M)[:, None] & (k < copied_columns)[None, :]
             tl.store(copy_tile + k[None, :], x, mask=copied)
         acc0 = _shrink_step(
-            acc0, x, a0_ptr, mask0_ptr, row, k0, rank, M, K, r0,
+            acc0, x, a0_ptr, bits0, k0, rank, K, r0,
             MASKED, TRANSPOSED, BLOCK_M, BLOCK_R, BLOCK_K,
         )  # fmt: skip
         if SIBLINGS > 1:
             acc1 = _shrink_step(
-                acc1, x, a1_ptr, mask1_ptr, row, k0, rank, M, K, r1,
+                acc1, x, a1_ptr, bits1, k0, rank, K, r1,
                 MASKED, TRANSPOSED, BLOCK_M, BLOCK_R, BLOCK_K,
             )  # fmt: skip
         if SIBLINGS > 2:
             acc2 = _shrink_step(
-                acc2, x, a2_ptr, mask2_ptr, row, k0, rank, M, K, r2,
+                acc2, x, a2_ptr, bits2, k0, rank, K, r2,
                 MASKED, TRANSPOSED, BLOCK_M, BLOCK_R, BLOCK_K,
             )  # fmt: skip
+        bits0, bits1, bits2 = next0, next1, next2
     _shrink_store(
         s0_ptr, copy_tile + K + first0, acc0, scale0, row, rank, M, r0,
         COPY, BLOCK_M, BLOCK_R,
@@ -168,7 +195,7 @@ def _shrink_kernel(
 
 @triton.jit
 def _expand_term(
-    s_ptr, w_ptr, mask_ptr, scale, row, column, M, N, r,
+    s_ptr, w_ptr, packed, scale, row, column, M, N, r,
     MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -191,7 +218,7 @@ def _expand_term(
         acc = tl.dot(s, w.to(s.dtype), acc, input_precision="ieee")
     acc = acc * scale
     if MASKED:
-        acc = tl.where(_keep_tile(mask_ptr, row, column, M, N, BLOCK_M, BLOCK_N), acc, 0.0)
+        acc = tl.where(_keep(packed, BLOCK_M, BLOCK_N), acc, 0.0)
     return acc
 
 
@@ -219,30 +246,38 @@ def _expand_add_kernel(
     columns = column + tl.arange(0, BLOCK_N)
     inside = (row + rows < M)[:, None] & (columns < N)[None, :]
     y_tile = y_ptr + row.to(tl.int64) * N + rows[:, None] * N + columns[None, :]
+    # What comes from memory is asked for before anything is computed.
+    y = tl.load(y_tile, mask=inside, other=0.0)
+    bits0, bits1, bits2 = 0, 0, 0
+    if MASKED:
+        bits0 = _keep_bytes(mask0_ptr, row, column, M, N, BLOCK_M, BLOCK_N)
+        if SIBLINGS > 1:
+            bits1 = _keep_bytes(mask1_ptr, row, column, M, N, BLOCK_M, BLOCK_N)
+        if SIBLINGS > 2:
+            bits2 = _keep_bytes(mask2_ptr, row, column, M, N, BLOCK_M, BLOCK_N)
     acc = _expand_term(
-        s0_ptr, w0_ptr, mask0_ptr, scale0, row, column, M, N, r0,
+        s0_ptr, w0_ptr, bits0, scale0, row, column, M, N, r0,
         MASKED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
     if SIBLINGS > 1:
         acc += _expand_term(
-            s1_ptr, w1_ptr, mask1_ptr, scale1, row, column, M, N, r1,
+            s1_ptr, w1_ptr, bits1, scale1, row, column, M, N, r1,
             MASKED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
     if SIBLINGS > 2:
         acc += _expand_term(
-            s2_ptr, w2_ptr, mask2_ptr, scale2, row, column, M, N, r2,
+            s2_ptr, w2_ptr, bits2, scale2, row, column, M, N, r2,
             MASKED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
     if HAS_BIAS:
         bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    y = tl.load(y_tile, mask=inside, other=0.0)
     tl.store(y_tile, (y.to(tl.float32) + acc).to(y.dtype), mask=inside)
 
 
 @triton.jit
 def _outer_step(
-    acc, x, d_ptr, mask_ptr, row, column, r0, end, M, K, r,
+    acc, x, d_ptr, packed, row, r0, end, r,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """acc + d^T drop(x) for one block of tokens."""
@@ -255,8 +290,7 @@ def _outer_step(
         other=0.0,
     )
     if MASKED:
-        keep = _keep_tile(mask_ptr, row, column, M, K, BLOCK_M, BLOCK_K)
-        x = tl.where(keep, x, 0.0).to(x.dtype)
+        x = tl.where(_keep(packed, BLOCK_M, BLOCK_K), x, 0.0).to(x.dtype)
     return tl.dot(d, x, acc, input_precision="ieee")
 
 
@@ -297,6 +331,13 @@ def _outer_partial_kernel(
         acc1 = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     if SIBLINGS > 2:
         acc2 = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    bits0, bits1, bits2 = 0, 0, 0
+    if MASKED:
+        bits0 = _keep_bytes(mask0_ptr, begin, column, end, K, BLOCK_M, BLOCK_K)
+        if SIBLINGS > 1:
+            bits1 = _keep_bytes(mask1_ptr, begin, column, end, K, BLOCK_M, BLOCK_K)
+        if SIBLINGS > 2:
+            bits2 = _keep_bytes(mask2_ptr, begin, column, end, K, BLOCK_M, BLOCK_K)
     for step in range(0, rows_per_split, BLOCK_M):
         row = begin + step
         x = tl.load(
@@ -304,20 +345,28 @@ def _outer_partial_kernel(
             mask=(row + rows < end)[:, None] & (columns < K)[None, :],
             other=0.0,
         )
+        next0, next1, next2 = bits0, bits1, bits2
+        if MASKED:
+            next0 = _keep_bytes(mask0_ptr, row + BLOCK_M, column, end, K, BLOCK_M, BLOCK_K)
+            if SIBLINGS > 1:
+                next1 = _keep_bytes(mask1_ptr, row + BLOCK_M, column, end, K, BLOCK_M, BLOCK_K)
+            if SIBLINGS > 2:
+                next2 = _keep_bytes(mask2_ptr, row + BLOCK_M, column, end, K, BLOCK_M, BLOCK_K)
         acc0 = _outer_step(
-            acc0, x, d0_ptr, mask0_ptr, row, column, rank, end, M, K, r0,
+            acc0, x, d0_ptr, bits0, row, rank, end, r0,
             MASKED, BLOCK_M, BLOCK_R, BLOCK_K,
         )  # fmt: skip
         if SIBLINGS > 1:
             acc1 = _outer_step(
-                acc1, x, d1_ptr, mask1_ptr, row, column, rank, end, M, K, r1,
+                acc1, x, d1_ptr, bits1, row, rank, end, r1,
                 MASKED, BLOCK_M, BLOCK_R, BLOCK_K,
             )  # fmt: skip
         if SIBLINGS > 2:
             acc2 = _outer_step(
-                acc2, x, d2_ptr, mask2_ptr, row, column, rank, end, M, K, r2,
+                acc2, x, d2_ptr, bits2, row, rank, end, r2,
                 MASKED, BLOCK_M, BLOCK_R, BLOCK_K,
             )  # fmt: skip
+        bits0, bits1, bits2 = next0, next1, next2
     _outer_store(p0_ptr, acc0, split, rank, column, K, r0, BLOCK_R, BLOCK_K)
     if SIBLINGS > 1:
         _outer_store(p1_ptr, acc1, split, rank, column, K, r1, BLOCK_R, BLOCK_K)

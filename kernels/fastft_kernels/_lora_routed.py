@@ -112,7 +112,7 @@ class Route:
         self.arch = config.for_device(device)
 
     def _tile(self, table: config.TileTable) -> tuple[int, config.TileConfig]:
-        return config.tile_for(table, self.wides[0].element_size(), self.rank, True)
+        return config.tile_for(table, self.wides[0].element_size(), self.rank, "masked")
 
     def _constants(self, transposed: bool, block_r: int, tile: config.TileConfig) -> dict[str, Any]:
         return {

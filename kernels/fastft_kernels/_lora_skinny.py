@@ -3,6 +3,7 @@ shrink and outer that shares one read. Up to three adapters a launch share the w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -104,8 +105,8 @@ def shrink(
         group_outs = _pick(outs, group)
         ranks = _ranks(group_outs)
         masked = masks[group[0]] is not None
-        stacked = masked or len(group) > 1
-        block_r, tile = config.tile_for(arch.shrink, x.element_size(), max(ranks), stacked)
+        form = config.form_of(len(group), masked)
+        block_r, tile = config.tile_for(arch.shrink, x.element_size(), max(ranks), form)
         grid = (triton.cdiv(tokens, tile.block_m), triton.cdiv(max(ranks), block_r))
         copies = copy is not None and number == 0
         target, stride, firsts = x, 0, [0, 0, 0]
@@ -143,8 +144,8 @@ def expand_add(
         group_ss = _pick(ss, group)
         ranks = _ranks(group_ss)
         masked = masks[group[0]] is not None
-        stacked = masked or len(group) > 1
-        block_r, tile = config.tile_for(arch.expand, y.element_size(), max(ranks), stacked)
+        form = config.form_of(len(group), masked)
+        block_r, tile = config.tile_for(arch.expand, y.element_size(), max(ranks), form)
         grid = (triton.cdiv(tokens, tile.block_m) * triton.cdiv(features, tile.block_n),)
         _expand_add_kernel[grid](
             y, y if bias is None else bias, *group_ss, *_pick(matrices, group),
@@ -175,10 +176,11 @@ def outer(
     for group in _groups(masks):
         ranks = _ranks(_pick(ds, group))
         masked = masks[group[0]] is not None
-        stacked = masked or len(group) > 1
-        block_r, tile = config.tile_for(arch.outer, x.element_size(), max(ranks), stacked)
+        form = config.form_of(len(group), masked)
+        block_r, tile = config.tile_for(arch.outer, x.element_size(), max(ranks), form)
         blocks = (triton.cdiv(features, tile.block_n), triton.cdiv(max(ranks), block_r))
-        splits, rows = split_rows(tokens, tile.block_m, blocks[0] * blocks[1], arch.target_programs)
+        slots = arch.multiprocessors * tile.resident
+        splits, rows = split_rows(tokens, tile.block_m, blocks[0] * blocks[1], slots)
         partials = [
             torch.empty((splits, r, features), dtype=torch.float32, device=x.device)
             for r in ranks[: len(group)]
@@ -208,11 +210,21 @@ def reduce_parts(
         out.copy_(dense)
 
 
-def split_rows(tokens: int, block_m: int, blocks: int, target: int) -> tuple[int, int]:
-    """(splits, rows in each): enough programs to fill the GPU, each with at least four blocks."""
+@functools.lru_cache(maxsize=1024)
+def split_rows(tokens: int, block_m: int, blocks: int, slots: int) -> tuple[int, int]:
+    """(splits, rows in each) of ``blocks`` programs a split, ``slots`` of which run at a time.
+
+    The least time, counted in blocks of rows: the turns that the programs take, each as long as its
+    rows and two more to begin and to end. A few programs beyond what runs at a time would take a
+    whole turn more.
+    """
     steps = triton.cdiv(tokens, block_m)
-    splits = min(triton.cdiv(target, blocks), triton.cdiv(steps, 4), _MAX_SPLITS)
-    rows = triton.cdiv(steps, max(splits, 1)) * block_m
+    most = min(triton.cdiv(steps, 4), max(4 * slots // blocks, 1), _MAX_SPLITS)
+
+    def time(splits: int) -> int:
+        return triton.cdiv(blocks * splits, slots) * (triton.cdiv(steps, splits) + 2)
+
+    rows = triton.cdiv(steps, min(range(1, most + 1), key=time)) * block_m
     return triton.cdiv(tokens, rows), rows
 
 
@@ -242,7 +254,8 @@ def pair(
     block_r = pair_block(arch.pair, r)
     tile = arch.pair[block_r]
     strips = triton.cdiv(features, tile.block_n)
-    splits, rows = split_rows(tokens, tile.block_m, strips, arch.target_programs)
+    slots = arch.multiprocessors * tile.resident
+    splits, rows = split_rows(tokens, tile.block_m, strips, slots)
     ds_parts = torch.empty((strips, tokens, r), dtype=torch.float32, device=dy.device)
     db_parts = torch.empty((splits, r, features), dtype=torch.float32, device=dy.device)
     copies = copy is not None

@@ -22,7 +22,7 @@ class Variant:
             ``{BLOCK_M}`` and the like stand for block sizes.
         constants: compile-time constants other than block sizes.
         table: the tile table of ``config.Arch`` that gives block sizes, or the field's name.
-        key: the key into that tile table: bytes of an element of x, rank block, stacked; for a norm
+        key: the key into that tile table: bytes of an element of x, rank block, form; for a norm
             its columns first.
         aligned: pointers and sizes are multiples of 16, as they usually are.
         stack_limit: bytes of stack (spilled registers) that are accepted: eight registers, by which
@@ -35,6 +35,6 @@ class Variant:
     types: dict[str, str]
     constants: dict[str, Any] = field(default_factory=dict)
     table: str = ""
-    key: tuple[int, int, bool] = (4, 16, False)
+    key: tuple[int, int, bool | str] = (4, 16, "one")
     aligned: bool = True
     stack_limit: int = 32

@@ -53,7 +53,7 @@ def _lora(kernel: str, x: str, adapter: str, r: int, siblings: int, masked: bool
         f"x={x} ab={adapter} r={r} siblings={siblings} masked={masked}{text}"
         + ("" if aligned else " unaligned"),
         types, {"SIBLINGS": siblings, "MASKED": masked, "BLOCK_R": block_r, **flags},
-        kernel, (DTYPES[x], block_r, masked or siblings > 1), aligned,
+        kernel, (DTYPES[x], block_r, config.form_of(siblings, masked)), aligned,
         Variant.stack_limit if aligned else _UNALIGNED_STACK,
     )  # fmt: skip
 
@@ -157,7 +157,7 @@ def _routed(
     return Variant(
         "fastft_kernels._lora_routed_kernels", f"_routed_{kernel}_kernel",
         f"x={x} ab={adapter} r={r} masked={masked} transposed={transposed} aligned={aligned}",
-        types, constants, kernel, (DTYPES[x], block_r, True), True,
+        types, constants, kernel, (DTYPES[x], block_r, "masked"), True,
         Variant.stack_limit if aligned else _UNALIGNED_STACK,
     )  # fmt: skip
 

@@ -48,13 +48,10 @@ class Report:
 
 def _blocks(variant: Variant, arch: config.Arch) -> tuple[dict[str, int], config.Launch]:
     """Block sizes and launch options of a variant, from the architecture's table."""
-    if variant.table in ("shrink", "expand", "outer"):
-        tile = getattr(arch, variant.table)[variant.key]
-        wide = "BLOCK_N" if variant.table == "expand" else "BLOCK_K"
+    if variant.table in ("shrink", "expand", "outer", "pair", "glu_pair"):
+        tile = _tile(variant, arch)
+        wide = "BLOCK_K" if variant.table in ("shrink", "outer") else "BLOCK_N"
         return {"BLOCK_M": tile.block_m, wide: tile.block_n}, tile.launch
-    if variant.table in ("pair", "glu_pair"):
-        tile = getattr(arch, variant.table)[variant.key[1]]
-        return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}, tile.launch
     if variant.table == "gemm":
         gemm = arch.gemm[variant.key[2]]  # type: ignore[index]
         blocks = {f"BLOCK_{axis}": getattr(gemm, f"block_{axis.lower()}") for axis in "MNKR"}
@@ -75,6 +72,13 @@ def _blocks(variant: Variant, arch: config.Arch) -> tuple[dict[str, int], config
         return {"SUMS": arch.adamw.prepare_sums, "BLOCK": prepare.block}, prepare.launch
     block: config.BlockConfig = getattr(arch, variant.table)
     return {"BLOCK": block.block}, block.launch
+
+
+def _tile(variant: Variant, arch: config.Arch) -> config.TileConfig:
+    by_rank = variant.table in ("pair", "glu_pair")
+    key = variant.key[1] if by_rank else variant.key
+    found: config.TileConfig = getattr(arch, variant.table)[key]
+    return found
 
 
 def applies(variant: Variant, arch: config.Arch) -> bool:
@@ -121,10 +125,20 @@ def compile_variant(variant: Variant, capability: int) -> Report:
         errors.append(f"{stack} bytes of stack, limit {variant.stack_limit}")
     if shared > arch.shared_limit:
         errors.append(f"{shared} bytes of shared memory, limit {arch.shared_limit}")
+    if variant.table in ("outer", "pair", "glu_pair") and variant.aligned:
+        said, runs = _tile(variant, arch).resident, _resident(usage["REG"], shared, launch, arch)
+        if runs < said:
+            errors.append(f"{runs} run at a time, the table says {said}")
     return Report(
         arch.name, variant.kernel, variant.label, usage["REG"], stack, shared, arch.shared_limit,
         tuple(errors),
     )  # fmt: skip
+
+
+def _resident(registers: int, shared: int, launch: config.Launch, arch: config.Arch) -> int:
+    """Programs that a multiprocessor runs at a time."""
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32 * launch.num_warps)
+    return min(by_registers, (arch.shared_limit + 1024) // (shared + 1024))
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:

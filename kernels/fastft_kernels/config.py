@@ -8,7 +8,7 @@ same call on the same kind of GPU always runs the same code and gives the same b
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch
 __all__ = [
     "ARCHS",
     "BLOCK_RS",
+    "FORMS",
     "MAX_SIBLINGS",
     "AdamWConfig",
     "Arch",
@@ -29,6 +30,7 @@ __all__ = [
     "TileTable",
     "block_r_for",
     "for_device",
+    "form_of",
     "processors",
     "tile_for",
 ]
@@ -48,10 +50,15 @@ def block_r_for(r: int, element_size: int) -> int:
     return next((block for block in blocks if r <= block), blocks[-1])
 
 
-def tile_for(table: TileTable, element_size: int, r: int, stacked: bool) -> tuple[int, TileConfig]:
-    """(rank block, tile) of a launch; ``stacked``: several siblings, or dropout."""
+def tile_for(table: TileTable, element_size: int, r: int, form: str) -> tuple[int, TileConfig]:
+    """(rank block, tile) of a launch; form: one of ``FORMS``."""
     block_r = block_r_for(r, element_size)
-    return block_r, table[element_size, block_r, stacked]
+    return block_r, table[element_size, block_r, form]
+
+
+def form_of(siblings: int, masked: bool) -> str:
+    """Which of ``FORMS`` a launch has."""
+    return "masked" if masked else ("several" if siblings > 1 else "one")
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ class Launch:
 
     num_warps: int = 4
     num_stages: int = 2
+    # Registers of a thread at most, where fewer let more programs run at a time.
+    registers: int | None = None
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of a launch and of ``triton.compile`` alike.
@@ -67,24 +76,29 @@ class Launch:
         Fused multiply-add is named because its default differs between Triton versions, and with
         it the last bit of results.
         """
-        return {
+        chosen: dict[str, Any] = {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,
         }
+        return chosen if self.registers is None else {**chosen, "maxnreg": self.registers}
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """A two-dimensional tile: ``block_m`` tokens by ``block_n`` features."""
+    """A two-dimensional tile: ``block_m`` tokens by ``block_n`` features; ``resident``: programs
+    that a multiprocessor runs at a time, for sums whose programs are split to fill all."""
 
     block_m: int
     block_n: int
     launch: Launch
+    resident: int = 2
 
 
-# Key: (bytes of an element of x, rank block, stacked).
-TileTable = dict[tuple[int, int, bool], TileConfig]
+# One matrix, siblings that share a launch, and either with dropout.
+FORMS = ("one", "several", "masked")
+# Key: (bytes of an element of x, rank block, form).
+TileTable = dict[tuple[int, int, str], TileConfig]
 
 
 @dataclass(frozen=True)
@@ -113,7 +127,7 @@ class CrossEntropyConfig:
     """Row kernels of the loss: one program for each row, ``block_v`` logits at a time."""
 
     block_v: int = 4096
-    launch: Launch = Launch(num_warps=8)
+    launch: Launch = Launch(num_warps=16)
     # Rows of the vocabulary whose float32 weight gradient is made at a time: bounds the scratch.
     d_weight_rows: int = 8192
 
@@ -138,8 +152,7 @@ class NormConfig:
     rows: tuple[BlockConfig, ...] = (
         BlockConfig(128, Launch(num_warps=1)),
         BlockConfig(1024, Launch(num_warps=4)),
-        BlockConfig(4096, Launch(num_warps=8)),
-        BlockConfig(8192, Launch(num_warps=16)),
+        BlockConfig(2048, Launch(num_warps=8)),
     )
     # The weight's gradient: columns of a program, and the rows one program sums. Fixed, so that
     # sums have one order on every GPU.
@@ -156,7 +169,7 @@ class RopeConfig:
     """Rotary embedding: a program takes ``heads`` heads of a token, each whole."""
 
     heads: int = 8
-    launch: Launch = Launch(num_warps=4)
+    launch: Launch = Launch(num_warps=1)
 
 
 @dataclass(frozen=True)
@@ -167,8 +180,8 @@ class Arch:
     capability: int
     # Shared memory that one block may use, in bytes.
     shared_limit: int
-    # Programs that fill the GPU about twice: the split of reductions over tokens aims at it.
-    target_programs: int
+    # Multiprocessors of the largest such part, for the split of sums over tokens.
+    multiprocessors: int
     # s = x A^T and dS = scaling dY B: tokens by contracted features.
     shrink: TileTable
     # y += bias + s B^T and dx += dS A: tokens by output features.
@@ -177,6 +190,8 @@ class Arch:
     outer: TileTable
     # dS and dB in one read of a 16-bit dY, by rank block: tokens by a strip of features.
     pair: dict[int, TileConfig]
+    # The same of gate and up in the backward of their unit, which holds five such tiles.
+    glu_pair: dict[int, TileConfig]
     # The persistent product, with dropout or without; None without tensor memory descriptors,
     # where Triton walks them by hand and does not pipeline.
     gemm: dict[bool, GemmTile] | None = None
@@ -186,10 +201,6 @@ class Arch:
     cross_entropy: CrossEntropyConfig = CrossEntropyConfig()
     divergence: CrossEntropyConfig = CrossEntropyConfig(block_v=2048)
     adamw: AdamWConfig = AdamWConfig()
-    # dS and dB of gate and up in the backward of their unit, which holds five such tiles.
-    glu_pair: dict[int, TileConfig] = field(
-        default_factory=lambda: dict.fromkeys((16, 32), TileConfig(16, 256, Launch(8, 2)))
-    )
     # Gated linear units: elements of one row.
     elementwise: BlockConfig = BlockConfig(1024)
     norm: NormConfig = NormConfig()
@@ -199,66 +210,101 @@ class Arch:
 # Consumer parts (99 KiB of shared memory): shallow pipelines. Where a launch serves one matrix
 # without dropout the tile may be wider; three accumulators and the unpacked keep bits need more
 # warps to stay in registers.
-_SHRINK_SMALL: TileTable = {
-    (2, 16, False): TileConfig(64, 64, Launch(4, 3)),
-    (2, 32, False): TileConfig(64, 64, Launch(4, 3)),
-    (2, 64, False): TileConfig(64, 64, Launch(4, 3)),
-    (4, 16, False): TileConfig(64, 32, Launch(4, 3)),
-    (4, 32, False): TileConfig(64, 32, Launch(4, 2)),
-    (2, 16, True): TileConfig(64, 64, Launch(8, 3)),
-    (2, 32, True): TileConfig(64, 64, Launch(8, 3)),
-    (2, 64, True): TileConfig(32, 64, Launch(8, 2)),
-    (4, 16, True): TileConfig(64, 32, Launch(4, 2)),
-    (4, 32, True): TileConfig(64, 32, Launch(8, 2)),
-}
-_EXPAND_SMALL: TileTable = {
-    (2, 16, False): TileConfig(64, 128, Launch(4, 2)),
-    (2, 32, False): TileConfig(64, 128, Launch(4, 2)),
-    (2, 64, False): TileConfig(64, 128, Launch(8, 2)),
-    (4, 16, False): TileConfig(64, 64, Launch(8, 2)),
-    (4, 32, False): TileConfig(64, 64, Launch(8, 2)),
-    (2, 16, True): TileConfig(64, 128, Launch(8, 2)),
-    (2, 32, True): TileConfig(64, 128, Launch(8, 2)),
-    (2, 64, True): TileConfig(64, 64, Launch(8, 2)),
-    (4, 16, True): TileConfig(64, 64, Launch(8, 2)),
-    (4, 32, True): TileConfig(32, 64, Launch(8, 2)),
-}
-_OUTER_SMALL: TileTable = {
-    (2, 16, False): TileConfig(64, 64, Launch(4, 3)),
-    (2, 32, False): TileConfig(64, 64, Launch(4, 3)),
-    (2, 64, False): TileConfig(64, 64, Launch(4, 3)),
-    (4, 16, False): TileConfig(32, 64, Launch(4, 3)),
-    (4, 32, False): TileConfig(32, 64, Launch(8, 2)),
-    (2, 16, True): TileConfig(64, 64, Launch(4, 3)),
-    (2, 32, True): TileConfig(32, 64, Launch(8, 3)),
-    (2, 64, True): TileConfig(32, 64, Launch(8, 3)),
-    (4, 16, True): TileConfig(16, 64, Launch(8, 2)),
-    (4, 32, True): TileConfig(16, 64, Launch(8, 2)),
-}
+def _forms(table: dict[tuple[int, int, bool], TileConfig]) -> TileTable:
+    """A table whose last key says only whether a launch has siblings or dropout."""
+    names = {False: FORMS[:1], True: FORMS[1:]}
+    return {(*key, form): tile for (*key, more), tile in table.items() for form in names[more]}  # type: ignore[misc]
+
+
+_SHRINK_SMALL: TileTable = _forms(
+    {
+        (2, 16, False): TileConfig(64, 64, Launch(4, 3)),
+        (2, 32, False): TileConfig(64, 64, Launch(4, 3)),
+        (2, 64, False): TileConfig(64, 64, Launch(4, 3)),
+        (4, 16, False): TileConfig(64, 32, Launch(4, 3)),
+        (4, 32, False): TileConfig(64, 32, Launch(4, 2)),
+        (2, 16, True): TileConfig(64, 64, Launch(8, 3)),
+        (2, 32, True): TileConfig(64, 64, Launch(8, 3)),
+        (2, 64, True): TileConfig(32, 64, Launch(8, 2)),
+        (4, 16, True): TileConfig(64, 32, Launch(4, 2)),
+        (4, 32, True): TileConfig(64, 32, Launch(8, 2)),
+    }
+)
+_EXPAND_SMALL: TileTable = _forms(
+    {
+        (2, 16, False): TileConfig(64, 128, Launch(4, 2)),
+        (2, 32, False): TileConfig(64, 128, Launch(4, 2)),
+        (2, 64, False): TileConfig(64, 128, Launch(8, 2)),
+        (4, 16, False): TileConfig(64, 64, Launch(8, 2)),
+        (4, 32, False): TileConfig(64, 64, Launch(8, 2)),
+        (2, 16, True): TileConfig(64, 128, Launch(8, 2)),
+        (2, 32, True): TileConfig(64, 128, Launch(8, 2)),
+        (2, 64, True): TileConfig(64, 64, Launch(8, 2)),
+        (4, 16, True): TileConfig(64, 64, Launch(8, 2)),
+        (4, 32, True): TileConfig(32, 64, Launch(8, 2)),
+    }
+)
+_OUTER_SMALL: TileTable = _forms(
+    {
+        (2, 16, False): TileConfig(64, 64, Launch(4, 3)),
+        (2, 32, False): TileConfig(64, 64, Launch(4, 3)),
+        (2, 64, False): TileConfig(64, 64, Launch(4, 3)),
+        (4, 16, False): TileConfig(32, 64, Launch(4, 3)),
+        (4, 32, False): TileConfig(32, 64, Launch(8, 2)),
+        (2, 16, True): TileConfig(64, 64, Launch(4, 3)),
+        (2, 32, True): TileConfig(32, 64, Launch(8, 3)),
+        (2, 64, True): TileConfig(32, 64, Launch(8, 3), 1),
+        (4, 16, True): TileConfig(16, 64, Launch(8, 2)),
+        (4, 32, True): TileConfig(16, 64, Launch(8, 2), 1),
+    }
+)
 
 # Data-centre parts: more bytes in flight to cover the latency of their memory.
 _SHRINK_LARGE: TileTable = {
     **_SHRINK_SMALL,
-    (2, 16, False): TileConfig(64, 128, Launch(4, 4)),
-    (2, 32, False): TileConfig(64, 64, Launch(4, 4)),
-    (2, 64, False): TileConfig(64, 64, Launch(4, 4)),
-    (2, 16, True): TileConfig(64, 64, Launch(4, 4)),
-    (2, 64, True): TileConfig(64, 32, Launch(8, 4)),
+    (2, 16, "one"): TileConfig(64, 128, Launch(4, 4)),
+    (2, 32, "one"): TileConfig(64, 64, Launch(4, 4)),
+    (2, 64, "one"): TileConfig(64, 64, Launch(4, 4)),
+    **dict.fromkeys([(2, 16, form) for form in FORMS[1:]], TileConfig(64, 64, Launch(4, 4))),
+    **dict.fromkeys([(2, 64, form) for form in FORMS[1:]], TileConfig(64, 32, Launch(8, 4))),
 }
 # Without Hopper's matrix unit, whose operands stay in shared memory, that tile spills.
-_SHRINK_SM80: TileTable = {**_SHRINK_LARGE, (2, 64, True): TileConfig(32, 64, Launch(8, 3))}
-_EXPAND_LARGE: TileTable = {**_EXPAND_SMALL, (2, 16, False): TileConfig(128, 128, Launch(8, 2))}
+_SHRINK_SM80: TileTable = {
+    **_SHRINK_LARGE,
+    **dict.fromkeys([(2, 64, form) for form in FORMS[1:]], TileConfig(32, 64, Launch(8, 3))),
+}
+_EXPAND_LARGE: TileTable = {**_EXPAND_SMALL, (2, 16, "one"): TileConfig(128, 128, Launch(8, 2))}
 _OUTER_LARGE: TileTable = {
     **_OUTER_SMALL,
-    (2, 16, False): TileConfig(64, 64, Launch(4, 4)),
-    (2, 16, True): TileConfig(64, 64, Launch(4, 4)),
-    (2, 64, True): TileConfig(32, 64, Launch(8, 4)),
+    **dict.fromkeys([(2, 16, form) for form in FORMS], TileConfig(64, 64, Launch(4, 4))),
+    **dict.fromkeys([(2, 64, form) for form in FORMS[1:]], TileConfig(32, 64, Launch(8, 4), 1)),
+}
+# Measured on an H200, 2026-11-26: the fastest of seven or eight tiles each, at 8192 tokens.
+_SHRINK_SM90: TileTable = {
+    **_SHRINK_LARGE,
+    (2, 16, "several"): TileConfig(64, 128, Launch(4, 3)),
+    (2, 16, "masked"): TileConfig(32, 64, Launch(4, 4)),
+}
+_EXPAND_SM90: TileTable = {
+    **_EXPAND_LARGE,
+    (2, 16, "one"): TileConfig(64, 128, Launch(4, 2)),
+    (2, 16, "several"): TileConfig(64, 64, Launch(4, 2)),
+    (2, 16, "masked"): TileConfig(32, 128, Launch(4, 2)),
+}
+_OUTER_SM90: TileTable = {
+    **_OUTER_LARGE,
+    (2, 16, "masked"): TileConfig(32, 64, Launch(4, 4), 4),
 }
 
-# The parts of dS that a strip leaves cost 8 r bytes a token: wide strips. Without Hopper's matrix
-# unit, whose operands stay in shared memory, Triton 3.6 and 3.7 spill a tile of 64 tokens.
-_PAIR_SMALL = dict.fromkeys((16, 32), TileConfig(32, 256, Launch(8, 3)))
-_PAIR_LARGE = dict.fromkeys((16, 32), TileConfig(64, 256, Launch(8, 3)))
+# Registers bound how many run at a time. Without Hopper's matrix unit, whose operands stay in
+# shared memory, Triton 3.6 and 3.7 spill a tile of 64 tokens.
+_PAIR_SMALL = dict.fromkeys((16, 32), TileConfig(32, 256, Launch(8, 3), 1))
+_PAIR_LARGE = dict.fromkeys((16, 32), TileConfig(64, 128, Launch(4, 3), 2))
+_GLU_PAIR_SMALL = {
+    16: TileConfig(16, 128, Launch(4, 2, registers=128), 3),
+    32: TileConfig(16, 128, Launch(4, 2), 2),
+}
+_GLU_PAIR_LARGE = {**_GLU_PAIR_SMALL, 16: TileConfig(16, 128, Launch(4, 2, registers=128), 4)}
 
 # The masked product holds its thin term apart from the accumulator until the mask has met it.
 _GEMM_SM90 = {
@@ -277,20 +323,29 @@ _KIB = 1024
 ARCHS: dict[int, Arch] = {
     arch.capability: arch
     for arch in (
-        Arch("sm_80", 80, 163 * _KIB, 216, _SHRINK_SM80, _EXPAND_LARGE, _OUTER_LARGE, _PAIR_SMALL),
-        Arch("sm_86", 86, 99 * _KIB, 168, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL, _PAIR_SMALL),
-        Arch("sm_89", 89, 99 * _KIB, 256, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL, _PAIR_SMALL),
         Arch(
-            "sm_90", 90, 227 * _KIB, 264, _SHRINK_LARGE, _EXPAND_LARGE, _OUTER_LARGE, _PAIR_LARGE,
-            _GEMM_SM90,
+            "sm_80", 80, 163 * _KIB, 108, _SHRINK_SM80, _EXPAND_LARGE, _OUTER_LARGE, _PAIR_SMALL,
+            _GLU_PAIR_LARGE,
         ),
         Arch(
-            "sm_100", 100, 227 * _KIB, 296, _SHRINK_LARGE, _EXPAND_LARGE, _OUTER_LARGE,
-            _PAIR_LARGE, _GEMM_SM100,
+            "sm_86", 86, 99 * _KIB, 84, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL, _PAIR_SMALL,
+            _GLU_PAIR_SMALL,
         ),
         Arch(
-            "sm_120", 120, 99 * _KIB, 340, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL, _PAIR_SMALL,
-            _GEMM_SM120,
+            "sm_89", 89, 99 * _KIB, 128, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL, _PAIR_SMALL,
+            _GLU_PAIR_SMALL,
+        ),
+        Arch(
+            "sm_90", 90, 227 * _KIB, 132, _SHRINK_SM90, _EXPAND_SM90, _OUTER_SM90, _PAIR_LARGE,
+            _GLU_PAIR_LARGE, _GEMM_SM90,
+        ),
+        Arch(
+            "sm_100", 100, 227 * _KIB, 148, _SHRINK_LARGE, _EXPAND_LARGE, _OUTER_LARGE,
+            _PAIR_LARGE, _GLU_PAIR_LARGE, _GEMM_SM100,
+        ),
+        Arch(
+            "sm_120", 120, 99 * _KIB, 170, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL, _PAIR_SMALL,
+            _GLU_PAIR_SMALL, _GEMM_SM120,
         ),
     )
 }

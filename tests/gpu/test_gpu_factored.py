@@ -1,5 +1,5 @@
-"""Optimizers of whole matrices on a GPU: Adafactor against float64, and neither it nor Muon waits
-for the device, inside a CUDA graph or out of it."""
+"""Adafactor on a GPU against float64; and no optimizer waits for the device, inside a CUDA graph or
+out of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ LARGE = (
     ((4096, 11008), BF16, BF16), ((16, 14336), F32, F32), ((14336, 16), F32, F32),
     ((100_003,), F32, F32), ((8, 1024, 513), BF16, BF16),
 )  # fmt: skip
-MAKERS = {"Adafactor": optim.Adafactor, "Muon": optim.Muon}
+MAKERS = {
+    "Adafactor": functools.partial(optim.Adafactor, rounding="stochastic"),
+    "Muon": functools.partial(optim.Muon, rounding="stochastic"),
+    "AdamWBF16": optim.AdamWBF16,
+    "AdamW8bit": functools.partial(optim.AdamW8bit, rounding="stochastic"),
+}
 
 
 @pytest.fixture
@@ -86,16 +91,17 @@ def _gradients(params: list[nn.Parameter], step: int) -> None:
 @pytest.mark.parametrize("name", MAKERS)
 def test_nothing_waits_for_the_gpu(name: str, built: torch.device) -> None:
     params = _model(built)
-    optimizer = MAKERS[name](params, rounding="stochastic", max_grad_norm=1.0)
+    optimizer = MAKERS[name](params, max_grad_norm=1.0)
     _gradients(params, 0)
     optimizer.step()
-    _gradients(params, 1)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    for step in range(1, 4):
+        _gradients(params, step)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -104,16 +110,15 @@ def test_captured(name: str, built: torch.device) -> None:
 
     def run(capture: bool) -> list[Tensor]:
         params = _model(built)
-        optimizer = MAKERS[name](
-            params, rounding="stochastic", max_grad_norm=1.0, capturable=True, seed=3
-        )
-        _gradients(params, 0)
-        optimizer.step()
+        optimizer = MAKERS[name](params, max_grad_norm=1.0, capturable=True, seed=3)
+        for step in range(2):
+            _gradients(params, step)
+            optimizer.step()
         graph = torch.cuda.CUDAGraph()
         if capture:
             with torch.cuda.graph(graph):
                 optimizer.step()
-        for step in range(1, 4):
+        for step in range(2, 5):
             _gradients(params, step)
             if capture:
                 graph.replay()

@@ -79,6 +79,17 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return other;
 }
 
+template <typename T>
+T __shfl_sync(unsigned, T value, int from) {
+  return __shfl_xor_sync(0, value, static_cast<int>(threadIdx.x % 32) ^ from);
+}
+
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  for (int offset = 16; offset > 0; offset /= 2)
+    value = std::max(value, __shfl_xor_sync(0, value, offset));
+  return value;
+}
+
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline unsigned atomicAdd(unsigned* at, unsigned value) {
   return std::atomic_ref<unsigned>(*at).fetch_add(value);
@@ -86,8 +97,38 @@ inline unsigned atomicAdd(unsigned* at, unsigned value) {
 
 inline void __syncwarp() { host::warps[threadIdx.x / 32]->barrier.arrive_and_wait(); }
 
+template <typename T>
+T __ldcs(const T* from) {
+  return *from;
+}
+template <typename T>
+void __stcs(T* to, T value) {
+  *to = value;
+}
+
+struct uint2 {
+  unsigned x, y;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned select) {
+  const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i)
+    out |= static_cast<unsigned>(both >> (8 * (select >> (4 * i) & 7)) & 0xff) << (8 * i);
+  return out;
+}
+
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+
+// Fewer blocks than chunks: some take several.
+enum { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
+  *value = 1;
+  return cudaSuccess;
+}

@@ -54,16 +54,16 @@ def test_a_variant_names_every_argument(variant: aot.Variant) -> None:
 @pytest.mark.parametrize("arch", config.ARCHS.values(), ids=lambda a: a.name)
 def test_every_tile_of_the_tables_can_be_asked_for(arch: config.Arch) -> None:
     expected = {
-        (size, block, stacked)
+        (size, block, form)
         for size, blocks in config.BLOCK_RS.items()
         for block in blocks
-        for stacked in (False, True)
+        for form in config.FORMS
     }
     for table in (arch.shrink, arch.expand, arch.outer):
         assert set(table) == expected
         for (size, block_r, _), tile in table.items():
             assert tile.block_n % 8 == 0, "the keep bits come in bytes"
-            assert config.tile_for(table, size, block_r, True)[0] == block_r
+            assert config.tile_for(table, size, block_r, "several")[0] == block_r
     for tile in (arch.gemm or {}).values():
         assert tile.block_n % 8 == 0
     assert set(arch.pair) <= set(config.BLOCK_RS[2])

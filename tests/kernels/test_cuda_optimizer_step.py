@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fastft_kernels.multi_tensor import chunks_for
 from torch import Tensor
 
-from fastft import ops
+from fastft import native, ops
 from tests.kernels.cuda_on_host import build
 from tests.kernels.step_cases import BF16, F16, F32, SEED, STEP_CASES, assert_step
 
@@ -47,10 +48,11 @@ def step(library: ctypes.CDLL) -> Callable[..., None]:
             return ctypes.c_void_p(tensor.data_ptr())
 
         integer, real = ctypes.c_int64, ctypes.c_float
+        codes = np.array(native.module().dynamic8_words(), np.uint32)
         status = library.fastft_optimizer_step_cuda(
             ctypes.c_int(0), ctypes.c_int(tensors.rule_code), pointer(table), integer(len(grads)),
             pointer(chunks.tensor), pointer(chunks.part), integer(chunks.count), integer(CHUNK),
-            pointer(chunks.partials), pointer(chunks.tickets), pointer(hyper), pointer(stats),
+            ctypes.c_void_p(codes.ctypes.data), pointer(chunks.partials), pointer(chunks.tickets), pointer(hyper), pointer(stats),
             real(max_norm), ctypes.c_int(needs_norm), ctypes.c_uint64(seed), ctypes.c_void_p(None),
         )  # fmt: skip
         assert status == 0

@@ -127,7 +127,7 @@ FASTFT_HD float row_share(float moment, float mean, float eps1) {
   return moment / (mean < eps1 ? eps1 : mean);
 }
 
-FASTFT_HD float inverse_root(float value) { return 1.0f / step_sqrt(value); }
+FASTFT_HD float inverse_root(float value) { return step_quotient(1.0f, step_sqrt(value)); }
 
 // g / sqrt(max(variance, least)): the variance is a row's share times a column's moment, of which
 // these are the inverse roots; most: that of the least. No root and no quotient an element.

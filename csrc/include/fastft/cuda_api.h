@@ -23,7 +23,8 @@ const char* fastft_cuda_error_string(int status);
 //   tensors       (n_tensors) rows
 //   chunk_tensor  int32 (n_chunks): index of the tensor a chunk belongs to
 //   chunk_part    int32 (n_chunks): the chunk starts at chunk_part * chunk elements
-//   chunk         a multiple of kStateBlock
+//   chunk         a multiple of kStateBlock, at most 32 of them
+//   codes         uint32 (kDynamic8Words) of dynamic8_words, on 16 bytes; null without 8-bit states
 //   partials      float32 (n_chunks, at least 1): scratch
 //   tickets       uint32 (2): zero before the call and after it
 //   hyper         float32 (n_tensors, kHyperColumns)
@@ -35,8 +36,9 @@ const char* fastft_cuda_error_string(int status);
 int fastft_optimizer_step_cuda(int device, int rule, const fastft::StepTensor* tensors,
                                int64_t n_tensors, const int32_t* chunk_tensor,
                                const int32_t* chunk_part, int64_t n_chunks, int64_t chunk,
-                               float* partials, uint32_t* tickets, const float* hyper, float* stats,
-                               float max_norm, int needs_norm, uint64_t seed, void* stream);
+                               const uint32_t* codes, float* partials, uint32_t* tickets,
+                               const float* hyper, float* stats, float max_norm, int needs_norm,
+                               uint64_t seed, void* stream);
 
 // One step of Adafactor over all tensors, in place: norm, clip, skip, moments, update. The formulas
 // and the call are those of fastft/adafactor.h; `call` itself is the host's. ticket: uint32 (1),

@@ -83,5 +83,53 @@ FASTFT_HD uint8_t dynamic8_encode_unsigned(float a) {
   return static_cast<uint8_t>(a >= 0.99824219f ? 255 : code);
 }
 
+// Both maps as a GPU reads them: the values of the 256 codes, and for a quotient a >= 2^-22 by its
+// exponent and kBits bits of its mantissa a word. What is left of a's bits, shifted to the top and
+// added to that, has the nearest code in its highest byte: at most one border lies in a step. The
+// signed map's codes are those of a > 0.
+template <bool kSigned>
+struct Dynamic8Words {
+  static constexpr int kBits = kSigned ? 6 : 7;
+  static constexpr int kRest = 23 - kBits, kShift = 24 - kRest;
+  static constexpr uint32_t kFirst = (127u - 22u) << kBits, kLast = 127u << kBits;  // 2^-22 and 1
+  static constexpr int kValues = kSigned ? 0 : 256;  // where they are
+  static constexpr int kSteps = kSigned ? 512 : 512 + 22 * 64 + 1;
+};
+constexpr float kDynamic8Least = 2.384185791015625e-07f;       // 2^-22
+constexpr int kDynamic8Words = 512 + 22 * (64 + 128) + 2 + 2;  // and two to fill sixteen bytes
+
+template <bool kSigned>
+inline void dynamic8_words_of(uint32_t* words) {
+  using Words = Dynamic8Words<kSigned>;
+  const auto code = [](uint32_t bits) -> uint32_t {
+    const float a = float_from_bits(bits);
+    return kSigned ? dynamic8_encode_signed(a) : dynamic8_encode_unsigned(a);
+  };
+  for (int i = 0; i < 256; ++i) {
+    const uint8_t q = static_cast<uint8_t>(i);
+    words[Words::kValues + i] =
+        float_bits(kSigned ? dynamic8_decode_signed(q) : dynamic8_decode_unsigned(q));
+  }
+  for (uint32_t step = Words::kFirst; step <= Words::kLast; ++step) {
+    const uint32_t begin = step << Words::kRest, end = begin + (1u << Words::kRest);
+    const uint32_t below = code(begin);
+    uint32_t low = begin, high = end;  // the least bits whose code is another lie in (low, high]
+    while (high - low > 1) {
+      const uint32_t middle = low + (high - low) / 2;
+      (code(middle) == below ? low : high) = middle;
+    }
+    const uint32_t carry = ((end - high) << Words::kShift) & 0xffffffu;
+    const uint32_t known = (begin << Words::kShift) & 0xff000000u;
+    words[Words::kSteps + static_cast<int>(step - Words::kFirst)] = (below << 24) + carry - known;
+  }
+}
+
+// kDynamic8Words words.
+inline void dynamic8_words(uint32_t* words) {
+  dynamic8_words_of<true>(words);
+  dynamic8_words_of<false>(words);
+  words[kDynamic8Words - 2] = words[kDynamic8Words - 1] = 0;
+}
+
 }  // namespace FASTFT_ISA
 }  // namespace fastft
