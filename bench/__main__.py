@@ -70,7 +70,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.add_argument("--json", type=Path, help="write one JSON object a line to this file")
     parser.add_argument("--impls", help="only these implementations, separated by commas")
-    parser.add_argument("--model", default="default", help="e2e: a folder, or 'random'")
+    parser.add_argument(
+        "--model", default="default", help=f"e2e: a folder, 'random', or '{e2e.SHAPED}LAYERS'"
+    )
+    parser.add_argument("--checkpointing", action="store_true", help="e2e: recompute each layer")
     parser.add_argument("--batch", type=int, help="e2e: sequences of a step (4)")
     parser.add_argument("--tokens", type=int, help="e2e: tokens of a sequence (512)")
     parser.add_argument("--steps", type=int, help="steps (e2e: 2 timed; curves: 100; full: 200)")
@@ -103,6 +106,7 @@ def options_for(name: str, found: argparse.Namespace) -> Options:
         tokens=found.tokens or (128 if found.quick else 512),
         steps=found.steps or (1 if found.quick else STEPS.get(name, 2)),
         optimizer=not found.no_optimizer,
+        checkpointing=found.checkpointing,
         impls=tuple(found.impls.split(",")) if found.impls else (),
     )
 

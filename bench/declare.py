@@ -27,6 +27,7 @@ class Options:
     tokens: int = 512
     steps: int = 2
     optimizer: bool = True
+    checkpointing: bool = False
     impls: tuple[str, ...] = ()
 
     def left_out(self, impl: str) -> str | None:

@@ -1,4 +1,5 @@
-"""SmolLM2-135M end to end: tokens per second and extra memory of a training step.
+"""A model end to end, SmolLM2-135M if no other is named: tokens per second and extra memory of a
+training step.
 
 Every implementation runs in a process of its own, in turn, for a number of rounds. A step is
 forward, loss and backward of one batch and, for adapters, the clip of the gradients' norm and
@@ -24,6 +25,8 @@ from .records import Record, make
 from .worker import run_worker
 
 NAME = "e2e"
+# --model of so many layers of Llama-3.1-8B's shapes and random weights.
+SHAPED = "llama-3.1-8b:"
 TIMEOUT = 3600
 
 
@@ -38,6 +41,7 @@ class Impl:
     adapters: str
     compile: bool = False
     fused: bool = False
+    liger: bool = False
     only: torch.dtype | None = None
     package: str | None = "peft"
 
@@ -48,6 +52,9 @@ IMPLS = (
     Impl("peft-bf16", adapters="model", only=torch.bfloat16),
     Impl("peft-bf16+torch.compile", adapters="model", compile=True, only=torch.bfloat16),
     Impl("peft+torch.compile", adapters="float32", compile=True, only=torch.float32),
+    Impl(
+        "peft-bf16+liger", adapters="model", liger=True, only=torch.bfloat16, package="liger_kernel"
+    ),
     Impl("fastft", adapters="float32", fused=True),
 )
 
@@ -74,6 +81,8 @@ def run(options: Options, emit: Callable[[Record], None]) -> list[Record]:
 
     model, model_name = _model(options)
     case = f"{model_name} r=16 all-linear {options.batch}x{options.tokens}"
+    if options.checkpointing:
+        case += " checkpointed"
     results = {impl.name: Results(reason=_not_here(impl, options)) for impl in IMPLS}
     with tempfile.TemporaryDirectory(prefix="fastft-bench-") as folder:
         _work({"role": "truth", "model": model, **_files(Path(folder))}, options)
@@ -92,6 +101,8 @@ def _not_here(impl: Impl, options: Options) -> str | None:
     if impl.only is not None and impl.only != options.dtype:
         name = str(impl.only).removeprefix("torch.")
         return f"does not apply: it is for {name}, this run is {options.dtype_name}"
+    if impl.liger and options.device.type != "cuda":
+        return "does not apply: Liger's kernels are for GPUs"
     # Plain PEFT is what the others are proved against, asked for or not.
     needed = impl.name in ("peft", _yardstick(options))
     return missing(impl.package) or (None if needed else options.left_out(impl.name))
@@ -106,6 +117,9 @@ def _model(options: Options) -> tuple[str, str]:
     """(folder or 'random', name for the case)."""
     if options.model == "random":
         return "random", "SmolLM2-135M-shaped, random weights"
+    if options.model.startswith(SHAPED):
+        layers = options.model.removeprefix(SHAPED)
+        return options.model, f"Llama-3.1-8B-shaped, {layers} layers, random weights,"
     if options.model != "default":
         return options.model, Path(options.model).name
     from fastft.train.models import obtain_default_model
@@ -126,6 +140,8 @@ def _one_round(
         "adapters": impl.adapters,
         "compile": impl.compile,
         "fused": impl.fused,
+        "liger": impl.liger,
+        "checkpointing": options.checkpointing,
         "model": model,
         "check": check,
         "writes_whole": impl.name == "peft",

@@ -36,6 +36,38 @@ SHAPE = {
     "tie_word_embeddings": True,
 }
 
+# Llama-3.1-8B's, but for its layers.
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+def shaped(name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """Random weights, in bfloat16 whatever the dtype, drawn where they are used."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**LLAMA_8B, num_hidden_layers=int(name.partition(":")[2]))
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    # Of the width of a unit, not of a new model's 0.02: activations stay of a size.
+    for p in model.parameters():
+        if p.dim() == 2 and p.shape[0] != config.vocab_size:
+            p.data.normal_(0, p.shape[1] ** -0.5)
+    return model.to(dtype)
+
 
 def load(folder: str, dtype: torch.dtype, device: torch.device) -> Any:
     """The model in `dtype`, ready to train, every page of it in memory."""
@@ -44,6 +76,8 @@ def load(folder: str, dtype: torch.dtype, device: torch.device) -> Any:
     if folder == "random":
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**SHAPE)).to(dtype)
+    elif folder.startswith("llama-3.1-8b:"):
+        model = shaped(folder, dtype, device)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.config.use_cache = False
@@ -198,7 +232,15 @@ def run(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
     if job["fused"]:
         import fastft
 
-        model = fastft.accelerate(model)
+        model = fastft.accelerate(model, pack_weights=cuda)
+        if job["checkpointing"]:
+            fastft.memory.checkpoint(model, "full")
+    elif job["checkpointing"]:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if job["liger"]:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model.get_base_model())
     eager = model
     if job["compile"]:
         # Sizes are fixed here; a graph for any size would be another, slower one.

@@ -18,7 +18,7 @@ from fastft.optim._host import HostBatch
 from fastft.optim._hyper import RefusedError, check_hyper
 from fastft.optim._places import PLACES
 from fastft.optim._saved import SavedState
-from fastft.optim._shards import aligned, global_norm, is_sharded, shard_offset
+from fastft.optim._shards import aligned, any_sharded, global_norm, shard_offset
 
 __all__ = ["FusedOptimizer"]
 
@@ -173,11 +173,9 @@ class FusedOptimizer(SavedState):
             grads.append(flat.grads)
             groups.append(flat.group)
         for group in self.param_groups if not self.flat else ():
-            for p in group["params"]:
-                if p.grad is not None:
-                    params.append(p)
-                    grads.append(p.grad)
+            params += [p for p in group["params"] if p.grad is not None]
             groups += [group] * (len(params) - len(groups))
+        grads += [g for p in params[len(grads) :] if (g := p.grad) is not None]
         if params:
             self.before_step()
             self.apply_step(params, grads, groups)
@@ -208,6 +206,12 @@ class FusedOptimizer(SavedState):
                 return flat.state
         return self.state[p]
 
+    def states_of(self, params: list[Tensor]) -> list[dict[str, Any]]:
+        """Those of several."""
+        if self._flats:
+            return list(map(self.state_of, params))
+        return list(map(self.state.__getitem__, params))
+
     def before_step(self) -> None:
         """Runs before each step; for what changes with the count of steps."""
 
@@ -217,7 +221,7 @@ class FusedOptimizer(SavedState):
         """Steps parameters, whose norm is one; groups are those of the parameters."""
         norm = None
         several = len(set(map(Tensor.get_device, params))) > 1
-        sharded = any(map(is_sharded, params))
+        sharded = any_sharded(params)
         if sharded:
             grads = [aligned(g, p) for p, g in zip(params, grads, strict=True)]
         measures = self.max_grad_norm is not None or self.skip_nonfinite

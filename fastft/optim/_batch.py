@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +42,7 @@ class Batch:
             for (p, _), view in zip(members, self._params, strict=True)
             if view is not p or self.holds_views
         ]
-        self._facts = [(p.dtype, p.numel()) for p, _ in members]
+        self._facts = _facts([p for p, _ in members])
         self._held = {name: [s.get(name) for s in self._states] for name in ("step", *self._names)}
         self._groups = list({id(group): group for _, group in members}.values())
         index = {id(group): i for i, group in enumerate(self._groups)}
@@ -91,13 +93,13 @@ class Batch:
     def is_stale(self, optimizer: FusedOptimizer, params: list[Tensor]) -> bool:
         """Whether parameters have another size or dtype, views of them other memory, or their
         states were replaced."""
-        if [(p.dtype, p.numel()) for p in params] != self._facts:
+        if _facts(params) != self._facts:
             return True
         if any(local(p).data_ptr() != address for p, address in self._views):
             return True
-        states = [optimizer.state_of(p) for p in params]
+        states = optimizer.states_of(params)
         return not all(
-            all(state.get(name) is own for state, own in zip(states, held, strict=True))
+            all(map(operator.is_, map(dict.get, states, itertools.repeat(name)), held))
             for name, held in self._held.items()
         )
 
@@ -141,6 +143,11 @@ class Batch:
             # Members of a group are consecutive.
             first = self._group_of.index(i)
             self.hyper[first : first + self._group_of.count(i), column] = value
+
+
+# This runs in each step, over tens of thousands of tensors: loops that are no Python's.
+def _facts(params: list[Tensor]) -> tuple[list[torch.dtype], list[int]]:
+    return list(map(operator.attrgetter("dtype"), params)), list(map(Tensor.numel, params))
 
 
 def _order(param: Tensor) -> tuple[int, ...] | None:

@@ -9,10 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["aligned", "global_norm", "is_sharded", "like_param", "local", "shard_offset"]
+__all__ = [
+    "aligned",
+    "any_sharded",
+    "global_norm",
+    "is_sharded",
+    "like_param",
+    "local",
+    "shard_offset",
+]
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def any_sharded(tensors: Sequence[Tensor]) -> bool:
+    """Whether any is a DTensor."""
+    return not _PLAIN.issuperset(map(type, tensors)) and any(map(is_sharded, tensors))
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -105,7 +105,8 @@ def _norm(dtype: str, backward: bool, columns: int, residual: bool = False, **fl
         names = ["dx_ptr", "dy_ptr", "more_ptr"]
     types = {
         **dict.fromkeys((*names, "x_ptr", "weight_ptr"), f"*{dtype}"), "rstd_ptr": "*fp32",
-        "columns": "i32", "offset": "fp32", **({} if backward else {"eps": "fp32"}),
+        "rows": "i32", "columns": "i32", "offset": "fp32",
+        **({} if backward else {"eps": "fp32"}),
     }  # fmt: skip
     round_first = flags.get("round_first", True)
     constants = {"RESIDUAL": residual, "ROUND_FIRST": round_first}
@@ -114,7 +115,7 @@ def _norm(dtype: str, backward: bool, columns: int, residual: bool = False, **fl
     return Variant(
         _NORM, f"_rms_norm_{'backward' if backward else 'forward'}_kernel",
         f"x={dtype} columns={columns} residual={residual} round_first={round_first}", types,
-        constants, "norm", (columns, 0, False),
+        constants, "norm_rows", (columns, 0, False),
     )  # fmt: skip
 
 
@@ -211,6 +212,7 @@ VARIANTS: list[Variant] = [
     _glu("bf16", 2, True),
     _norm("bf16", False, 4096),
     _norm("bf16", True, 576),
+    _norm("bf16", True, 128),
     _norm("fp32", True, 16384),
     _norm("bf16", False, 8192, residual=True),
     _norm("fp32", True, 4096, residual=True),

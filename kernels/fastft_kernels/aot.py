@@ -63,10 +63,12 @@ def _blocks(variant: Variant, arch: config.Arch) -> tuple[dict[str, int], config
         return {"CHUNK": arch.adamw.chunk, "BLOCK": arch.adamw.block}, arch.adamw.launch
     if variant.table == "rope":
         return {"HEADS": arch.rope.heads, "BLOCK": variant.key[0]}, arch.rope.launch
-    if variant.table in ("norm", "norm_weight"):
-        norm = arch.norm
-        chosen = norm.weight if variant.table == "norm_weight" else norm.row(variant.key[0])
-        return {"BLOCK": chosen.block}, chosen.launch
+    if variant.table in ("norm", "norm_rows"):
+        chosen = arch.norm.row(variant.key[0])
+        rows = {"ROWS": chosen.rows} if variant.table == "norm_rows" else {}
+        return {"BLOCK": chosen.block, **rows}, chosen.launch
+    if variant.table == "norm_weight":
+        return {"BLOCK": arch.norm.weight.block}, arch.norm.weight.launch
     if variant.table == "prepare":
         prepare = arch.adamw.prepare
         return {"SUMS": arch.adamw.prepare_sums, "BLOCK": prepare.block}, prepare.launch

@@ -26,6 +26,7 @@ __all__ = [
     "Launch",
     "NormConfig",
     "RopeConfig",
+    "RowConfig",
     "TileConfig",
     "TileTable",
     "block_r_for",
@@ -145,21 +146,31 @@ class AdamWConfig:
 
 
 @dataclass(frozen=True)
-class NormConfig:
-    """Row kernels of the norms: one program for each row, as much of it at a time as fits."""
+class RowConfig:
+    """A row kernel: a program takes ``rows`` rows, ``block`` features of them at a time."""
 
-    # Features at a time -> launch; a longer row is walked in blocks of the largest.
-    rows: tuple[BlockConfig, ...] = (
-        BlockConfig(128, Launch(num_warps=1)),
-        BlockConfig(1024, Launch(num_warps=4)),
-        BlockConfig(2048, Launch(num_warps=8)),
+    block: int
+    launch: Launch
+    rows: int = 1
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """Row kernels of the norms: as much of a row at a time as fits, several rows of a head's width.
+    ``layer_norm`` takes one row always."""
+
+    # A longer row is walked in blocks of the largest.
+    rows: tuple[RowConfig, ...] = (
+        RowConfig(128, Launch(num_warps=4), rows=16),
+        RowConfig(1024, Launch(num_warps=4)),
+        RowConfig(2048, Launch(num_warps=8)),
     )
     # The weight's gradient: columns of a program, and the rows one program sums. Fixed, so that
     # sums have one order on every GPU.
     weight: BlockConfig = BlockConfig(256, Launch(num_warps=4))
     rows_per_split: int = 128
 
-    def row(self, columns: int) -> BlockConfig:
+    def row(self, columns: int) -> RowConfig:
         """The smallest block that holds a row, or the largest there is."""
         return next((b for b in self.rows if columns <= b.block), self.rows[-1])
 
@@ -299,12 +310,10 @@ _OUTER_SM90: TileTable = {
 # Registers bound how many run at a time. Without Hopper's matrix unit, whose operands stay in
 # shared memory, Triton 3.6 and 3.7 spill a tile of 64 tokens.
 _PAIR_SMALL = dict.fromkeys((16, 32), TileConfig(32, 256, Launch(8, 3), 1))
-_PAIR_LARGE = dict.fromkeys((16, 32), TileConfig(64, 128, Launch(4, 3), 2))
-_GLU_PAIR_SMALL = {
-    16: TileConfig(16, 128, Launch(4, 2, registers=128), 3),
-    32: TileConfig(16, 128, Launch(4, 2), 2),
-}
-_GLU_PAIR_LARGE = {**_GLU_PAIR_SMALL, 16: TileConfig(16, 128, Launch(4, 2, registers=128), 4)}
+_PAIR_LARGE = {16: TileConfig(64, 128, Launch(4, 3), 2)}
+# Of wider adapters the parts of dS would be as many bytes as another read of the gradients.
+_GLU_PAIR_SMALL = {16: TileConfig(16, 128, Launch(4, 2, registers=128), 3)}
+_GLU_PAIR_LARGE = {16: TileConfig(16, 128, Launch(4, 2, registers=128), 4)}
 
 # The masked product holds its thin term apart from the accumulator until the mask has met it.
 _GEMM_SM90 = {

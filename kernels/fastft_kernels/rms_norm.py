@@ -1,8 +1,7 @@
-"""``rms_norm`` in Triton: a program a row, forward and backward in float32.
+"""``rms_norm`` in Triton: a program a row, or several short ones, in float32.
 
-A row of up to ``max_block`` features is read once and stays in registers; a longer one is walked
-twice, the second time from cache. The weight's gradient, wanted only where norms are trained, is
-summed in two stages of fixed shape: no atomics, the same bits each time.
+A row is walked twice, the second time from cache. The weight's gradient, wanted only where norms
+are trained, is summed in two stages of fixed shape: no atomics, the same bits each time.
 """
 
 from __future__ import annotations
@@ -28,42 +27,44 @@ def _rms_norm_forward_kernel(
     weight_ptr,  # (columns,)
     residual_ptr,  # as x
     summed_ptr,  # as x
+    rows,
     columns,
     eps,
     offset,
     RESIDUAL: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    x_row = x_ptr + row.to(tl.int64) * columns
-    y_row = y_ptr + row.to(tl.int64) * columns
-    lanes = tl.arange(0, BLOCK)
-    squares = tl.zeros((BLOCK,), tl.float32)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = (row < rows)[:, None]
+    begin = row.to(tl.int64)[:, None] * columns
+    lanes = tl.arange(0, BLOCK)[None, :]
+    squares = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, columns, BLOCK):
-        inside = start + lanes < columns
-        x = tl.load(x_row + start + lanes, mask=inside, other=0.0).to(tl.float32)
+        inside = there & (start + lanes < columns)
+        at = begin + start + lanes
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if RESIDUAL:
-            at = row.to(tl.int64) * columns + start + lanes
             x += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
             # The norm is of the sum as it is kept.
             x = x.to(y_ptr.dtype.element_ty).to(tl.float32)
             tl.store(summed_ptr + at, x, mask=inside)
         squares += x * x
-    rstd = 1.0 / tl.sqrt(tl.sum(squares, 0) / columns + eps)
-    tl.store(rstd_ptr + row, rstd)
+    rstd = 1.0 / tl.sqrt(tl.sum(squares, 1) / columns + eps)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
     for start in range(0, columns, BLOCK):
-        inside = start + lanes < columns
-        x = tl.load(x_row + start + lanes, mask=inside, other=0.0).to(tl.float32)
+        inside = there & (start + lanes < columns)
+        at = begin + start + lanes
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if RESIDUAL:  # added again: another thread may have stored the sum
-            at = row.to(tl.int64) * columns + start + lanes
             x += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
             x = x.to(y_ptr.dtype.element_ty).to(tl.float32)
-        weight = tl.load(weight_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32)
-        normed = x * rstd
+        weight = tl.load(weight_ptr + start + lanes, mask=start + lanes < columns, other=0.0)
+        normed = x * rstd[:, None]
         if ROUND_FIRST:
             normed = normed.to(y_ptr.dtype.element_ty).to(tl.float32)
-        tl.store(y_row + start + lanes, normed * (weight + offset), mask=inside)
+        tl.store(y_ptr + at, normed * (weight.to(tl.float32) + offset), mask=inside)
 
 
 @triton.jit
@@ -74,33 +75,38 @@ def _rms_norm_backward_kernel(
     weight_ptr,  # (columns,)
     rstd_ptr,  # float32 (rows,)
     more_ptr,  # as dx
+    rows,
     columns,
     offset,
     MORE: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """dx = rstd (g - xhat mean(g xhat)), plus more, g = dy (weight + offset)."""
-    row = tl.program_id(0)
-    begin = row.to(tl.int64) * columns
-    rstd = tl.load(rstd_ptr + row)
-    lanes = tl.arange(0, BLOCK)
-    products = tl.zeros((BLOCK,), tl.float32)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = (row < rows)[:, None]
+    begin = row.to(tl.int64)[:, None] * columns
+    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+    lanes = tl.arange(0, BLOCK)[None, :]
+    products = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, columns, BLOCK):
-        inside = start + lanes < columns
-        x = tl.load(x_ptr + begin + start + lanes, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + begin + start + lanes, mask=inside, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32)
-        products += dy * (weight + offset) * x
-    mean = tl.sum(products, 0) * rstd * rstd / columns
+        inside = there & (start + lanes < columns)
+        at = begin + start + lanes
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + start + lanes, mask=start + lanes < columns, other=0.0)
+        products += dy * (weight.to(tl.float32) + offset) * x
+    mean = tl.sum(products, 1) * rstd * rstd / columns
     for start in range(0, columns, BLOCK):
-        inside = start + lanes < columns
-        x = tl.load(x_ptr + begin + start + lanes, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + begin + start + lanes, mask=inside, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32)
-        dx = rstd * (dy * (weight + offset) - x * mean)
+        inside = there & (start + lanes < columns)
+        at = begin + start + lanes
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + start + lanes, mask=start + lanes < columns, other=0.0)
+        dx = rstd[:, None] * (dy * (weight.to(tl.float32) + offset) - x * mean[:, None])
         if MORE:
-            dx += tl.load(more_ptr + begin + start + lanes, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + begin + start + lanes, dx, mask=inside)
+            dx += tl.load(more_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + at, dx, mask=inside)
 
 
 @triton.jit
@@ -151,11 +157,11 @@ def fwd(
     it writes too."""
     block = config.for_device(x.device).norm.row(x.shape[1])
     with device_guard(x):
-        _rms_norm_forward_kernel[(x.shape[0],)](
+        _rms_norm_forward_kernel[(triton.cdiv(x.shape[0], block.rows),)](
             y, rstd, x, weight, x if residual is None else residual,
-            x if summed is None else summed, x.shape[1], eps, offset,
-            RESIDUAL=residual is not None, ROUND_FIRST=round_first, BLOCK=block.block,
-            **block.launch.options(),
+            x if summed is None else summed, *x.shape, eps, offset,
+            RESIDUAL=residual is not None, ROUND_FIRST=round_first, ROWS=block.rows,
+            BLOCK=block.block, **block.launch.options(),
         )  # fmt: skip
 
 
@@ -175,9 +181,9 @@ def bwd(
     norm = config.for_device(x.device).norm
     block = norm.row(columns)
     with device_guard(x):
-        _rms_norm_backward_kernel[(rows,)](
-            dx, dy, x, weight, rstd, dy if more is None else more, columns, offset,
-            MORE=more is not None, BLOCK=block.block, **block.launch.options(),
+        _rms_norm_backward_kernel[(triton.cdiv(rows, block.rows),)](
+            dx, dy, x, weight, rstd, dy if more is None else more, rows, columns, offset,
+            MORE=more is not None, ROWS=block.rows, BLOCK=block.block, **block.launch.options(),
         )  # fmt: skip
         if d_weight is None:
             return

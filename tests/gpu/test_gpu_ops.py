@@ -122,10 +122,11 @@ def compare(
     plain: dict[str, Tensor],
     truth: dict[str, Tensor],
     logits: torch.dtype | None = None,
+    terms: int = 1,
 ) -> None:
     for name, value in got.items():
         rounded_to = logits if name == "loss" else None
-        assert_as_accurate(name, value, plain[name], truth[name], rounded_to)
+        assert_as_accurate(name, value, plain[name], truth[name], rounded_to, terms)
         kind = f"{name.rstrip('0123456789')} {str(value.dtype).removeprefix('torch.')}"
         observed.saw(kind, relative_errors(value, truth[name])[1])
 
@@ -191,7 +192,9 @@ def test_lora_linear(kernel: str, name: str, device: torch.device, observed: Any
     backend = backend_of(kernel, device_type=device.type, **facts)
     inputs = case.inputs(device)
     got = lora_through_op(inputs, backend)
-    compare(observed, got, inputs.autograd(case.dtype), inputs.autograd(torch.float64))
+    terms = max(inputs.x.shape)
+    plain, truth = inputs.autograd(case.dtype), inputs.autograd(torch.float64)
+    compare(observed, got, plain, truth, terms=terms)
 
 
 # Rows of whole vectors, where every way can run, and one that only the library's takes.
@@ -223,7 +226,8 @@ def test_lora_linear_ways(
     )
     with ways.force(way):
         got = lora_through_op(inputs, backend)
-    compare(observed, got, inputs.autograd(case.dtype), inputs.autograd(torch.float64))
+    plain, truth = inputs.autograd(case.dtype), inputs.autograd(torch.float64)
+    compare(observed, got, plain, truth, terms=max(inputs.x.shape))
     assert all(chosen == way for possible, chosen in taken if possible)
     whole = not case.owners
     if way == "border" and whole:
@@ -428,7 +432,8 @@ def test_dora_scale(kernel: str, name: str, device: torch.device, observed: Any)
     y = ops.dora_scale(z, scale, inputs.bias, backend=backend)
     dz, d_scale = torch.autograd.grad(y, (z, scale), inputs.dy)
     got = {"y": y.detach(), "dz": dz, "d_scale": d_scale}
-    compare(observed, got, inputs.autograd(case.dtype), inputs.autograd(torch.float64))
+    plain, truth = inputs.autograd(case.dtype), inputs.autograd(torch.float64)
+    compare(observed, got, plain, truth, terms=z.shape[0])
 
 
 @of("dora_scale")

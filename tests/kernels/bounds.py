@@ -3,6 +3,8 @@ the error that plain torch makes in the same dtype on the same inputs."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ def assert_as_accurate(
     plain: Tensor,
     truth: Tensor,
     rounded_to: torch.dtype | None = None,
+    terms: int = 1,
 ) -> None:
     """Fails unless ``actual`` is as close to the float64 ``truth`` as ``plain`` torch is.
 
@@ -41,18 +44,22 @@ def assert_as_accurate(
     truth: there one unit in the last place, two correct roundings, is allowed. Over many numbers
     luck averages out: an eighth of that is left for the mean, half, one rounding, for the largest.
     ``rounded_to`` is the dtype that terms were rounded to, where the result's own is wider: a
-    float32 loss of bfloat16 logits.
+    float32 loss of bfloat16 logits. ``terms`` are summed in float32 for an element, one after the
+    other where plain torch has a tree: of partial sums that grow as a random walk, whose roundings
+    are up to u = 2^-24 each, sqrt(n / 6) u is left in the mean.
     """
     assert actual.shape == truth.shape, f"{name}: shape {actual.shape}, expected {truth.shape}"
     assert bool(torch.isfinite(actual).all()), f"{name}: not fully written, or not finite"
     few, eps = truth.numel() < _FEW, torch.finfo(actual.dtype).eps
-    terms = torch.finfo(rounded_to).eps / 8 if rounded_to is not None else 0.0
+    summed = 2.0**-24 * math.sqrt(terms / 6)
+    rounded = torch.finfo(rounded_to).eps / 8 if rounded_to is not None else 0.0
+    mean, largest = (eps, eps) if few else (eps / 8, eps / 2)
     errors = zip(
         ("rms", "max"),
         relative_errors(actual, truth),
         relative_errors(plain, truth),
         (_K_RMS, _K_MAX),
-        (max(floor, terms) for floor in ((eps, eps) if few else (eps / 8, eps / 2))),
+        (max(mean, rounded, summed), max(largest, rounded, 2 * summed)),
         strict=True,
     )
     for kind, own, torch_own, k, floor in errors:

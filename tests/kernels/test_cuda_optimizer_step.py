@@ -52,8 +52,9 @@ def step(library: ctypes.CDLL) -> Callable[..., None]:
         status = library.fastft_optimizer_step_cuda(
             ctypes.c_int(0), ctypes.c_int(tensors.rule_code), pointer(table), integer(len(grads)),
             pointer(chunks.tensor), pointer(chunks.part), integer(chunks.count), integer(CHUNK),
-            ctypes.c_void_p(codes.ctypes.data), pointer(chunks.partials), pointer(chunks.tickets), pointer(hyper), pointer(stats),
-            real(max_norm), ctypes.c_int(needs_norm), ctypes.c_uint64(seed), ctypes.c_void_p(None),
+            ctypes.c_void_p(codes.ctypes.data), pointer(chunks.partials), pointer(chunks.tickets),
+            pointer(hyper), pointer(stats), real(max_norm), ctypes.c_int(needs_norm),
+            ctypes.c_uint64(seed), ctypes.c_void_p(None),
         )  # fmt: skip
         assert status == 0
 
