@@ -212,6 +212,23 @@ __device__ void update_tile(const ChunkCall& c, int64_t begin, int tile, int64_t
   store_param<kWhole>(p, t, start, count, stochastic);
 }
 
+// Asks for what a lane reads from `start` on, so that it is near by then.
+__device__ void ask_for(int64_t address, int64_t start, int64_t size) {
+#if defined(__CUDA_ARCH__)
+  if (address) asm volatile("prefetch.global.L2 [%0];" ::"l"(address + start * size));
+#endif
+}
+
+__device__ void ask_for_all(const StepTensor& t, int64_t start) {
+  const auto bytes = [](DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; };
+  const StateKind kind = state_kind(t);
+  const int state = kind == StateKind::kEightBit ? 1 : (kind == StateKind::kBFloat16 ? 2 : 4);
+  ask_for(t.grad, start, bytes(grad_dtype(t)));
+  ask_for(t.param, start, bytes(param_dtype(t)));
+  ask_for(t.state1, start, state);
+  ask_for(t.state2, start, state);
+}
+
 // What the chunks of a block of threads share.
 struct Shared {
   StepTensor t;
@@ -251,6 +268,8 @@ __device__ void update_chunk(const Tables& tables, int64_t number, Shared& share
   for (int64_t at = threadIdx.x / 32 * kStateBlock; at < chunk.size;
        at += kThreads / 32 * kStateBlock) {
     const int tile = static_cast<int>(at / kStateBlock);
+    const int64_t next = at + kThreads / 32 * kStateBlock + threadIdx.x % 32 * kLane;
+    if (next < chunk.size) ask_for_all(t, chunk.start + next);
     if (vectors && at + kStateBlock <= chunk.size)
       update_tile<Rule, true>(call, chunk.start + at, tile, kStateBlock);
     else

@@ -38,7 +38,7 @@ class Parts:
     """What one adapter of a layer computes with, looked up once a call: a look-up through
     ``nn.Module`` takes as long as half a product's launch."""
 
-    __slots__ = ("a", "b", "base", "dropout", "magnitude", "scaling", "variant")
+    __slots__ = ("_tensors", "a", "b", "base", "dropout", "magnitude", "scaling", "variant")
 
     def __init__(self, layer: PeftLinear, name: str) -> None:
         modules = layer._modules
@@ -48,12 +48,15 @@ class Parts:
         self.scaling = layer.scaling[name]
         self.variant = type(layer.lora_variant[name]) if name in layer.lora_variant else None
         self.magnitude = None
+        self._tensors: tuple[Any, Any, Any] | None = None
         if self.variant is DoraLinearVariant:
             self.magnitude = layer.lora_magnitude_vector[name]
 
     def tensors(self) -> tuple[Any, Any, Any]:
-        """The frozen weight as its layer holds it, A and B."""
-        return self.base.weight, self.a.weight, self.b.weight
+        """The frozen weight as its layer holds it, A and B; asked of the modules once a call."""
+        if self._tensors is None:
+            self._tensors = self.base.weight, self.a.weight, self.b.weight
+        return self._tensors
 
     def dropout_p(self) -> float:
         """The probability in force: 0 outside training."""
@@ -91,7 +94,7 @@ class Plan:
 
     def weight(self) -> Tensor:
         """The frozen matrix (out_features, in_features); GPT-2's Conv1D holds its transpose."""
-        weight: Tensor = self.base.weight
+        weight: Tensor = self.parts[0].tensors()[0] if self.parts else self.base.weight
         return weight.t() if type(self.base) is Conv1D else weight
 
     def magnitude(self) -> nn.Module | None:
@@ -120,7 +123,8 @@ LAYER_RULES: tuple[Rule, ...] = (
 
 
 def _too_large(p: Parts) -> bool:
-    return p.a.weight.shape[0] > min(p.a.weight.shape[1], p.b.weight.shape[0])
+    _, a, b = p.tensors()
+    return bool(a.shape[0] > min(a.shape[1], b.shape[0]))
 
 
 # What each adapter that takes part is. The order matters: a rule may rely on those above it.
@@ -142,7 +146,7 @@ ADAPTER_RULES: tuple[Rule, ...] = (
 
 
 def _mixed_adapters(plan: Plan) -> bool:
-    return len({p.a.weight.dtype for p in plan.parts}) > 1
+    return len({p.tensors()[1].dtype for p in plan.parts}) > 1
 
 
 # What they are together, and the rows they take.
@@ -275,8 +279,8 @@ class FusedLoraLinear(PeftLinear):
             "lora_linear",
             device_type=x.device.type,
             dtype=autocast_dtype(x.device.type) or x.dtype,
-            adapter_dtype=plan.parts[0].a.weight.dtype,
-            r=max(p.a.weight.shape[0] for p in plan.parts),
+            adapter_dtype=plan.parts[0].tensors()[1].dtype,
+            r=max(p.tensors()[1].shape[0] for p in plan.parts),
         )
         return "no fused backend for this device and dtype" if chosen == "reference" else plan
 
@@ -335,8 +339,8 @@ class FusedLoraLinear(PeftLinear):
         ys = ops.lora_linear_siblings(
             x,
             [plan.weight() for plan in plans],
-            [p.a.weight for _, p, _ in terms],
-            [p.b.weight for _, p, _ in terms],
+            [p.tensors()[1] for _, p, _ in terms],
+            [p.tensors()[2] for _, p, _ in terms],
             scalings=[float(p.scaling) for _, p, _ in terms],
             biases=[plan.bias() for plan in plans],
             dropout_ps=[p.dropout_p() for _, p, _ in terms],

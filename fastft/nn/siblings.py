@@ -35,6 +35,7 @@ class Group:
     def clear(self) -> None:
         """Drops outputs that were never fetched."""
         self._held.__dict__.clear()
+        _holding().pop(id(self), None)
 
     def layers(self) -> list[FusedLoraLinear]:
         """The layers; empty when one is gone."""
@@ -66,6 +67,7 @@ class Group:
         first, *others = layer.fused_call(plans, x)
         outputs = {id(other): y for other, y in zip(layers[1:], others, strict=True)}
         held.update(x=x, key=key, outputs=outputs)
+        _holding()[id(self)] = self
         return first
 
 
@@ -119,8 +121,16 @@ class _Watch:
 
 _groups: weakref.WeakKeyDictionary[nn.Module, Group] = weakref.WeakKeyDictionary()
 _watches: weakref.WeakKeyDictionary[nn.Module, _Watch] = weakref.WeakKeyDictionary()
-_thread = threading.local()  # .watch: the forward that is being watched, if any
+# .watch: the forward that is being watched, if any; .holding: groups with outputs not yet fetched.
+_thread = threading.local()
 _seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # roots whose groups are learnt
+
+
+def _holding() -> dict[int, Group]:
+    found: dict[int, Group] | None = _thread.__dict__.get("holding")
+    if found is None:
+        found = _thread.holding = {}
+    return found
 
 
 def group_of(layer: nn.Module) -> Group | None:
@@ -182,17 +192,15 @@ def _pack(layers: list[FusedLoraLinear], shared: set[int]) -> None:
 
 
 def end_forward(root: nn.Module, *_: Any) -> None:
-    """Forward hook of an accelerated model: nothing unfetched is kept."""
+    """Forward hook of an accelerated model: nothing unfetched is kept in this thread."""
     if torch.compiler.is_compiling():
         return
     watch: _Watch | None = getattr(_thread, "watch", None)
     if watch is not None:
         watch.close_run()
         _thread.watch = None
-    for module in root.modules():
-        group = _groups.get(module)
-        if group is not None:
-            group.clear()
+    for group in list(_holding().values()):
+        group.clear()
 
 
 def forget(root: nn.Module) -> None:

@@ -48,6 +48,7 @@ class SavedState(torch.optim.Optimizer):
             "seed",
             "flat",
             "states",
+            "_scaled",
             "_stats",
             "_where",
         )
