@@ -38,7 +38,7 @@ TOTAL_LIMIT_S = 520.0
 # A step that could get less than this is not worth starting.
 _SHORTEST_S = 5.0
 _REPORT = "FASTFT_GPU_REPORT"
-SUITES = ("ways", "layer", "lora", "loss", "block", "optim", "memory")
+SUITES = ("ways", "layer", "optim", "e2e", "loss", "block", "lora", "memory")
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,25 @@ STEPS: tuple[Step, ...] = (
     _bench("ways", 80, "--rounds", "5"),
     # What the ways took decides which of them the suites after it measure.
     Step("table", (sys.executable, "-m", "bench.ways", "{out}/ways.jsonl"), 20),
-    _bench("layer", 80, "--rounds", "5"),
-    _bench("lora", 60, "--rounds", "5"),
-    _bench("loss", 50, "--rounds", "5"),
-    _bench("block", 40, "--rounds", "5"),
-    _bench("optim", 40),
+    _bench("layer", 60, "--rounds", "5"),
+    _bench("optim", 40, "--rounds", "5"),
+    _bench(
+        "e2e",
+        120,
+        "--model",
+        "llama-3.1-8b:16",
+        "--batch",
+        "2",
+        "--tokens",
+        "4096",
+        "--rounds",
+        "1",
+        "--impls",
+        "peft,peft-bf16,peft-bf16+liger,fastft",
+    ),
+    _bench("loss", 30, "--rounds", "5"),
+    _bench("block", 30, "--rounds", "5"),
+    _bench("lora", 40, "--rounds", "5"),
     _bench("memory", 90, "--quick", "--rounds", "1"),
 )
 
