@@ -15,7 +15,8 @@ from .declare import Case, Impl, Measured, Metric, Options, Step, Suite, peak_by
 IGNORE_INDEX = -100
 # (tokens, hidden, vocabulary)
 CPU_SHAPES = ((1024, 1024, 32768), (1024, 576, 49152))
-CUDA_SHAPES = ((2048, 576, 49152), (4096, 2304, 256000), (4096, 4096, 128256))
+# The one that goals are stated for comes first: a run that is stopped has it.
+CUDA_SHAPES = ((4096, 4096, 128256), (2048, 576, 49152), (4096, 2304, 256000))
 QUICK_SHAPES = ((256, 256, 4096),)
 
 

@@ -63,11 +63,11 @@ def cases(options: Options) -> Sequence[Case]:
     model = model_shapes(options)
     count = f"{_size(model) / 1e9:.2f}B"
     return [
-        case_of(f"lora SmolLM2 {len(adapters)} tensors", adapters, "float32"),
         case_of(f"lora Llama-3-8B {len(large)} tensors", large, "float32"),
+        case_of(f"model {count} bfloat16", model, "bfloat16"),
+        case_of(f"lora SmolLM2 {len(adapters)} tensors", adapters, "float32"),
         case_of("flat 1 tensor", [(_size(adapters),)], "float32"),
         case_of(f"{len(small)} tensors of 1024", small, "float32"),
-        case_of(f"model {count} bfloat16", model, "bfloat16"),
     ]
 
 
