@@ -95,7 +95,7 @@ STEPS: tuple[Step, ...] = (
         "e2e",
         120,
         "--model",
-        "llama-3.1-8b:16",
+        "llama-3.1-8b:8",
         "--batch",
         "2",
         "--tokens",
