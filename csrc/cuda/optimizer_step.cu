@@ -15,7 +15,13 @@ namespace {
 using namespace fastft;
 
 constexpr int kThreads = 128;
-constexpr int kUpdateBlocks = 5;  // of a multiprocessor: 96 registers, of which 80 spill
+// Of a multiprocessor: 96 registers, of which two spill at most. Blackwell's code needs more.
+constexpr int update_blocks(int major) { return major < 10 ? 5 : 3; }
+#if defined(__CUDA_ARCH__)
+constexpr int kUpdateBlocks = update_blocks(__CUDA_ARCH__ / 100);
+#else
+constexpr int kUpdateBlocks = update_blocks(0);  // the host only declares the kernel
+#endif
 static_assert(kLane * 32 == kStateBlock, "a warp holds the block of an 8-bit state");
 
 struct Tables {
@@ -327,18 +333,21 @@ int fastft_optimizer_step_cuda(int device, int rule, const StepTensor* tensors, 
   if (n_chunks > 0x7fffffff) return cudaErrorInvalidValue;  // the grid's first axis
   if (chunk % kStateBlock || chunk > 32 * kStateBlock) return cudaErrorInvalidValue;
   cudaError_t status = cudaSetDevice(device);
-  int processors = 0;
+  int processors = 0, major = 0;
   if (status == cudaSuccess)
     status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (status != cudaSuccess) return status;
   const unsigned blocks = n_chunks > 0 ? static_cast<unsigned>(n_chunks) : 1;
   const Tables tables{tensors, chunk_tensor, chunk_part, chunk, n_chunks, blocks};
   const Scratch scratch{partials, tickets};
   const auto run = [&](auto which) {
-    return launch<decltype(which)>(
-        tables, reinterpret_cast<const uint4*>(codes), scratch,
-        reinterpret_cast<const StepHyper*>(hyper), n_tensors, stats, max_norm, needs_norm, seed,
-        static_cast<unsigned>(processors * kUpdateBlocks), static_cast<cudaStream_t>(stream));
+    return launch<decltype(which)>(tables, reinterpret_cast<const uint4*>(codes), scratch,
+                                   reinterpret_cast<const StepHyper*>(hyper), n_tensors, stats,
+                                   max_norm, needs_norm, seed,
+                                   static_cast<unsigned>(processors * update_blocks(major)),
+                                   static_cast<cudaStream_t>(stream));
   };
   switch (static_cast<OptimizerRule>(rule)) {
     case OptimizerRule::kAdamW:

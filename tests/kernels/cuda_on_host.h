@@ -127,7 +127,7 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
 // Fewer blocks than chunks: some take several.
-enum { cudaDevAttrMultiProcessorCount };
+enum { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
   *value = 1;
   return cudaSuccess;

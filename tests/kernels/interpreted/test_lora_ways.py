@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,24 @@ def test_overlapping_spans_do_not_share_a_launch() -> None:
 SHAPE = ways.Shape("fwd", 8192, 4096, (4096,), 16, False)
 
 
+@pytest.fixture
+def no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A table of no rows."""
+    empty = tmp_path / "ways.json"
+    empty.write_text("[]")
+    monkeypatch.setattr(ways, "TABLE", empty)
+    _forget()
+    yield
+    monkeypatch.undo()
+    _forget()
+
+
+def _forget() -> None:
+    ways._rows.cache_clear()
+    ways._picked.cache_clear()
+
+
+@pytest.mark.usefixtures("no_table")
 def test_without_a_measurement_bytes_decide() -> None:
     both = ("expand", "border")
     decode = ways.Shape("fwd", 1, 4096, (4096,), 64, False)
