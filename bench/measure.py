@@ -22,11 +22,12 @@ class Clock:
 
     CPU: wall time, repeated to at least 20 ms. CUDA: events on the current stream, with the L2
     cache overwritten before each call so that every call reads its inputs from memory, and the GPU
-    kept waiting for as long as the host took to launch the step before: as in training, where the
-    host is ahead. What the host takes is no part of the time.
+    kept waiting for 1.3 times the least the host has taken to launch the step: as in training,
+    where the host is ahead. What it takes is no part of the time, unless the step waits for the
+    GPU itself.
     """
 
-    # Of a GPU's clock, at least; the longest wait, in seconds.
+    # Of a GPU's clock in a second, at most; the longest wait, in seconds.
     _TICKS = 2e9
     _LONGEST = 0.1
 

@@ -15,7 +15,7 @@ namespace {
 using namespace fastft;
 
 constexpr int kThreads = 128;
-// Of a multiprocessor: 96 registers, of which two spill at most. Blackwell's code needs more.
+// Of a multiprocessor: 96 registers, of which two or three spill. Blackwell's code needs more.
 constexpr int update_blocks(int major) { return major < 10 ? 5 : 3; }
 #if defined(__CUDA_ARCH__)
 constexpr int kUpdateBlocks = update_blocks(__CUDA_ARCH__ / 100);

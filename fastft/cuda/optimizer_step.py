@@ -54,7 +54,7 @@ def step(
             chunks.part.data_ptr(),
             chunks.count,
             _CHUNK,
-            _codes(tensors.device).data_ptr() if tensors.state_bits == 8 else 0,
+            _codes(tensors).data_ptr() if tensors.state_bits == 8 else 0,
             chunks.partials.data_ptr(),
             tickets=chunks.tickets.data_ptr(),
             hyper=hyper.data_ptr(),
@@ -66,13 +66,20 @@ def step(
         )
 
 
-_held: dict[torch.device, tuple[Tensor, Tensor]] = {}
+_held: dict[torch.device, Tensor] = {}
 
 
-def _codes(device: torch.device) -> Tensor:
-    """The codes of 8-bit states as the kernel reads them."""
+def _codes(tensors: Any) -> Tensor:
+    """The codes of 8-bit states as the kernel reads them, once for each device."""
+    device = tensors.device
     if device not in _held:
         words = torch.tensor(native.module().dynamic8_words(), dtype=torch.int64)
-        host = words.to(torch.int32).pin_memory()  # wraps; stays, should a graph replay the copy
-        _held[device] = host, host.to(device, non_blocking=True)
-    return _held[device][1]
+        host = words.to(torch.int32)  # wraps
+        if torch.cuda.is_current_stream_capturing():
+            # The copy is made when the graph runs: it is no one's but the graph's.
+            host = host.pin_memory()
+            own = host.to(device, non_blocking=True)
+            tensors.launcher_tables.setdefault("captured", []).append((host, own))
+            return own
+        _held[device] = host.to(device)  # waits: another stream may read it next
+    return _held[device]

@@ -94,8 +94,13 @@ class Plan:
 
     def weight(self) -> Tensor:
         """The frozen matrix (out_features, in_features); GPT-2's Conv1D holds its transpose."""
-        weight: Tensor = self.parts[0].tensors()[0] if self.parts else self.base.weight
+        weight: Tensor = self.parts[0].tensors()[0]
         return weight.t() if type(self.base) is Conv1D else weight
+
+    def adapter_dtype(self) -> torch.dtype:
+        """Of A and B, which all have."""
+        dtype: torch.dtype = self.parts[0].tensors()[1].dtype
+        return dtype
 
     def magnitude(self) -> nn.Module | None:
         """DoRA's, whose layer has this one adapter."""
@@ -279,7 +284,7 @@ class FusedLoraLinear(PeftLinear):
             "lora_linear",
             device_type=x.device.type,
             dtype=autocast_dtype(x.device.type) or x.dtype,
-            adapter_dtype=plan.parts[0].tensors()[1].dtype,
+            adapter_dtype=plan.adapter_dtype(),
             r=max(p.tensors()[1].shape[0] for p in plan.parts),
         )
         return "no fused backend for this device and dtype" if chosen == "reference" else plan
@@ -374,7 +379,7 @@ def _frozen_norms(plan: Plan) -> Tensor | None:
     unchanged. A change in place through ``weight.data`` is one that torch does not count: PEFT
     makes such at merging and where an adapter's initialisation alters the base, and both forget
     the norms; whoever makes one besides calls ``restore`` and ``accelerate`` again."""
-    weight = plan.base.weight
+    weight = plan.parts[0].tensors()[0]
     if weight.requires_grad or torch.compiler.is_compiling() or weight.is_inference():
         return None
     key = (id(weight), weight.data_ptr(), weight._version, weight.dtype, weight.device)
@@ -388,7 +393,7 @@ def _frozen_norms(plan: Plan) -> Tensor | None:
 def _dora(plan: Plan, z: Tensor) -> Tensor:
     """The magnitude over the product z, which has no bias yet."""
     (parts,) = plan.parts
-    adapter = (parts.a.weight, parts.b.weight, float(parts.scaling))
+    adapter = (*parts.tensors()[1:], float(parts.scaling))
     norm = ops.dora_norm(plan.weight(), *adapter, _frozen_norms(plan))
     scale = parts.magnitude.weight.to(norm.dtype) / norm  # type: ignore[union-attr]
     bias = plan.base.bias

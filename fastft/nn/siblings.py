@@ -61,7 +61,7 @@ class Group:
         for other in layers[1:]:
             its = other.plan(x)
             # The operation takes adapters of one dtype.
-            if isinstance(its, str) or its.parts[0].a.weight.dtype != plan.parts[0].a.weight.dtype:
+            if isinstance(its, str) or its.adapter_dtype() != plan.adapter_dtype():
                 return layer.fused_call([plan], x)[0]
             plans.append(its)
         first, *others = layer.fused_call(plans, x)
@@ -126,10 +126,11 @@ _thread = threading.local()
 _seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # roots whose groups are learnt
 
 
-def _holding() -> dict[int, Group]:
-    found: dict[int, Group] | None = _thread.__dict__.get("holding")
+def _holding() -> weakref.WeakValueDictionary[int, Group]:
+    # Weakly: after a forward that raised nobody comes to drop them.
+    found: weakref.WeakValueDictionary[int, Group] | None = _thread.__dict__.get("holding")
     if found is None:
-        found = _thread.holding = {}
+        found = _thread.holding = weakref.WeakValueDictionary()
     return found
 
 

@@ -29,6 +29,7 @@ https://arxiv.org/abs/2405.15682; Jordan et al. 2024, https://kellerjordan.githu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,7 +145,7 @@ class StepTensors:
         """Where the tensors are."""
         return self.params[0].device
 
-    @property
+    @functools.cached_property
     def state_bits(self) -> int:
         """The fewest bits that any state has."""
         sizes = {t.element_size() for tensors in self.states for t in tensors}

@@ -264,8 +264,14 @@ class FusedOptimizer(SavedState):
             return
         self._scaled.add(stats.device)
         inverse = self._inverse_scale(stats.device)
-        stats[3] = inverse
-        stats[4] = 0.0 if found is None else found.to(stats.device, non_blocking=True)
+        if isinstance(inverse, Tensor):
+            stats[3] = inverse
+        else:
+            stats[3].fill_(inverse)
+        if found is None:
+            stats[4].zero_()
+        else:
+            stats[4] = found.to(stats.device, non_blocking=True)
         if norm is not None:
             here = norm.to(stats.device, non_blocking=True) * inverse
             if self.max_grad_norm is not None:

@@ -198,6 +198,7 @@ class StepInBackward:
         if self._scale is not None:
             stats = optimizer._stats_of(p.device)
             norm = stats[0].clone()
+            optimizer._scaled.add(p.device)  # should the step raise
             stats[3] = self._scale.to(p.device)
             stats[4].zero_()
             optimizer._run(p.device, [p], [grad], [group], False)

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("triton", reason="no Triton for this platform")
 
 from fastft_kernels import OPS, aot, config
+from fastft_kernels._lora_skinny import split_rows
 
 KERNELS = Path(aot.__file__).parent
 
@@ -72,6 +73,25 @@ def test_every_tile_of_the_tables_can_be_asked_for(arch: config.Arch) -> None:
     assert config.block_r_for(1, 2) == 16
     assert config.block_r_for(500, 2) == 64
     assert config.block_r_for(500, 4) == 32
+
+
+@pytest.mark.parametrize(
+    ("tokens", "blocks", "slots"),
+    [(8192, 56, 132), (8192, 112, 264), (8192, 64, 264), (2048, 300, 264), (1, 7, 264), (70, 1, 8)],
+)
+def test_a_split_sum_covers_its_rows_in_whole_turns(tokens: int, blocks: int, slots: int) -> None:
+    splits, rows = split_rows(tokens, 64, blocks, slots)
+    assert rows % 64 == 0
+    assert (splits - 1) * rows < tokens <= splits * rows, "no program without rows, no row without"
+    turns = -(-blocks * splits // slots)
+    steps = -(-tokens // 64)
+
+    def time(other: int) -> int:
+        return -(-blocks * other // slots) * (-(-steps // other) + 2)
+
+    assert turns * (rows // 64 + 2) <= time(1)
+    # 280 programs where 264 run at a time took two turns.
+    assert turns == 1 or blocks * splits / (turns * slots) > 0.75
 
 
 def test_every_operation_has_a_launcher() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from harness import Rejected, assert_rejected
@@ -166,6 +167,33 @@ class TestDynamicCodes:
         expected = reference.encode8(values, signed)[0].int()
         assert (got - expected).abs().max() <= 1
         assert (got != expected).sum() <= 8, "only at the middles of neighbours"
+
+    @pytest.mark.parametrize("signed", [True, False])
+    def test_the_tables_of_a_gpu_hold_the_same_codes(self, signed: bool) -> None:
+        """``dynamic8_words``, looked up as csrc/cuda/optimizer_step.cu does it, at every border of
+        two codes and of two words, just below and just above."""
+        words = np.array(native.module().dynamic8_words(), np.uint32)
+        at, steps, bits = (0, 512, 6) if signed else (256, 512 + 22 * 64 + 1, 7)
+        values = reference.dynamic_map(signed)
+        np.testing.assert_allclose(
+            words[at : at + 256].view(np.float32), values, rtol=5e-7, atol=1e-12
+        )
+        middles = ((values[1:].double() + values[:-1].double()) / 2).float().numpy()
+        edges = np.arange(105 << bits, 127 << bits, dtype=np.uint32) << np.uint32(23 - bits)
+        a = np.concatenate([middles[middles > 0], edges.view(np.float32)])
+        a = np.concatenate([a, np.nextafter(a, 0), np.nextafter(a, 2), [1.0, np.nextafter(1, 2)]])
+        a = np.maximum(a[a <= 1.0000002].astype(np.float32), np.float32(2.0**-22))
+        raw = a.view(np.uint32)
+        sums = words[steps + (raw >> (23 - bits)) - (105 << bits)] + (raw << (bits + 1))
+        got = (sums >> 24).astype(int)
+        exact = values.double().numpy()
+        near = np.abs(exact[None, :] - np.minimum(a, 1).astype(float)[:, None])
+        if not signed:
+            near[:, 0] = np.inf  # no second moment is rounded to 0
+        least = near.min(1)
+        chosen = near[np.arange(a.size), got]
+        assert np.all(chosen <= least + 2e-6 * a), "the nearest value, or one as near"
+        assert len(set(got)) == (129 if signed else 255)
 
     @pytest.mark.parametrize("isa", ISAS)
     @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)

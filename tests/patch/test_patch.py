@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from typing import Any
 
 import pytest
@@ -122,6 +124,31 @@ def test_siblings_share_one_call_and_one_saved_input() -> None:
     assert group.layers() == [layer.q_proj, layer.k_proj, layer.v_proj]
     assert not group._held.__dict__
     assert fastft.explain(model).modules[0].siblings == 3
+
+
+def test_a_forward_that_raises_keeps_nothing() -> None:
+    """q computed k's and v's outputs; nobody fetches them, and nobody drops them either."""
+    model = fastft.accelerate(llama())
+    for _ in range(2):
+        gradients(model)
+    attention = model.get_base_model().model.layers[0].self_attn
+    seen: list[weakref.ref[Tensor]] = []
+
+    def stop(_: nn.Module, inputs: Any) -> None:
+        seen.append(weakref.ref(inputs[0]))
+        raise KeyboardInterrupt
+
+    handle = attention.k_proj.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model(**batch())
+    handle.remove()
+    group = siblings_module.group_of(attention.q_proj)
+    assert group is not None
+    assert group._held.__dict__, "q computed for its siblings"
+    del group
+    fastft.restore(model)
+    gc.collect()
+    assert seen[0]() is None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -73,7 +73,7 @@ def test_wider_than_a_strip_and_longer_than_a_split(
     usual = _lora_glu.split_rows
     splits: list[int] = []
 
-    def split_rows(tokens: int, block_m: int, blocks: int, target: int) -> tuple[int, int]:
+    def split_rows(tokens: int, block_m: int, blocks: int, slots: int) -> tuple[int, int]:
         splits.append(-(-tokens // block_m))
         return splits[-1], block_m
 
