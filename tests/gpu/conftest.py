@@ -17,6 +17,7 @@ import pytest
 import torch
 
 REHEARSAL = bool(os.environ.get("FASTFT_REHEARSAL"))
+COMPILE_AHEAD = bool(os.environ.get("FASTFT_COMPILE_AHEAD"))  # see compile_ahead.py
 if REHEARSAL:
     from tests.kernels import interpreter_bf16
 
@@ -38,6 +39,8 @@ class Observed:
 @pytest.fixture
 def gpu() -> torch.device:
     """The GPU, for what nothing else can do: its clock, streams, graphs, large cases."""
+    if COMPILE_AHEAD:
+        return torch.device("cpu")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device: run `make gpu` on a machine that has one")
     return torch.device("cuda", torch.cuda.current_device())
