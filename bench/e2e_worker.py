@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from .e2e import SHAPED
 from .measure import peak_resident_bytes, reset_peak, resident_bytes, trim
+from .plan import MODELS
 
 R = 16
 CHECK_TOKENS = 96
@@ -22,39 +24,16 @@ CHECK_TOKENS = 96
 # together from the second on.
 WARM_UP = 2
 LR = 2e-4
-# SmolLM2-135M's published configuration.
-SHAPE = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "rope_theta": 100000.0,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
-
-# Llama-3.1-8B's, but for its layers.
-LLAMA_8B = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
+# The model of "random".
+SHAPE = MODELS["SmolLM2-135M"]
 
 
 def shaped(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     """Random weights, in bfloat16 whatever the dtype, drawn where they are used."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**LLAMA_8B, num_hidden_layers=int(name.partition(":")[2]))
+    layers = int(name.removeprefix(SHAPED))
+    config = LlamaConfig(**{**MODELS["Llama-3.1-8B"], "num_hidden_layers": layers})
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -76,7 +55,7 @@ def load(folder: str, dtype: torch.dtype, device: torch.device) -> Any:
     if folder == "random":
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**SHAPE)).to(dtype)
-    elif folder.startswith("llama-3.1-8b:"):
+    elif folder.startswith(SHAPED):
         model = shaped(folder, dtype, device)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)

@@ -198,12 +198,11 @@ class StepInBackward:
         if self._scale is not None:
             stats = optimizer._stats_of(p.device)
             norm = stats[0].clone()
-            optimizer._scaled.add(p.device)  # should the step raise
+            optimizer._scaled.add(p.device)  # the next plain step sets 1 again
             stats[3] = self._scale.to(p.device)
             stats[4].zero_()
             optimizer._run(p.device, [p], [grad], [group], False)
             stats[0] = norm
-            stats[3].fill_(1.0)
         else:
             optimizer.apply_step([p], [grad], [group])
         p.grad = None

@@ -196,3 +196,27 @@ def test_removed() -> None:
     release.remove()
     model(_inputs(0)).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_plain_step_after_a_clip_is_not_clipped_by_it() -> None:
+    one, plain, two, released = _twins("SGD", max_grad_norm=0.5)
+    release = optim.StepInBackward(released)
+    for model, step in ((one, plain.step), (two, release.step)):
+
+        def closure(model: Model = model) -> Tensor:
+            torch.manual_seed(0)
+            loss = model(_inputs(0))
+            loss.backward()
+            return loss
+
+        step(closure)
+    release.remove()
+    assert released.grad_norm > 0.5
+    for model, optimizer in ((one, plain), (two, released)):
+        optimizer.zero_grad()
+        torch.manual_seed(1)
+        model(_inputs(1)).backward()
+        optimizer.max_grad_norm = None
+        optimizer.step()
+    assert released.grad_norm.item() == pytest.approx(plain.grad_norm.item(), rel=1e-5)
+    _same(one, two, exactly=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,24 +189,26 @@ SHAPE = ways.Shape("fwd", 8192, 4096, (4096,), 16, False)
 
 
 @pytest.fixture
-def no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A table of no rows."""
-    empty = tmp_path / "ways.json"
-    empty.write_text("[]")
-    monkeypatch.setattr(ways, "TABLE", empty)
-    _forget()
-    yield
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Puts the given rows in the place of the shipped table."""
+
+    def forget() -> None:
+        ways._rows.cache_clear()
+        ways._picked.cache_clear()
+
+    def put(*rows: dict[str, Any]) -> None:
+        table = tmp_path / "ways.json"
+        table.write_text(json.dumps(rows))
+        monkeypatch.setattr(ways, "TABLE", table)
+        forget()
+
+    yield put
     monkeypatch.undo()
-    _forget()
+    forget()
 
 
-def _forget() -> None:
-    ways._rows.cache_clear()
-    ways._picked.cache_clear()
-
-
-@pytest.mark.usefixtures("no_table")
-def test_without_a_measurement_bytes_decide() -> None:
+def test_without_a_measurement_bytes_decide(measured: Callable[..., None]) -> None:
+    measured()
     both = ("expand", "border")
     decode = ways.Shape("fwd", 1, 4096, (4096,), 64, False)
     assert ways.pick("sm_90", decode, both) == "expand", "the border is filled at each call"
@@ -221,27 +223,19 @@ def test_without_a_measurement_bytes_decide() -> None:
     assert ways.pick("sm_90", SHAPE, ("expand",)) == "expand"
 
 
-def test_a_measurement_near_by_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_near_by_decides(measured: Callable[..., None]) -> None:
     times = {"expand": 1.0, "border": 0.9, "gemm": 0.8}
     row = {"arch": "sm_90", **dataclasses.asdict(SHAPE), "time_ms": times}
-    table = tmp_path / "ways.json"
-    table.write_text(json.dumps([row]))
-    monkeypatch.setattr(ways, "TABLE", table)
-    ways._rows.cache_clear()
-    ways._picked.cache_clear()
-    try:
-        assert ways.pick("sm_90", SHAPE, ways.WAYS) == "gemm"
-        assert ways.pick("sm_90", SHAPE, ("expand", "border")) == "border"
-        far = ways.Shape("fwd", 1024, 4096, (4096,), 16, False)
-        assert ways.pick("sm_90", far, ways.WAYS) == "border", "bytes: 8192 tokens are too many"
-        assert ways.pick("sm_80", SHAPE, ways.WAYS) == "border"
-        dropped = ways.Shape("fwd", 8192, 4096, (4096,), 16, True)
-        assert dropped.distance(row) == math.inf
-        with ways.force("expand"):
-            assert ways.pick("sm_90", SHAPE, ways.WAYS) == "expand"
-    finally:
-        ways._rows.cache_clear()
-        ways._picked.cache_clear()
+    measured(row)
+    assert ways.pick("sm_90", SHAPE, ways.WAYS) == "gemm"
+    assert ways.pick("sm_90", SHAPE, ("expand", "border")) == "border"
+    far = ways.Shape("fwd", 1024, 4096, (4096,), 16, False)
+    assert ways.pick("sm_90", far, ways.WAYS) == "border", "bytes: 8192 tokens are too many"
+    assert ways.pick("sm_80", SHAPE, ways.WAYS) == "border"
+    dropped = ways.Shape("fwd", 8192, 4096, (4096,), 16, True)
+    assert dropped.distance(row) == math.inf
+    with ways.force("expand"):
+        assert ways.pick("sm_90", SHAPE, ways.WAYS) == "expand"
 
 
 def test_force_knows_its_ways() -> None:
