@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -123,6 +124,7 @@ fastft::AttentionSlab attention_slab(const std::vector<int64_t>& sizes, bool cau
 
 }  // namespace
 
+#include "bind_lora.inc"
 #include "bind_optimizers.inc"
 
 PYBIND11_MODULE(_C, m) {
@@ -134,98 +136,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("tight_heap", &tight_heap);
   m.def("max_threads", &max_threads);
 
-  m.def(
-      "dropout_mask",
-      [](int64_t mask, int64_t bytes, uint64_t seed, uint32_t threshold, const std::string& isa) {
-        kernels(isa).dropout_mask(at<uint8_t>(mask), bytes, seed, threshold);
-      },
-      py::arg("mask"), py::arg("bytes"), py::arg("seed"), py::arg("threshold"), py::arg("isa") = "",
-      free_gil);
-  m.def(
-      "dropout_apply",
-      [](int64_t dst, int64_t src, int64_t mask, int64_t rows, int64_t cols, int dtype,
-         const std::string& isa) {
-        kernels(isa).dropout_apply(at<void>(dst), at<const void>(src), at<const uint8_t>(mask),
-                                   rows, cols, dtype);
-      },
-      py::arg("dst"), py::arg("src"), py::arg("mask"), py::arg("rows"), py::arg("cols"),
-      py::arg("dtype"), py::arg("isa") = "", free_gil);
-  m.def(
-      "dropout_add",
-      [](int64_t dst, int64_t src, int64_t mask, int64_t rows, int64_t cols, float scale,
-         int dst_dtype, int src_dtype, const std::string& isa) {
-        kernels(isa).dropout_add(at<void>(dst), at<const void>(src), at<const uint8_t>(mask), rows,
-                                 cols, scale, dst_dtype, src_dtype);
-      },
-      py::arg("dst"), py::arg("src"), py::arg("mask"), py::arg("rows"), py::arg("cols"),
-      py::arg("scale"), py::arg("dst_dtype"), py::arg("src_dtype"), py::arg("isa") = "", free_gil);
-  m.def(
-      "lora_dx",
-      [](int64_t dx, int64_t ds, int64_t a, int64_t mask, int64_t rows, int64_t cols, int64_t r,
-         float scale, int dtype, const std::string& isa) {
-        kernels(isa).lora_dx(at<void>(dx), at<const float>(ds), at<const float>(a),
-                             at<const uint8_t>(mask), rows, cols, r, scale, dtype);
-      },
-      py::arg("dx"), py::arg("ds"), py::arg("a"), py::arg("mask"), py::arg("rows"), py::arg("cols"),
-      py::arg("r"), py::arg("scale"), py::arg("dtype"), py::arg("isa") = "", free_gil);
-  m.def(
-      "lora_da",
-      [](int64_t da, int64_t ds, int64_t x, int64_t mask, int64_t rows, int64_t cols, int64_t r,
-         float scale, int dtype, const std::string& isa) {
-        kernels(isa).lora_da(at<float>(da), at<const float>(ds), at<const void>(x),
-                             at<const uint8_t>(mask), rows, cols, r, scale, dtype);
-      },
-      py::arg("da"), py::arg("ds"), py::arg("x"), py::arg("mask"), py::arg("rows"), py::arg("cols"),
-      py::arg("r"), py::arg("scale"), py::arg("dtype"), py::arg("isa") = "", free_gil);
-  m.def(
-      "thin_scratch",
-      [](int64_t rows, int64_t cols, int64_t r, const std::string& isa) {
-        if (r > fastft::kThinMaxRank) throw std::invalid_argument("thin products: rank too large");
-        return kernels(isa).thin_scratch(rows, cols, r);
-      },
-      py::arg("rows"), py::arg("cols"), py::arg("r"), py::arg("isa") = "");
-  m.def(
-      "thin_shrink",
-      [](int64_t s, int64_t x, int64_t a, int64_t mask, int64_t rows, int64_t cols, int64_t r,
-         float scale, bool wide, int64_t scratch, const std::string& isa) {
-        kernels(isa).thin_shrink(at<void>(s), at<const void>(x), at<const void>(a),
-                                 at<const uint8_t>(mask), rows, cols, r, scale, wide,
-                                 at<uint32_t>(scratch));
-      },
-      py::arg("s"), py::arg("x"), py::arg("a"), py::arg("mask"), py::arg("rows"), py::arg("cols"),
-      py::arg("r"), py::arg("scale"), py::arg("wide"), py::arg("scratch"), py::arg("isa") = "",
-      free_gil);
-  m.def(
-      "thin_expand",
-      [](int64_t y, int64_t s, int64_t b, int64_t rows, int64_t cols, int64_t r, float scale,
-         bool wide, int64_t scratch, const std::string& isa) {
-        kernels(isa).thin_expand(at<void>(y), at<const void>(s), at<const void>(b), rows, cols, r,
-                                 scale, wide, at<uint32_t>(scratch));
-      },
-      py::arg("y"), py::arg("s"), py::arg("b"), py::arg("rows"), py::arg("cols"), py::arg("r"),
-      py::arg("scale"), py::arg("wide"), py::arg("scratch"), py::arg("isa") = "", free_gil);
-  m.def(
-      "thin_pair",
-      [](int64_t ds, int64_t ds_pitch, int64_t db, int64_t dy, int64_t s, int64_t b, int64_t rows,
-         int64_t cols, int64_t r, float scale, bool wide, int64_t scratch, const std::string& isa) {
-        kernels(isa).thin_pair(at<void>(ds), ds_pitch, at<void>(db), at<const void>(dy),
-                               at<const void>(s), at<const void>(b), rows, cols, r, scale, wide,
-                               at<uint32_t>(scratch));
-      },
-      py::arg("ds"), py::arg("ds_pitch"), py::arg("db"), py::arg("dy"), py::arg("s"), py::arg("b"),
-      py::arg("rows"), py::arg("cols"), py::arg("r"), py::arg("scale"), py::arg("wide"),
-      py::arg("scratch"), py::arg("isa") = "", free_gil);
-  m.def(
-      "thin_back",
-      [](int64_t dx, int64_t da, int64_t ds, int64_t x, int64_t a, int64_t mask, int64_t rows,
-         int64_t cols, int64_t r, float scale, bool wide, int64_t scratch, const std::string& isa) {
-        kernels(isa).thin_back(at<void>(dx), at<void>(da), at<const void>(ds), at<const void>(x),
-                               at<const void>(a), at<const uint8_t>(mask), rows, cols, r, scale,
-                               wide, at<uint32_t>(scratch));
-      },
-      py::arg("dx"), py::arg("da"), py::arg("ds"), py::arg("x"), py::arg("a"), py::arg("mask"),
-      py::arg("rows"), py::arg("cols"), py::arg("r"), py::arg("scale"), py::arg("wide"),
-      py::arg("scratch"), py::arg("isa") = "", free_gil);
   // addresses: bias, class_weight, label_weight, row_scale, entropy_scale, labels, top, log_sum,
   // z_label, weighted_sum, entropy, log_sum_sq, mean_logit, argmax; numbers: scale, softcap,
   // smoothing, z_loss, weight_sum, classes.
@@ -424,5 +334,6 @@ PYBIND11_MODULE(_C, m) {
       py::arg("dz"), py::arg("d_scale"), py::arg("dy"), py::arg("z"), py::arg("scale"),
       py::arg("rows"), py::arg("cols"), py::arg("dtype"), py::arg("isa") = "", free_gil);
   m.attr("SUM_ROWS") = fastft::kSumRows;
+  bind_lora(m);
   bind_optimizers(m);
 }

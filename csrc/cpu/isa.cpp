@@ -41,6 +41,14 @@ static inline int64_t thread_index() {
 #endif
 }
 
+static inline int64_t thread_count() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
 #include "attention.inc"
 #include "cross_entropy.inc"
 #include "divergence.inc"
@@ -55,6 +63,7 @@ static inline int64_t thread_index() {
 #include "rope.inc"
 #include "thin_tiles.inc"
 #include "thin.inc"
+#include "product.inc"
 
 }  // namespace FASTFT_ISA
 
@@ -86,6 +95,8 @@ const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA) = {
     thin_expand,
     thin_pair,
     thin_back,
+    product_scratch,
+    product,
 };
 
 }  // namespace fastft

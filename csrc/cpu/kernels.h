@@ -80,6 +80,39 @@ struct StepCall {
   bool needs_norm;
 };
 
+// left (rows, depth), rows `pitch` elements apart, times right (depth, cols), or (cols, depth)
+// where transposed; bfloat16, depth even.
+struct ProductPart {
+  const void* left;
+  int64_t pitch, depth;
+  const void* right;
+  bool transposed;
+};
+
+// scale * kept * left (rows, r) right, of which right is (r, cols), or (cols, r) where transposed,
+// in float32 where wide. mask: null, or bits as dropout_mask's.
+struct ProductTerm {
+  const void* left;
+  int64_t r;
+  const void* right;
+  bool wide, transposed;
+  const uint8_t* mask;
+  float scale;
+};
+
+constexpr int64_t kProductParts = 8, kProductTerms = 16;
+
+// out (rows, cols) = the sum of parts, terms and bias (null: none); bfloat16; see product.inc.
+struct ProductCall {
+  void* out;
+  int64_t out_pitch, rows, cols;
+  const void* bias;
+  ProductPart parts[kProductParts];
+  int64_t part_count;
+  ProductTerm terms[kProductTerms];
+  int64_t term_count;
+};
+
 struct Kernels {
   // mask: (rows, ceil(cols / 8)) bytes; bit k % 8 of byte k / 8 is 1 where column k is kept.
   void (*dropout_mask)(uint8_t* mask, int64_t bytes, uint64_t seed, uint32_t threshold);
@@ -150,6 +183,8 @@ struct Kernels {
   void (*thin_back)(void* dx, void* da, const void* ds, const void* x, const void* a,
                     const uint8_t* mask, int64_t rows, int64_t cols, int64_t r, float scale,
                     bool wide, uint32_t* scratch);
+  int64_t (*product_scratch)(const ProductCall& call);  // words, for this many threads
+  void (*product)(const ProductCall& call, uint32_t* scratch);
 };
 
 constexpr int64_t kThinMaxRank = 64;

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastft import native
 from fastft.cpu import thin
+from fastft.cpu.product import Part, Term, product, serves, takes
 from fastft.cpu.products import mm_nn, mm_nt, mm_tn, scratch
 
 # Ranks up to which a pass of our own over dx or x beats a library product and a pass after it.
@@ -106,12 +107,12 @@ def _scatter(
             part.copy_(share)
 
 
-def _stacked(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """All rows in one dense matrix of dtype."""
+def _stacked(tensors: list[Tensor], dtype: torch.dtype, name: str = "a_all") -> Tensor:
+    """All rows in one dense matrix of dtype, in the buffer of that name where it is made."""
     if len(tensors) == 1 and tensors[0].is_contiguous():
-        return _narrow("a_all", tensors[0], dtype)
+        return _narrow(name, tensors[0], dtype)
     ranks = [t.shape[0] for t in tensors]
-    out = scratch("a_all", (sum(ranks), tensors[0].shape[1]), dtype)
+    out = scratch(name, (sum(ranks), tensors[0].shape[1]), dtype)
     for part, tensor in zip(out.split(ranks), tensors, strict=True):
         part.copy_(tensor)
     return out
@@ -182,12 +183,19 @@ def fwd_values(
     if x.shape[0] == 0:
         return
     for i, (y, weight, bias) in enumerate(zip(ys, weights, biases, strict=True)):
+        own = [j for j, owner in enumerate(owners) if owner == i and ss[j].shape[0]]
+        terms: list[Term] = [
+            (ss[j], lora_bs[j].contiguous(), True, None, scalings[j])
+            for j in own
+            if spans[j] == (0, x.shape[0])
+        ]
+        if len(terms) == len(own) and takes(terms) and serves(x.shape[0], [x], [weight], bias):
+            product(y, [(x, weight, True)], terms, bias)
+            continue
         mm_nt(y, x, weight)
         if bias is not None:
             y.add_(bias)
-        for j, owner in enumerate(owners):
-            if owner != i or not ss[j].shape[0]:
-                continue
+        for j in own:
             if thin.serves(x.dtype, ss[j].shape[1]):
                 thin.expand(y[slice(*spans[j])], ss[j], lora_bs[j].contiguous(), scalings[j])
             else:
@@ -224,12 +232,15 @@ def bwd(
         rows = slice(*spans[group[0]])
         for j, ds in zip(group, _columns(ds_all, [ss[j].shape[1] for j in group]), strict=True):
             _d_s_and_d_b(ds, dbs[j], dys[owners[j]][rows], ss[j], lora_bs[j], scalings[j])
+    whole = False
     if dx is not None:
+        whole = _dx_at_once(dx, dys, weights, groups, d_ss, lora_as, masks, dropout_ps, spans)
         for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
-            mm_nn(dx, dy, weight, accumulate=i > 0)
+            if not whole:
+                mm_nn(dx, dy, weight, accumulate=i > 0)
     for group, ds_all in zip(groups, d_ss, strict=True):
         rows = slice(*spans[group[0]])
-        dx_rows = None if dx is None else dx[rows]
+        dx_rows = None if dx is None or whole else dx[rows]
         group_as, group_das = [lora_as[j] for j in group], [das[j] for j in group]
         mask, p = masks[group[0]], dropout_ps[group[0]]
         if thin.serves(x.dtype, ds_all.shape[1]):
@@ -238,6 +249,34 @@ def bwd(
             _bwd_stacked(dx_rows, group_das, ds_all, x[rows], group_as)
         else:
             _bwd_dropped(dx_rows, group_das[0], ds_all, x[rows], group_as[0], mask, p)
+
+
+def _dx_at_once(
+    dx: Tensor,
+    dys: list[Tensor],
+    weights: list[Tensor],
+    groups: list[list[int]],
+    d_ss: list[Tensor],
+    lora_as: list[Tensor],
+    masks: list[Tensor | None],
+    dropout_ps: list[float],
+    spans: list[tuple[int, int]],
+) -> bool:
+    """dx of all siblings, the terms of their adapters along with it; False: not taken."""
+    if not serves(dx.shape[0], dys, weights):
+        return False
+    if any(spans[group[0]] != (0, dx.shape[0]) for group in groups):
+        return False
+    terms: list[Term] = []
+    for group, ds_all in zip(groups, d_ss, strict=True):
+        mask, p = masks[group[0]], dropout_ps[group[0]]
+        stacked = _stacked([lora_as[j] for j in group], lora_as[group[0]].dtype, f"a_{len(terms)}")
+        terms.append((ds_all, stacked, False, mask, _keep(mask, p)))
+    if not takes(terms):
+        return False
+    parts: list[Part] = [(dy, weight, False) for dy, weight in zip(dys, weights, strict=True)]
+    product(dx, parts, terms)
+    return True
 
 
 def _columns(whole: Tensor, sizes: list[int]) -> Sequence[Tensor]:

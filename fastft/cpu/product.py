@@ -1,0 +1,92 @@
+"""A frozen product that takes LoRA's terms along in its sums: csrc/cpu/product.inc.
+
+It serves bfloat16 on processors whose vectors multiply it (AVX512-BF16), where it is as fast as the
+library's product; with matrix units (AMX) the library's is several times faster, and the terms are
+passes of their own (``fastft.cpu.thin``).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fastft import native
+from fastft.cpu.products import scratch
+
+__all__ = ["Part", "Term", "product", "serves", "takes"]
+
+# (left, right, right is (cols, depth)); left: (rows, depth).
+Part = tuple[Tensor, Tensor, bool]
+# (left, right, right is (cols, r), mask, scale); left: (rows, r).
+Term = tuple[Tensor, Tensor, bool, Tensor | None, float]
+
+# Fewer rows do not pay for packing the right sides again in every call.
+_MIN_ROWS = 256
+# Of a term: lines of its right side are packed one by one.
+_MAX_RANK = 64
+
+
+@functools.cache
+def _vectors_multiply() -> bool:
+    return bool(native.build_info()["native_bfloat16"]) and not has_matrix_units()
+
+
+def has_matrix_units() -> bool:
+    """Whether the library multiplies bfloat16 on AMX."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+def serves(
+    rows: int, lefts: list[Tensor], rights: list[Tensor], bias: Tensor | None = None
+) -> bool:
+    """Whether a product of these parts is taken, and pays."""
+    return (
+        rows >= _MIN_ROWS
+        and len(lefts) <= native.module().PRODUCT_PARTS
+        and all(_dense(left) for left in lefts)
+        and all(right.is_contiguous() for right in rights)
+        and all(left.shape[1] % 2 == 0 for left in lefts)
+        and lefts[0].dtype == torch.bfloat16
+        and (bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous()))
+        and _vectors_multiply()
+    )
+
+
+def takes(terms: list[Term]) -> bool:
+    """Whether these terms go along in a product."""
+    return len(terms) <= native.module().PRODUCT_TERMS and all(
+        left.shape[1] <= _MAX_RANK and left.is_contiguous() for left, *_ in terms
+    )
+
+
+def _dense(rows: Tensor) -> bool:
+    return rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]
+
+
+def product(out: Tensor, parts: list[Part], terms: list[Term], bias: Tensor | None = None) -> None:
+    """out = bias + sum over parts of left right + sum over terms of scale kept * (left right)."""
+    c = native.module()
+    rows, cols = out.shape
+    of_parts = [
+        (left.data_ptr(), left.stride(0), left.shape[1], right.data_ptr(), transposed)
+        for left, right, transposed in parts
+    ]
+    of_terms = [
+        (
+            left.data_ptr(),
+            left.shape[1],
+            right.data_ptr(),
+            right.dtype == torch.float32,
+            transposed,
+            0 if mask is None else mask.data_ptr(),
+            scale,
+        )
+        for left, right, transposed, mask, scale in terms
+    ]
+    room = scratch("product", (c.product_scratch(rows, cols, of_parts, of_terms),), torch.float32)
+    at_bias = 0 if bias is None else bias.data_ptr()
+    c.product(
+        out.data_ptr(), out.stride(0), rows, cols, at_bias, of_parts, of_terms, room.data_ptr()
+    )
