@@ -112,18 +112,9 @@ int64_t max_threads() {
 #endif
 }
 
-// sizes: count, kv_heads, group, rows, cols, first, queries; strides: batch, head, query.
-fastft::AttentionSlab attention_slab(const std::vector<int64_t>& sizes, bool causal, float scale,
-                                     int64_t mask, const std::vector<int64_t>& strides, int64_t lse,
-                                     std::vector<float>& scratch) {
-  scratch.resize(static_cast<size_t>(max_threads() * sizes.at(4)));
-  return {sizes.at(0),   sizes.at(1),   sizes.at(2),   sizes.at(3),    sizes.at(4),
-          sizes.at(5),   sizes.at(6),   causal,        scale,          at<const uint8_t>(mask),
-          strides.at(0), strides.at(1), strides.at(2), at<float>(lse), scratch.data()};
-}
-
 }  // namespace
 
+#include "bind_attention.inc"
 #include "bind_lora.inc"
 #include "bind_optimizers.inc"
 
@@ -184,38 +175,6 @@ PYBIND11_MODULE(_C, m) {
       py::arg("student"), py::arg("teacher"), py::arg("bias"), py::arg("teacher_bias"),
       py::arg("row_scale"), py::arg("losses"), py::arg("rows"), py::arg("vocab"), py::arg("kind"),
       py::arg("numbers"), py::arg("gradient"), py::arg("dtype"), py::arg("teacher_dtype"),
-      py::arg("isa") = "", free_gil);
-  m.def(
-      "attention_softmax",
-      [](int64_t scores, const std::vector<int64_t>& sizes, bool causal, float scale, int64_t mask,
-         const std::vector<int64_t>& strides, int64_t lse, int dtype, const std::string& isa) {
-        std::vector<float> scratch;
-        const auto slab = attention_slab(sizes, causal, scale, mask, strides, lse, scratch);
-        kernels(isa).attention_softmax(slab, at<void>(scores), dtype);
-      },
-      py::arg("scores"), py::arg("sizes"), py::arg("causal"), py::arg("scale"), py::arg("mask"),
-      py::arg("mask_strides"), py::arg("lse"), py::arg("dtype"), py::arg("isa") = "", free_gil);
-  m.def(
-      "attention_gradient",
-      [](int64_t scores, int64_t dp, const std::vector<int64_t>& sizes, bool causal, float scale,
-         int64_t mask, const std::vector<int64_t>& strides, int64_t lse, int dtype,
-         const std::string& isa) {
-        std::vector<float> scratch;
-        const auto slab = attention_slab(sizes, causal, scale, mask, strides, lse, scratch);
-        kernels(isa).attention_gradient(slab, at<void>(scores), at<void>(dp), dtype);
-      },
-      py::arg("scores"), py::arg("dp"), py::arg("sizes"), py::arg("causal"), py::arg("scale"),
-      py::arg("mask"), py::arg("mask_strides"), py::arg("lse"), py::arg("dtype"),
-      py::arg("isa") = "", free_gil);
-  m.def(
-      "attention_extent",
-      [](const std::vector<int64_t>& sizes, bool causal, int64_t mask,
-         const std::vector<int64_t>& strides, const std::string& isa) {
-        std::vector<float> scratch;
-        const auto slab = attention_slab(sizes, causal, 1.0f, mask, strides, 0, scratch);
-        return kernels(isa).attention_extent(slab);
-      },
-      py::arg("sizes"), py::arg("causal"), py::arg("mask"), py::arg("mask_strides"),
       py::arg("isa") = "", free_gil);
   m.def(
       "glu_forward",
@@ -334,6 +293,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("dz"), py::arg("d_scale"), py::arg("dy"), py::arg("z"), py::arg("scale"),
       py::arg("rows"), py::arg("cols"), py::arg("dtype"), py::arg("isa") = "", free_gil);
   m.attr("SUM_ROWS") = fastft::kSumRows;
+  bind_attention(m);
   bind_lora(m);
   bind_optimizers(m);
 }

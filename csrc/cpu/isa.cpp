@@ -63,7 +63,9 @@ static inline int64_t thread_count() {
 #include "rope.inc"
 #include "thin_tiles.inc"
 #include "thin.inc"
+#include "product_tiles.inc"
 #include "product.inc"
+#include "attention_fused.inc"
 
 }  // namespace FASTFT_ISA
 
@@ -97,6 +99,8 @@ const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA) = {
     thin_back,
     product_scratch,
     product,
+    attention_scratch,
+    attention_fused,
 };
 
 }  // namespace fastft

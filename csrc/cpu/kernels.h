@@ -113,6 +113,25 @@ struct ProductCall {
   int64_t term_count;
 };
 
+// Heads of bfloat16; strides in elements, features next to each other.
+struct AttentionTensor {
+  void* data;
+  int64_t batch, head, token;
+};
+
+// Attention with its products inside; see attention_fused.inc. out: written, or with `backward` its
+// gradient, which is read, and dq, dk, dv written. lse: float32 (batch, heads, queries). mask:
+// null, or bytes as an AttentionSlab's. width and value_width are even.
+struct AttentionCall {
+  AttentionTensor q, k, v, out, dq, dk, dv;
+  float* lse;
+  int64_t batch, heads, kv_heads, queries, keys, width, value_width;
+  bool causal, backward;
+  float scale;
+  const uint8_t* mask;
+  int64_t mask_batch, mask_head, mask_query;
+};
+
 struct Kernels {
   // mask: (rows, ceil(cols / 8)) bytes; bit k % 8 of byte k / 8 is 1 where column k is kept.
   void (*dropout_mask)(uint8_t* mask, int64_t bytes, uint64_t seed, uint32_t threshold);
@@ -185,6 +204,8 @@ struct Kernels {
                     bool wide, uint32_t* scratch);
   int64_t (*product_scratch)(const ProductCall& call);  // words, for this many threads
   void (*product)(const ProductCall& call, uint32_t* scratch);
+  int64_t (*attention_scratch)(const AttentionCall& call);  // words, for this many threads
+  void (*attention_fused)(const AttentionCall& call, float* scratch);
 };
 
 constexpr int64_t kThinMaxRank = 64;

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastft import native
 from fastft.cpu.products import scratch
 
-__all__ = ["Part", "Term", "product", "serves", "takes"]
+__all__ = ["Part", "Term", "product", "serves", "takes", "vectors_multiply"]
 
 # (left, right, right is (cols, depth)); left: (rows, depth).
 Part = tuple[Tensor, Tensor, bool]
@@ -29,7 +29,8 @@ _MAX_RANK = 64
 
 
 @functools.cache
-def _vectors_multiply() -> bool:
+def vectors_multiply() -> bool:
+    """Whether this processor multiplies bfloat16, in vectors only."""
     return bool(native.build_info()["native_bfloat16"]) and not has_matrix_units()
 
 
@@ -45,12 +46,12 @@ def serves(
     return (
         rows >= _MIN_ROWS
         and len(lefts) <= native.module().PRODUCT_PARTS
-        and all(_dense(left) for left in lefts)
+        and all(dense(left) for left in lefts)
         and all(right.is_contiguous() for right in rights)
         and all(left.shape[1] % 2 == 0 for left in lefts)
         and lefts[0].dtype == torch.bfloat16
         and (bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous()))
-        and _vectors_multiply()
+        and vectors_multiply()
     )
 
 
@@ -61,7 +62,8 @@ def takes(terms: list[Term]) -> bool:
     )
 
 
-def _dense(rows: Tensor) -> bool:
+def dense(rows: Tensor) -> bool:
+    """Whether the elements of a row are next to each other."""
     return rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]
 
 
