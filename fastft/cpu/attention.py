@@ -1,8 +1,7 @@
 """CPU launcher of ``attention``.
 
-Where vectors multiply bfloat16 (AVX512-BF16 without AMX) it is one C++ kernel with its products
-inside (csrc/cpu/attention_fused.inc), up to a number of keys. Else library products on slabs of
-scores, softmax in C++ between them.
+One kernel where ``fastft.cpu.attention_fused`` serves; else library products on slabs of scores,
+softmax in C++ between them.
 
 A slab holds the scores of one block of queries for some key heads; the query heads of a group are
 rows of one matrix, so a key head is multiplied once. Causal blocks skip the keys after them.
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastft import native
-from fastft.cpu.product import vectors_multiply
+from fastft.cpu import attention_fused
 from fastft.cpu.products import native_bfloat16, scratch
 
 # Queries of a block: 128 of 512 skip 3/8 of a causal product and keep its matrices large.
@@ -28,8 +27,6 @@ _FEWEST = 16
 # of dK and dV are gone over once a block, which costs more than leaving the cache.
 _SLAB_BYTES = 8 << 20
 _HEAD_BYTES = 32 << 20
-# Keys up to which the fused kernel keeps a block's scores in cache.
-_FUSED_KEYS = 4096
 
 
 def supports(*, device_type: str, dtype: torch.dtype) -> str | None:
@@ -69,10 +66,7 @@ class _Problem:
         self.query, self.mask, self.lse = query, mask, lse
         self.scale, self.is_causal = scale, is_causal
         self.code = native.DTYPE_CODES[query.dtype]
-        self.strides = [0, 0, 0]
-        if mask is not None:
-            sizes_strides = list(zip(mask.shape[:3], mask.stride()[:3], strict=True))
-            self.strides = [0 if size == 1 else stride for size, stride in sizes_strides]
+        self.strides = attention_fused.mask_strides(mask)
 
     def slabs(self) -> Iterator[_Slab]:
         """Blocks of queries; of each, the key heads whose scores fit a slab: whole elements of the
@@ -139,33 +133,6 @@ class _Problem:
         return grouped[elements, heads, :, slab.first : slab.last]
 
 
-def _fuses(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether one kernel does all of it."""
-    return (
-        query.dtype == torch.bfloat16
-        and vectors_multiply()
-        and key.shape[2] <= _FUSED_KEYS
-        and key.shape[3] % 2 == value.shape[3] % 2 == 0
-        and all(t.stride(-1) == 1 for t in (query, key, value))
-    )
-
-
-def _fused(
-    tensors: list[Tensor], mask: Tensor | None, lse: Tensor, scale: float, is_causal: bool
-) -> None:
-    """tensors: query, key, value, out, and for a backward the gradients of the first three."""
-    query, key, value = tensors[:3]
-    problem = _Problem(query, key, mask, scale, is_causal, lse)
-    batch, heads, queries, width = query.shape
-    sizes = [batch, heads, key.shape[1], queries, key.shape[2], width, value.shape[3]]
-    c, places = native.module(), [(t.data_ptr(), *t.stride()[:3]) for t in tensors]
-    room = scratch("attention", (c.attention_scratch(places, sizes),), torch.float32)
-    at_mask = 0 if mask is None else mask.data_ptr()
-    c.attention_fused(
-        places, sizes, lse.data_ptr(), is_causal, scale, at_mask, problem.strides, room.data_ptr()
-    )
-
-
 def _flat(name: str, tensor: Tensor) -> Tensor:
     """(batch, heads, keys, width) as (batch * heads, keys, width), contiguous."""
     if tensor.is_contiguous():
@@ -185,8 +152,9 @@ def fwd(
     is_causal: bool,
 ) -> None:
     """Writes out (batch, heads, queries, value width) and lse (batch, heads, queries)."""
-    if _fuses(query, key, value):
-        return _fused([query, key, value, out], mask, lse, scale, is_causal)
+    if attention_fused.serves(query, key, value):
+        attention_fused.run([query, key, value, out], mask, lse, scale, is_causal)
+        return
     problem = _Problem(query, key, mask, scale, is_causal, lse)
     k, v = _flat("attention_k", key), _flat("attention_v", value)
     for slab in problem.slabs():
@@ -220,11 +188,10 @@ def bwd(
 ) -> None:
     """Writes the gradients, each in the shape of its tensor; those of key and value are summed in
     float32 over the blocks of queries."""
-    if _fuses(query, key, value):
-        if d_out.stride(-1) != 1:
-            d_out = scratch("attention_d", tuple(d_out.shape), d_out.dtype).copy_(d_out)
-        gradients = [d_query, d_key, d_value]
-        return _fused([query, key, value, d_out, *gradients], mask, lse, scale, is_causal)
+    if attention_fused.serves(query, key, value):
+        tensors = [query, key, value, d_out, d_query, d_key, d_value]
+        attention_fused.run(tensors, mask, lse, scale, is_causal)
+        return
     problem = _Problem(query, key, mask, scale, is_causal, lse)
     k, v = _flat("attention_k", key), _flat("attention_v", value)
     dk = scratch("attention_dk", tuple(k.shape), torch.float32).zero_()

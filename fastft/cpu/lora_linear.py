@@ -1,10 +1,11 @@
-"""CPU launcher of ``lora_linear``: library products, and C++ kernels where dropout comes in.
+"""CPU launcher of ``lora_linear``: frozen products, and around them the thin ones of LoRA.
 
-Where the processor multiplies bfloat16 itself, the thin products are one pass of our own each
-(``fastft.cpu.thin``), whatever the dropout. Elsewhere, and at high ranks, they are the library's;
-with dropout x is then dropped a slice of rows at a time into a buffer that stays in cache and feeds
-the product at once, and the backward's two thin products read the mask as they go. No dropped copy
-of x is kept.
+Where the processor's vectors multiply bfloat16, the terms that LoRA adds go along in the frozen
+product's sums (``fastft.cpu.product``), and the other thin products are one pass of our own each
+(``fastft.cpu.thin``), whatever the dropout; with matrix units the terms are such passes too, after
+the library's product. Elsewhere, and at high ranks, all are the library's: with dropout x is then
+dropped a slice of rows at a time into a buffer that stays in cache and feeds the product at once,
+and the backward's two thin products read the mask as they go. No dropped copy of x is kept.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ from torch import Tensor
 
 from fastft import native
 from fastft.cpu import thin
+from fastft.cpu._lora_buffers import dropped, keep, narrow, row_slices, scatter, stacked, thin_side
 from fastft.cpu.product import Part, Term, product, serves, takes
 from fastft.cpu.products import mm_nn, mm_nt, mm_tn, scratch
 
 # Ranks up to which a pass of our own over dx or x beats a library product and a pass after it.
 _FUSED_RANK = 32
-# Bytes of x dropped at a time: half of a common second-level cache.
-_SLICE_BYTES = 1 << 19
 
 
 def supports(
@@ -50,72 +50,12 @@ def dropout_mask(out: Tensor, seed: Tensor, p: float) -> None:
     )
 
 
-def _row_slices(rows: int, columns: int, itemsize: int) -> list[slice]:
-    size = max(16, _SLICE_BYTES // max(1, columns * itemsize))
-    return [slice(start, min(rows, start + size)) for start in range(0, rows, size)]
-
-
-def _dropped(x: Tensor, mask: Tensor) -> Tensor:
-    """x * mask for a slice of rows, in this thread's buffer; 1 / (1 - p) is left to the product."""
-    out = scratch("dropped", tuple(x.shape), x.dtype)
-    native.module().dropout_apply(
-        out.data_ptr(),
-        x.data_ptr(),
-        mask.data_ptr(),
-        x.shape[0],
-        x.shape[1],
-        native.DTYPE_CODES[x.dtype],
-    )
-    return out
-
-
 def _groups(masks: list[Tensor | None], spans: list[tuple[int, int]]) -> list[list[int]]:
     """Adapters that can share one read of x: those over the same rows without dropout."""
     groups: dict[object, list[int]] = {}
     for j, (mask, span) in enumerate(zip(masks, spans, strict=True)):
         groups.setdefault(span if mask is None else j, []).append(j)
     return list(groups.values())
-
-
-def _narrow(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in dtype, in this thread's buffer where it has to be cast."""
-    if tensor.dtype == dtype:
-        return tensor
-    return scratch(name, tuple(tensor.shape), dtype).copy_(tensor)
-
-
-def _keep(mask: Tensor | None, p: float) -> float:
-    return 1.0 if mask is None else 1.0 / (1.0 - p)
-
-
-def _thin_side(ss: list[Tensor]) -> Tensor:
-    """Room for all columns of ss next to each other; the one there is, if it is dense."""
-    if len(ss) == 1 and ss[0].is_contiguous():
-        return ss[0]
-    return scratch("s_all", (ss[0].shape[0], sum(s.shape[1] for s in ss)), ss[0].dtype)
-
-
-def _scatter(
-    parts: Sequence[Tensor | None], whole: Tensor, dim: int, sizes: list[int] | None = None
-) -> None:
-    """Copies the shares of ``whole`` along ``dim`` into the parts that are there."""
-    if len(parts) == 1 and parts[0] is whole:
-        return
-    sizes = sizes or [part.shape[dim] for part in parts if part is not None]
-    for part, share in zip(parts, whole.split(sizes, dim), strict=True):
-        if part is not None:
-            part.copy_(share)
-
-
-def _stacked(tensors: list[Tensor], dtype: torch.dtype, name: str = "a_all") -> Tensor:
-    """All rows in one dense matrix of dtype, in the buffer of that name where it is made."""
-    if len(tensors) == 1 and tensors[0].is_contiguous():
-        return _narrow(name, tensors[0], dtype)
-    ranks = [t.shape[0] for t in tensors]
-    out = scratch(name, (sum(ranks), tensors[0].shape[1]), dtype)
-    for part, tensor in zip(out.split(ranks), tensors, strict=True):
-        part.copy_(tensor)
-    return out
 
 
 def fwd(*call: Any) -> None:
@@ -149,20 +89,20 @@ def fwd_adapters(
             continue
         mask, p = masks[first], dropout_ps[first]
         if thin.serves(x.dtype, sum(lora_as[j].shape[0] for j in group)):
-            stacked = _stacked([lora_as[j] for j in group], lora_as[first].dtype)
-            s_all = _thin_side([ss[j] for j in group])
-            thin.shrink(s_all, part, stacked, mask, _keep(mask, p))
-            _scatter([ss[j] for j in group], s_all, 1)
+            all_as = stacked([lora_as[j] for j in group], lora_as[first].dtype)
+            s_all = thin_side([ss[j] for j in group])
+            thin.shrink(s_all, part, all_as, mask, keep(mask, p))
+            scatter([ss[j] for j in group], s_all, 1)
             continue
-        stacked = _stacked([lora_as[j] for j in group], x.dtype)
+        all_as = stacked([lora_as[j] for j in group], x.dtype)
         if mask is not None:
-            for rows in _row_slices(part.shape[0], part.shape[1], part.element_size()):
-                dropped = _dropped(part[rows], mask[rows])
-                mm_nt(ss[first][rows], dropped, stacked, alpha=_keep(mask, p))
+            for rows in row_slices(part.shape[0], part.shape[1], part.element_size()):
+                own = dropped(part[rows], mask[rows])
+                mm_nt(ss[first][rows], own, all_as, alpha=keep(mask, p))
         else:
-            s_all = _thin_side([ss[j] for j in group])
-            mm_nt(s_all, part, stacked)
-            _scatter([ss[j] for j in group], s_all, 1)
+            s_all = thin_side([ss[j] for j in group])
+            mm_nt(s_all, part, all_as)
+            scatter([ss[j] for j in group], s_all, 1)
 
 
 def fwd_values(
@@ -199,7 +139,7 @@ def fwd_values(
             if thin.serves(x.dtype, ss[j].shape[1]):
                 thin.expand(y[slice(*spans[j])], ss[j], lora_bs[j].contiguous(), scalings[j])
             else:
-                b = _narrow("b", lora_bs[j], x.dtype)
+                b = narrow("b", lora_bs[j], x.dtype)
                 mm_nt(y[slice(*spans[j])], ss[j], b, alpha=scalings[j], accumulate=True)
 
 
@@ -244,7 +184,7 @@ def bwd(
         group_as, group_das = [lora_as[j] for j in group], [das[j] for j in group]
         mask, p = masks[group[0]], dropout_ps[group[0]]
         if thin.serves(x.dtype, ds_all.shape[1]):
-            _bwd_thin(dx_rows, group_das, ds_all, x[rows], group_as, mask, _keep(mask, p))
+            _bwd_thin(dx_rows, group_das, ds_all, x[rows], group_as, mask, keep(mask, p))
         elif mask is None:
             _bwd_stacked(dx_rows, group_das, ds_all, x[rows], group_as)
         else:
@@ -270,8 +210,8 @@ def _dx_at_once(
     terms: list[Term] = []
     for group, ds_all in zip(groups, d_ss, strict=True):
         mask, p = masks[group[0]], dropout_ps[group[0]]
-        stacked = _stacked([lora_as[j] for j in group], lora_as[group[0]].dtype, f"a_{len(terms)}")
-        terms.append((ds_all, stacked, False, mask, _keep(mask, p)))
+        all_as = stacked([lora_as[j] for j in group], lora_as[group[0]].dtype, f"a_{len(terms)}")
+        terms.append((ds_all, all_as, False, mask, keep(mask, p)))
     if not takes(terms):
         return False
     parts: list[Part] = [(dy, weight, False) for dy, weight in zip(dys, weights, strict=True)]
@@ -299,7 +239,7 @@ def _d_s_and_d_b(
     if thin.serves(dy.dtype, s.shape[1]) and (db is None or db.is_contiguous()):
         thin.pair(ds, db, dy, s, lora_b.contiguous(), scaling)
         return
-    mm_nn(ds, dy, _narrow("b", lora_b, dy.dtype), alpha=scaling)
+    mm_nn(ds, dy, narrow("b", lora_b, dy.dtype), alpha=scaling)
     if db is not None:
         mm_tn(db, dy, s, alpha=scaling)
 
@@ -311,21 +251,21 @@ def _bwd_thin(
     x: Tensor,
     lora_as: list[Tensor],
     mask: Tensor | None,
-    keep: float,
+    kept: float,
 ) -> None:
     """One pass over dx and x together for all adapters of a group."""
     wanted = [da for da in das if da is not None]
     if dx is None and not wanted:
         return
-    stacked = _stacked(lora_as, lora_as[0].dtype)
+    all_as = stacked(lora_as, lora_as[0].dtype)
     if not wanted:
-        thin.back(dx, None, ds_all, x, stacked, mask, keep)
+        thin.back(dx, None, ds_all, x, all_as, mask, kept)
     elif len(das) == 1 and wanted[0].is_contiguous():
-        thin.back(dx, wanted[0], ds_all, x, stacked, mask, keep)
+        thin.back(dx, wanted[0], ds_all, x, all_as, mask, kept)
     else:
-        da_all = scratch("da_all", (ds_all.shape[1], x.shape[1]), stacked.dtype)
-        thin.back(dx, da_all, ds_all, x, stacked, mask, keep)
-        _scatter(das, da_all, 0, [a.shape[0] for a in lora_as])
+        da_all = scratch("da_all", (ds_all.shape[1], x.shape[1]), all_as.dtype)
+        thin.back(dx, da_all, ds_all, x, all_as, mask, kept)
+        scatter(das, da_all, 0, [a.shape[0] for a in lora_as])
 
 
 def _bwd_stacked(
@@ -337,7 +277,7 @@ def _bwd_stacked(
 ) -> None:
     """One pass over dx and one over x for all adapters of a group."""
     if dx is not None:
-        mm_nn(dx, ds_all, _stacked(lora_as, x.dtype), accumulate=True)
+        mm_nn(dx, ds_all, stacked(lora_as, x.dtype), accumulate=True)
     wanted = [da for da in das if da is not None]
     if not wanted:
         return
@@ -346,7 +286,7 @@ def _bwd_stacked(
         return
     da_all = scratch("da_all", (ds_all.shape[1], x.shape[1]), wanted[0].dtype)
     mm_tn(da_all, ds_all, x)
-    _scatter(das, da_all, 0, [a.shape[0] for a in lora_as])
+    scatter(das, da_all, 0, [a.shape[0] for a in lora_as])
 
 
 def _bwd_dropped(
@@ -363,10 +303,10 @@ def _bwd_dropped(
         _bwd_dropped_in_slices(dx, da, ds, x, lora_a, mask, p)
         return
     c = native.module()
-    sizes = (x.shape[0], x.shape[1], ds.shape[1], _keep(mask, p), native.DTYPE_CODES[x.dtype])
-    wide_ds = _narrow("ds32", ds, torch.float32)
+    sizes = (x.shape[0], x.shape[1], ds.shape[1], keep(mask, p), native.DTYPE_CODES[x.dtype])
+    wide_ds = narrow("ds32", ds, torch.float32)
     if dx is not None:
-        wide_a = _narrow("a32", lora_a, torch.float32).contiguous()
+        wide_a = narrow("a32", lora_a, torch.float32).contiguous()
         c.lora_dx(dx.data_ptr(), wide_ds.data_ptr(), wide_a.data_ptr(), mask.data_ptr(), *sizes)
     if da is not None:
         total = scratch("da_total", tuple(da.shape), torch.float32)
@@ -385,29 +325,29 @@ def _bwd_dropped_in_slices(
 ) -> None:
     """The same through library products, a slice of rows at a time."""
     c = native.module()
-    columns, keep = x.shape[1], _keep(mask, p)
+    columns, kept = x.shape[1], keep(mask, p)
     code = native.DTYPE_CODES[x.dtype]
-    narrow = _narrow("a_all", lora_a, x.dtype)
+    narrow_a = narrow("a_all", lora_a, x.dtype)
     total = part = None
     if da is not None:
         total = scratch("da_total", tuple(da.shape), torch.float32).zero_()
         part = scratch("da_part", tuple(da.shape), torch.float32)
-    for rows in _row_slices(x.shape[0], columns, x.element_size()):
+    for rows in row_slices(x.shape[0], columns, x.element_size()):
         if dx is not None:
-            product = scratch("ds_a", (rows.stop - rows.start, columns), x.dtype)
-            mm_nn(product, ds[rows], narrow)
+            added = scratch("ds_a", (rows.stop - rows.start, columns), x.dtype)
+            mm_nn(added, ds[rows], narrow_a)
             c.dropout_add(
                 dx[rows].data_ptr(),
-                product.data_ptr(),
+                added.data_ptr(),
                 mask[rows].data_ptr(),
-                product.shape[0],
+                added.shape[0],
                 columns,
-                keep,
+                kept,
                 code,
                 code,
             )
         if total is not None and part is not None:
-            mm_tn(part, ds[rows], _dropped(x[rows], mask[rows]), alpha=keep)
+            mm_tn(part, ds[rows], dropped(x[rows], mask[rows]), alpha=kept)
             total += part
     if da is not None and total is not None:
         da.copy_(total)

@@ -23,7 +23,7 @@ Part = tuple[Tensor, Tensor, bool]
 Term = tuple[Tensor, Tensor, bool, Tensor | None, float]
 
 # Fewer rows do not pay for packing the right sides again in every call.
-_MIN_ROWS = 256
+_MIN_ROWS = 512
 # Of a term: lines of its right side are packed one by one.
 _MAX_RANK = 64
 

@@ -155,6 +155,64 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(ds.double(), truth, rtol=eps + 1e-4, atol=1e-5)
 
 
+FUSED = [c for c in CASES if c.width % 2 == (c.value_width or c.width) % 2 == 0]
+# Heads wider than a panel, blocks of few queries, an odd number of keys, stretches of one head.
+FUSED += [
+    Case(1, 2, 1, 200, 1300, 80, value_width=66),
+    Case(1, 1, 1, 311, 311, 8, causal=True),
+]
+
+
+@pytest.mark.parametrize("case", FUSED, ids=str)
+def test_the_kernel_with_its_products_of_every_instruction_set(case: Case) -> None:
+    """Against float64, on poisoned memory, any thread count with the same bits, and no write past
+    the end of what it is given."""
+    leaves, mask, dy = inputs(case, BF16)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    y, lse = reference.attention(*wide, mask, case.width**-0.5, case.causal)
+    truth = outputs(y, wide, dy.double())
+    plain_leaves = [t.detach().requires_grad_() for t in leaves]
+    plain_y, _ = reference.attention(*plain_leaves, mask, case.width**-0.5, case.causal)
+    plain = outputs(plain_y, plain_leaves, dy)
+    q, k, v = (t.detach() for t in leaves)
+    sizes = [*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3]]
+    strides, at_mask = [0, 0, 0], 0
+    if mask is not None:
+        at_mask = mask.data_ptr()
+        pairs = zip(mask.shape[:3], mask.stride()[:3], strict=True)
+        strides = [0 if size == 1 else stride for size, stride in pairs]
+    facts = (case.causal, case.width**-0.5, at_mask, strides)
+    c = native.module()
+    for isa in native.build_info()["instruction_sets_usable"]:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            out = torch.full_like(y, float("nan"), dtype=BF16)
+            got_lse = torch.full(lse.shape, float("nan"))
+            gradients = [torch.full_like(t, float("nan")) for t in (q, k, v)]
+            for tensors in ([q, k, v, out], [q, k, v, dy, *gradients]):
+                places = [(t.data_ptr(), *t.stride()[:3]) for t in tensors]
+                words = c.attention_scratch(places, sizes, isa=isa)
+                room = torch.full((words + 8,), float("nan"))
+                room[-8:] = 7
+                at_lse = got_lse.data_ptr()
+                c.attention_fused(places, sizes, at_lse, *facts, room.data_ptr(), isa=isa)
+                assert bool((room[-8:] == 7).all()), isa
+            found.append([out, *gradients])
+            seen = lse.isfinite()
+            assert torch.equal(got_lse.isfinite(), seen)
+            torch.testing.assert_close(
+                got_lse[seen].double(), lse[seen].detach(), rtol=1e-5, atol=1e-5
+            )
+        assert all(map(torch.equal, *found)), isa
+        assert_as_good_as_torch(["y", "dq", "dk", "dv"], found[0], plain, truth, BF16)
+
+
+def test_heads_of_odd_width_are_refused_by_the_kernel() -> None:
+    with pytest.raises(ValueError, match="odd width"):
+        native.module().attention_scratch([(0, 0, 0, 0)] * 4, [1, 1, 1, 1, 1, 3, 2])
+
+
 def test_masked_keys_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys that no query of a block sees reach no product."""
     seen: list[int] = []

@@ -1,0 +1,54 @@
+"""Attention as one C++ kernel with its products inside: csrc/cpu/attention_fused.inc.
+
+It serves bfloat16 where vectors multiply it (AVX512-BF16 without AMX), up to a number of keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastft import native
+from fastft.cpu.product import vectors_multiply
+from fastft.cpu.products import scratch
+
+__all__ = ["mask_strides", "run", "serves"]
+
+# Keys up to which the scores of a block of queries stay in the second-level cache.
+_MAX_KEYS = 4096
+
+
+def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel takes these, and pays."""
+    return (
+        query.dtype == torch.bfloat16
+        and vectors_multiply()
+        and key.shape[2] <= _MAX_KEYS
+        and key.shape[3] % 2 == value.shape[3] % 2 == 0
+        and all(t.stride(-1) == 1 for t in (query, key, value))
+    )
+
+
+def mask_strides(mask: Tensor | None) -> list[int]:
+    """In elements, of batch, head and query; 0 where all read the same."""
+    if mask is None:
+        return [0, 0, 0]
+    sizes_strides = zip(mask.shape[:3], mask.stride()[:3], strict=True)
+    return [0 if size == 1 else stride for size, stride in sizes_strides]
+
+
+def run(
+    tensors: list[Tensor], mask: Tensor | None, lse: Tensor, scale: float, causal: bool
+) -> None:
+    """Forward of query, key, value to out and lse; or, with three gradients more, the backward,
+    where out's place holds its gradient."""
+    query, key, value, out = tensors[:4]
+    if out.stride(-1) != 1:
+        tensors[3] = scratch("attention_d", tuple(out.shape), out.dtype).copy_(out)
+    batch, heads, queries, width = query.shape
+    sizes = [batch, heads, key.shape[1], queries, key.shape[2], width, value.shape[3]]
+    c, places = native.module(), [(t.data_ptr(), *t.stride()[:3]) for t in tensors]
+    room = scratch("attention", (c.attention_scratch(places, sizes),), torch.float32)
+    at_mask = 0 if mask is None else mask.data_ptr()
+    facts = (causal, scale, at_mask, mask_strides(mask))
+    c.attention_fused(places, sizes, lse.data_ptr(), *facts, room.data_ptr())
