@@ -17,8 +17,10 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/pool.h"
 #include "fastft/adafactor.h"
 #include "fastft/dynamic8.h"
+#include "fastft/numeric.h"
 #include "fastft/optimizer.h"
 #if defined(FASTFT_WITH_CUDA)
 #include "fastft/cuda_api.h"
@@ -117,6 +119,7 @@ int64_t max_threads() {
 #include "bind_attention.inc"
 #include "bind_lora.inc"
 #include "bind_optimizers.inc"
+#include "bind_pool.inc"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fastft; use fastft.ops, which checks its arguments.";
@@ -296,4 +299,5 @@ PYBIND11_MODULE(_C, m) {
   bind_attention(m);
   bind_lora(m);
   bind_optimizers(m);
+  bind_pool(m);
 }

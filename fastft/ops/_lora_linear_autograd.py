@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastft import backends
 from fastft.ops._checks import without_autocast
+from fastft.ops._room import empty_like, new_empty
 from fastft.ops._saving import Late, note, saves_first
 from fastft.reference.lora_linear import lora_term
 
@@ -99,7 +100,7 @@ def outputs_of(
     x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], spans: Sequence[int]
 ) -> list[Tensor]:
     """Room for ys and ss."""
-    ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
+    ys = [new_empty(x, (x.shape[0], w.shape[0])) for w in weights]
     rows = [stop - start for start, stop in _pairs(spans)]
     return ys + [x.new_empty(n, a.shape[0]) for n, a in zip(rows, lora_as, strict=True)]
 
@@ -120,7 +121,7 @@ def _room(
     starts = [0]
     for rows, r in shapes:
         starts.append(starts[-1] + -(-rows * r // step) * step)
-    held = x.new_empty(starts[-1])
+    held = new_empty(x, (starts[-1],))
     ss = [held[start : start + rows * r].view(rows, r) for start, (rows, r) in zip(starts, shapes)]
     return ss, held
 
@@ -186,7 +187,7 @@ def backward_of(
     made: Any = None,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """dx, dAs and dBs, from the launcher; of these ``made`` has the dBs already (``_glu_pair``)."""
-    dx = torch.empty_like(x) if need_dx else None
+    dx = empty_like(x) if need_dx else None
     das = [torch.empty_like(a) if need else None for a, need in zip(lora_as, need_da, strict=True)]
     needed = zip(lora_bs, need_db, strict=True)
     dbs = [torch.empty_like(b) if need and made is None else None for b, need in needed]
@@ -272,7 +273,7 @@ class LoraLinear(torch.autograd.Function):
     ) -> Any:
         call: Any = (x, *constants.split(tensors), *constants.rest())
         ss, held = _room(x, call[3], constants.spans)
-        outputs = [*(x.new_empty(x.shape[0], w.shape[0]) for w in call[1]), *ss]
+        outputs = [*(new_empty(x, (x.shape[0], w.shape[0])) for w in call[1]), *ss]
         if late is None:
             _launch("fwd", outputs, *call)
             _note_adapters(constants, held, x, call[3], call[5])

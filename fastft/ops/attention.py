@@ -27,6 +27,7 @@ from fastft.ops._checks import (
     without_autocast,
 )
 from fastft.ops._library import register
+from fastft.ops._room import empty_like, new_empty
 from fastft.ops._saving import registered
 from fastft.reference import attention as reference
 
@@ -193,7 +194,7 @@ def _fwd_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = query.shape
-    out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
+    out = new_empty(query, (batch, queries, heads, value.shape[-1])).transpose(1, 2)
     wide = torch.promote_types(query.dtype, torch.float32)
     return out, query.new_empty(batch, heads, queries, dtype=wide)
 
@@ -230,7 +231,7 @@ def _bwd_fake(
     is_causal: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    return empty_like(query), empty_like(key), empty_like(value)
 
 
 class Attention(torch.autograd.Function):

@@ -30,6 +30,7 @@ from fastft.ops._checks import (
     without_autocast,
 )
 from fastft.ops._library import register
+from fastft.ops._room import new_empty
 from fastft.reference import dora_scale as reference
 
 __all__ = ["check", "dora_norm", "dora_scale", "squared_row_norms"]
@@ -166,7 +167,7 @@ def _fwd_kernel(z: Tensor, scale: Tensor, bias: Tensor | None, backend: str) -> 
 
 
 def _fwd_fake(z: Tensor, scale: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return z.new_empty(z.shape)
+    return new_empty(z, z.shape)
 
 
 def _bwd_kernel(
@@ -188,7 +189,7 @@ def _bwd_kernel(
 def _bwd_fake(
     dy: Tensor, z: Tensor, scale: Tensor, need_d_scale: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return z.new_empty(z.shape), scale.new_empty(scale.shape if need_d_scale else (0,))
+    return new_empty(z, z.shape), scale.new_empty(scale.shape if need_d_scale else (0,))
 
 
 class DoraScale(torch.autograd.Function):

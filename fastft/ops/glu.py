@@ -19,6 +19,7 @@ from fastft.errors import ArgumentError, nearest
 from fastft.ops import _glu_pair
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from fastft.ops._library import register
+from fastft.ops._room import new_empty
 from fastft.ops._saving import note
 from fastft.reference import glu as reference
 
@@ -105,7 +106,7 @@ def _fwd_kernel(gate: Tensor, up: Tensor, activation: str, backend: str) -> Tens
 
 
 def _fwd_fake(gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
-    return gate.new_empty(gate.shape)
+    return new_empty(gate, gate.shape)
 
 
 def _bwd_kernel(
@@ -121,7 +122,7 @@ def _bwd_kernel(
 def _bwd_fake(
     d_out: Tensor, gate: Tensor, up: Tensor, activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+    return new_empty(gate, gate.shape), new_empty(up, up.shape)
 
 
 class Glu(torch.autograd.Function):

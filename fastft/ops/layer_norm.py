@@ -18,6 +18,7 @@ from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from fastft.ops._library import register
+from fastft.ops._room import new_empty
 from fastft.ops._saving import note
 from fastft.reference import layer_norm as reference
 
@@ -130,7 +131,7 @@ def _fwd_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = x.shape[:-1].numel()
-    return x.new_empty(x.shape), x.new_empty(rows, dtype=wide), x.new_empty(rows, dtype=wide)
+    return new_empty(x, x.shape), x.new_empty(rows, dtype=wide), x.new_empty(rows, dtype=wide)
 
 
 def _bwd_kernel(
@@ -174,7 +175,7 @@ def _bwd_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sizes = [x.shape[-1] if need else 0 for need in (need_d_weight, need_d_bias)]
-    return x.new_empty(x.shape), x.new_empty(sizes[0]), x.new_empty(sizes[1])
+    return new_empty(x, x.shape), x.new_empty(sizes[0]), x.new_empty(sizes[1])
 
 
 class LayerNorm(torch.autograd.Function):

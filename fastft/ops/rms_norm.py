@@ -18,6 +18,7 @@ from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from fastft.ops._library import register
+from fastft.ops._room import new_empty
 from fastft.ops._saving import note
 from fastft.reference import rms_norm as reference
 
@@ -133,7 +134,7 @@ def _fwd_fake(
     x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel(), dtype=wide)
+    return new_empty(x, x.shape), x.new_empty(x.shape[:-1].numel(), dtype=wide)
 
 
 def _bwd_kernel(
@@ -172,7 +173,7 @@ def _bwd_fake(
     backend: str,
     more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape if need_d_weight else (0,))
+    return new_empty(x, x.shape), weight.new_empty(weight.shape if need_d_weight else (0,))
 
 
 class RMSNorm(torch.autograd.Function):
@@ -247,7 +248,7 @@ def _add_fwd_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, rstd = _fwd_fake(x, weight, eps, offset, round_first, backend)
-    return y, x.new_empty(x.shape), rstd
+    return y, new_empty(x, x.shape), rstd
 
 
 class AddRMSNorm(torch.autograd.Function):

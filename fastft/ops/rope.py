@@ -17,6 +17,7 @@ from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from fastft.ops._library import register
+from fastft.ops._room import empty_like, new_empty
 from fastft.reference import rope as reference
 
 __all__ = ["check", "rope"]
@@ -184,8 +185,8 @@ def _fwd_fake(
 
 
 def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    out = torch.empty_like(x, dtype=dtype)
-    return out if out.stride(-1) == 1 else x.new_empty(x.shape, dtype=dtype)
+    out = empty_like(x, dtype)
+    return out if out.stride(-1) == 1 else new_empty(x, x.shape, dtype)
 
 
 class Rope(torch.autograd.Function):

@@ -17,6 +17,7 @@ from fastft.nn.calls import strict_modules
 from fastft.nn.head import FusedHead, FusedLoraHead
 from fastft.nn.lora import UNMERGED, forget_norms
 from fastft.nn.swap import Swapped, become, combined_class, original_of
+from fastft.ops import _room
 from fastft.patch.proofs import difference, site_key, tolerance, verifiable
 from fastft.patch.rules import RULES, Rule, Site, language_model_of
 
@@ -155,6 +156,7 @@ def accelerate(
     model.register_forward_hook(siblings.end_forward, always_call=True)
     if native.available() and any(p.device.type == "cpu" for p in model.parameters()):
         native.module().keep_heap()
+        _room.use_pool(True)
     return model
 
 
@@ -214,6 +216,7 @@ def restore(model: nn.Module) -> nn.Module:
             strict_modules.discard(module)
         refusals.pop(module, None)
         _remove_hooks(module)
+    _room.trim()
     return model
 
 
