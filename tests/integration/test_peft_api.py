@@ -454,7 +454,7 @@ def test_gradients_are_within_twice_peft_s_own_error(dropout: float) -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(launcher, "dropout_mask", lambda out, seed, p: out.fill_(255))
-            patch.setattr(launcher, "_keep", lambda mask, p: 1.0)
+            patch.setattr(launcher, "keep", lambda mask, p: 1.0)
             got = run(fused, x)
     else:
         got = run(fused, x)
