@@ -41,14 +41,6 @@ static inline int64_t thread_index() {
 #endif
 }
 
-static inline int64_t thread_count() {
-#if defined(_OPENMP)
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
-
 #include "attention.inc"
 #include "cross_entropy.inc"
 #include "divergence.inc"

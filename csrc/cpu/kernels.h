@@ -110,7 +110,7 @@ struct ProductCall {
   ProductPart parts[kProductParts];
   int64_t part_count;
   ProductTerm terms[kProductTerms];
-  int64_t term_count;
+  int64_t term_count, threads;  // threads: at most so many, for which the scratch is
 };
 
 // Heads of bfloat16; strides in elements, features next to each other.
@@ -125,7 +125,7 @@ struct AttentionTensor {
 struct AttentionCall {
   AttentionTensor q, k, v, out, dq, dk, dv;
   float* lse;
-  int64_t batch, heads, kv_heads, queries, keys, width, value_width;
+  int64_t batch, heads, kv_heads, queries, keys, width, value_width, threads;
   bool causal, backward;
   float scale;
   const uint8_t* mask;
@@ -202,9 +202,9 @@ struct Kernels {
   void (*thin_back)(void* dx, void* da, const void* ds, const void* x, const void* a,
                     const uint8_t* mask, int64_t rows, int64_t cols, int64_t r, float scale,
                     bool wide, uint32_t* scratch);
-  int64_t (*product_scratch)(const ProductCall& call);  // words, for this many threads
+  int64_t (*product_scratch)(const ProductCall& call);  // words
   void (*product)(const ProductCall& call, uint32_t* scratch);
-  int64_t (*attention_scratch)(const AttentionCall& call);  // words, for this many threads
+  int64_t (*attention_scratch)(const AttentionCall& call);  // words
   void (*attention_fused)(const AttentionCall& call, float* scratch);
 };
 

@@ -7,6 +7,7 @@
 // would, the blocks idle for longest are returned to the system.
 #include "pool.h"
 
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <iterator>
@@ -43,6 +44,7 @@ class Pool {
       *size = idle.size;
       return idle.data;
     }
+    const size_t before = peak_;
     count(wanted);
     while (!idle_.empty() && mapped_ + wanted > peak_ + peak_ / 8) drop_oldest();
     void* data = map(wanted);
@@ -52,6 +54,7 @@ class Pool {
     }
     if (data == nullptr) {
       live_ -= wanted;
+      peak_ = before;
       return nullptr;
     }
     mapped_ += wanted;
@@ -65,6 +68,9 @@ class Pool {
     idle_.push_back({size, data});
     by_size_[size].push_back(std::prev(idle_.end()));
   }
+
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
 
   PoolStats stats() {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -105,9 +111,18 @@ class Pool {
   size_t live_ = 0, peak_ = 0, mapped_ = 0;
 };
 
+Pool& pool();
+
+// A child is forked between two of the pool's calls, never within one of another thread.
+void before_fork() { pool().lock(); }
+void after_fork() { pool().unlock(); }
+
 // Never destroyed: tensors may outlive everything else in the process.
 Pool& pool() {
-  static Pool* const only = new Pool;
+  static Pool* const only = [] {
+    pthread_atfork(before_fork, after_fork, after_fork);
+    return new Pool;
+  }();
   return *only;
 }
 
@@ -125,16 +140,17 @@ void give_back(dlpack::ManagedTensor* managed) {
 
 }  // namespace
 
-dlpack::ManagedTensor* pool_tensor(const int64_t* shape, int ndim, dlpack::DataType dtype) {
+dlpack::ManagedTensor* pool_tensor(const int64_t* shape, const int64_t* strides, int ndim,
+                                   dlpack::DataType dtype) {
   if (ndim > kMaxDims) return nullptr;
   Loan* loan = new Loan;
-  int64_t stride = 1;
-  for (int i = ndim - 1; i >= 0; --i) {
+  size_t bytes = dtype.bits / 8;
+  for (int i = 0; i < ndim; ++i) {
     loan->shape[i] = shape[i];
-    loan->strides[i] = stride;
-    stride *= shape[i];
+    loan->strides[i] = strides[i];
+    bytes *= static_cast<size_t>(shape[i]);
   }
-  void* data = pool().take(static_cast<size_t>(stride) * dtype.bits / 8, &loan->size);
+  void* data = pool().take(bytes, &loan->size);
   if (data == nullptr) {
     delete loan;
     return nullptr;

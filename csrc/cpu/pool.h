@@ -12,9 +12,10 @@ struct PoolStats {
   size_t live, peak, mapped;  // bytes handed out, the most there were, and those held
 };
 
-// A tensor of the pool's memory, contiguous, uninitialised; its deleter gives the block back. Null
-// where there is no memory.
-dlpack::ManagedTensor* pool_tensor(const int64_t* shape, int ndim, dlpack::DataType dtype);
+// A dense tensor of the pool's memory, uninitialised; its deleter gives the block back. Null where
+// there is no memory.
+dlpack::ManagedTensor* pool_tensor(const int64_t* shape, const int64_t* strides, int ndim,
+                                   dlpack::DataType dtype);
 PoolStats pool_stats();
 void pool_trim();  // returns idle blocks to the system, and forgets the peak
 

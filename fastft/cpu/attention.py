@@ -188,7 +188,7 @@ def bwd(
 ) -> None:
     """Writes the gradients, each in the shape of its tensor; those of key and value are summed in
     float32 over the blocks of queries."""
-    if attention_fused.serves(query, key, value):
+    if attention_fused.serves(query, key, value, d_query, d_key, d_value):
         tensors = [query, key, value, d_out, d_query, d_key, d_value]
         attention_fused.run(tensors, mask, lse, scale, is_causal)
         return

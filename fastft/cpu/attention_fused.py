@@ -18,14 +18,14 @@ __all__ = ["mask_strides", "run", "serves"]
 _MAX_KEYS = 4096
 
 
-def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def serves(query: Tensor, key: Tensor, value: Tensor, *gradients: Tensor) -> bool:
     """Whether the kernel takes these, and pays."""
     return (
         query.dtype == torch.bfloat16
         and vectors_multiply()
         and key.shape[2] <= _MAX_KEYS
         and key.shape[3] % 2 == value.shape[3] % 2 == 0
-        and all(t.stride(-1) == 1 for t in (query, key, value))
+        and all(t.stride(-1) == 1 for t in (query, key, value, *gradients))
     )
 
 
@@ -47,6 +47,7 @@ def run(
         tensors[3] = scratch("attention_d", tuple(out.shape), out.dtype).copy_(out)
     batch, heads, queries, width = query.shape
     sizes = [batch, heads, key.shape[1], queries, key.shape[2], width, value.shape[3]]
+    sizes.append(torch.get_num_threads())
     c, places = native.module(), [(t.data_ptr(), *t.stride()[:3]) for t in tensors]
     room = scratch("attention", (c.attention_scratch(places, sizes),), torch.float32)
     at_mask = 0 if mask is None else mask.data_ptr()

@@ -124,14 +124,14 @@ def fwd_values(
         return
     for i, (y, weight, bias) in enumerate(zip(ys, weights, biases, strict=True)):
         own = [j for j, owner in enumerate(owners) if owner == i and ss[j].shape[0]]
-        terms: list[Term] = [
-            (ss[j], lora_bs[j].contiguous(), True, None, scalings[j])
-            for j in own
-            if spans[j] == (0, x.shape[0])
-        ]
-        if len(terms) == len(own) and takes(terms) and serves(x.shape[0], [x], [weight], bias):
-            product(y, [(x, weight, True)], terms, bias)
-            continue
+        whole = all(spans[j] == (0, x.shape[0]) for j in own)
+        if whole and serves(x.shape[0], [x], [weight], bias):
+            terms: list[Term] = [
+                (ss[j], lora_bs[j].contiguous(), True, None, scalings[j]) for j in own
+            ]
+            if takes(terms):
+                product(y, [(x, weight, True)], terms, bias)
+                continue
         mm_nt(y, x, weight)
         if bias is not None:
             y.add_(bias)

@@ -48,7 +48,7 @@ def serves(
         and len(lefts) <= native.module().PRODUCT_PARTS
         and all(dense(left) for left in lefts)
         and all(right.is_contiguous() for right in rights)
-        and all(left.shape[1] % 2 == 0 for left in lefts)
+        and all(left.shape[1] > 0 and left.shape[1] % 2 == 0 for left in lefts)
         and lefts[0].dtype == torch.bfloat16
         and (bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous()))
         and vectors_multiply()
@@ -87,8 +87,7 @@ def product(out: Tensor, parts: list[Part], terms: list[Term], bias: Tensor | No
         )
         for left, right, transposed, mask, scale in terms
     ]
-    room = scratch("product", (c.product_scratch(rows, cols, of_parts, of_terms),), torch.float32)
+    work = (of_parts, of_terms, torch.get_num_threads())
+    room = scratch("product", (c.product_scratch(rows, cols, *work),), torch.float32)
     at_bias = 0 if bias is None else bias.data_ptr()
-    c.product(
-        out.data_ptr(), out.stride(0), rows, cols, at_bias, of_parts, of_terms, room.data_ptr()
-    )
+    c.product(out.data_ptr(), out.stride(0), rows, cols, at_bias, *work, room.data_ptr())

@@ -1,8 +1,9 @@
 """Room for results: torch's, or on a CPU, for large ones, memory that is handed out again.
 
 The pool (csrc/cpu/pool.cpp) holds what a training step asks for over and over, so that nothing is
-mapped, cleared and unmapped again, and no more is resident than was alive at once, and an eighth.
-``fastft.accelerate`` turns it on for models on a CPU.
+mapped, cleared and unmapped again; it holds no more than what of its own was alive at once, and an
+eighth. ``fastft.accelerate`` turns it on, for the process, where a model is on a CPU. Its tensors
+cannot be resized.
 """
 
 from __future__ import annotations
@@ -39,23 +40,46 @@ def trim() -> None:
 
 def new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """``like.new_empty(shape, dtype=dtype)``."""
-    dtype = dtype or like.dtype
-    if _Pool.used and like.device.type == "cpu" and type(like) in _PLAIN:
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
-        code = native.DTYPE_CODES.get(dtype)
-        # Deterministic runs fill what torch has not initialised.
-        if size >= _LEAST and code is not None and not torch.are_deterministic_algorithms_enabled():
-            return from_dlpack(native.module().pool_tensor(shape, code))
+    if _Pool.used and type(like) in _PLAIN and like.device.type == "cpu":
+        strides, step = [], 1
+        for length in reversed(shape):
+            strides.append(step)
+            step *= length
+        found = _from_pool(shape, strides[::-1], step, dtype or like.dtype)
+        if found is not None:
+            return found
     return like.new_empty(shape, dtype=dtype)
 
 
 def empty_like(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``torch.empty_like(like, dtype=dtype)``: the strides of a dense tensor are kept."""
-    order = sorted(range(like.dim()), key=like.stride, reverse=True)
-    laid = like.permute(order)
-    if not _Pool.used or not laid.is_contiguous():
-        return torch.empty_like(like, dtype=dtype)
-    back = [order.index(d) for d in range(like.dim())]
-    return new_empty(like, laid.shape, dtype).permute(back)
+    if _Pool.used and type(like) in _PLAIN and like.device.type == "cpu" and _is_dense(like):
+        found = _from_pool(like.shape, like.stride(), like.numel(), dtype or like.dtype)
+        if found is not None:
+            return found
+    return torch.empty_like(like, dtype=dtype)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements, in some order of its dimensions, are next to each other."""
+    if tensor.is_contiguous():
+        return True
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.permute(order).is_contiguous()
+
+
+def _from_pool(
+    shape: Sequence[int], strides: Sequence[int], count: int, dtype: torch.dtype
+) -> Tensor | None:
+    """A tensor of the pool; None where torch's will do."""
+    code = native.DTYPE_CODES.get(dtype)
+    # Deterministic runs fill what torch has not initialised.
+    if (
+        count * dtype.itemsize < _LEAST
+        or code is None
+        or torch.are_deterministic_algorithms_enabled()
+    ):
+        return None
+    capsule = native.module().pool_tensor(shape, strides, code)
+    # Without memory torch's own error says so, in the words that others look for.
+    return None if capsule is None else from_dlpack(capsule)

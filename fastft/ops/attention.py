@@ -65,9 +65,9 @@ def scaled_dot_product_attention(
         (batch, heads, queries, value width), laid out so that ``out.transpose(1, 2)`` is
         contiguous. Saved for backward: query, key, value, attn_mask, and one float32 a query.
 
-    In bfloat16 on a CPU whose library multiplies it in matrix units (AMX), and over more than 4096
-    keys, the scores are rounded to bfloat16 once, as in an unfused product; their softmax and every
-    sum are float32.
+    In bfloat16 on a CPU the scores are float32 where its vectors multiply bfloat16 (AVX512-BF16
+    without AMX), widths are even, features adjacent and keys at most 4096; else they are rounded to
+    bfloat16 once, as in an unfused product. Their softmax and every sum are float32.
 
     Raises:
         DtypeError, ShapeError, DeviceError: see ``check``.

@@ -85,8 +85,10 @@ def accelerate(
         ``model`` itself.
 
     Parameters (but for ``pack_weights``), buffers, state-dict keys, hooks and saving are untouched.
-    On the CPU with glibc the process is told to keep freed memory (mallopt), which spares a page
-    fault for every 4 KiB of every large tensor. :func:`fastft.explain` says what was done.
+    On the CPU large results of fused operations come from a pool, which hands a block out again
+    when it comes back, and with glibc the process is told to keep freed memory (mallopt): both
+    spare a page fault for every 4 KiB of every large tensor. :func:`restore` empties the pool.
+    :func:`fastft.explain` says what was done.
 
     Raises:
         DtypeError: ``model`` is no torch module.

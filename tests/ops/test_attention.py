@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from fastft import backends, errors, native, ops
 from fastft.cpu import attention as launcher
+from fastft.cpu import attention_fused as fused
 from fastft.reference import attention as reference
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -158,7 +159,8 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
 FUSED = [c for c in CASES if c.width % 2 == (c.value_width or c.width) % 2 == 0]
 # Heads wider than a panel, blocks of few queries, an odd number of keys, stretches of one head.
 FUSED += [
-    Case(1, 2, 1, 200, 1300, 80, value_width=66),
+    # The last stretches have no queries.
+    Case(1, 2, 1, 306, 1300, 80, value_width=66),
     Case(1, 1, 1, 311, 311, 8, causal=True),
 ]
 
@@ -176,6 +178,10 @@ def test_the_kernel_with_its_products_of_every_instruction_set(case: Case) -> No
     plain = outputs(plain_y, plain_leaves, dy)
     q, k, v = (t.detach() for t in leaves)
     sizes = [*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3]]
+    # Rows of the gradient with room between them.
+    spaced = torch.full((*dy.shape[:3], dy.shape[3] + 6), 9.0, dtype=BF16)
+    spaced[..., : dy.shape[3]] = dy
+    dy = spaced[..., : dy.shape[3]]
     strides, at_mask = [0, 0, 0], 0
     if mask is not None:
         at_mask = mask.data_ptr()
@@ -185,32 +191,82 @@ def test_the_kernel_with_its_products_of_every_instruction_set(case: Case) -> No
     c = native.module()
     for isa in native.build_info()["instruction_sets_usable"]:
         found = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            out = torch.full_like(y, float("nan"), dtype=BF16)
-            got_lse = torch.full(lse.shape, float("nan"))
-            gradients = [torch.full_like(t, float("nan")) for t in (q, k, v)]
+        for threads in (1, 2, 3):
+            shapes = [(t.transpose(1, 2).shape, BF16) for t in (y, q, k, v)]
+            held = [_guarded(*shape) for shape in (*shapes, (lse.shape, F32))]
+            out, *gradients = [t.transpose(1, 2) for _, t in held[:4]]
+            got_lse = held[4][1]
             for tensors in ([q, k, v, out], [q, k, v, dy, *gradients]):
                 places = [(t.data_ptr(), *t.stride()[:3]) for t in tensors]
-                words = c.attention_scratch(places, sizes, isa=isa)
+                words = c.attention_scratch(places, [*sizes, threads], isa=isa)
                 room = torch.full((words + 8,), float("nan"))
                 room[-8:] = 7
-                at_lse = got_lse.data_ptr()
-                c.attention_fused(places, sizes, at_lse, *facts, room.data_ptr(), isa=isa)
-                assert bool((room[-8:] == 7).all()), isa
+                call = (places, [*sizes, threads], got_lse.data_ptr(), *facts, room.data_ptr())
+                c.attention_fused(*call, isa=isa)
+                assert all(bool((t[-8:] == 7).all()) for t in (room, *(t for t, _ in held))), isa
             found.append([out, *gradients])
             seen = lse.isfinite()
             assert torch.equal(got_lse.isfinite(), seen)
             torch.testing.assert_close(
                 got_lse[seen].double(), lse[seen].detach(), rtol=1e-5, atol=1e-5
             )
-        assert all(map(torch.equal, *found)), isa
+        for other in found[1:]:
+            assert all(map(torch.equal, found[0], other)), isa
         assert_as_good_as_torch(["y", "dq", "dk", "dv"], found[0], plain, truth, BF16)
 
 
-def test_heads_of_odd_width_are_refused_by_the_kernel() -> None:
-    with pytest.raises(ValueError, match="odd width"):
-        native.module().attention_scratch([(0, 0, 0, 0)] * 4, [1, 1, 1, 1, 1, 3, 2])
+def _guarded(shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Memory with eight elements behind it, and the tensor of this shape in front of them."""
+    memory = torch.full((shape.numel() + 8,), float("nan"), dtype=dtype)
+    memory[-8:] = 7
+    return memory, memory[:-8].view(shape)
+
+
+def test_what_the_kernel_refuses() -> None:
+    for sizes, words in (
+        ([1, 1, 1, 1, 1, 3, 2, 1], "odd width"),
+        ([1, 1, 1, 0, 1, 2, 2, 1], "below"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            native.module().attention_scratch([(0, 0, 0, 0)] * 4, sizes)
+
+
+@pytest.mark.parametrize("case", FUSED[:9], ids=str)
+def test_the_operation_takes_the_kernel(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, on any processor; a gradient whose features are apart is copied."""
+    monkeypatch.setattr(fused, "vectors_multiply", lambda: True)
+    monkeypatch.setattr(launcher, "native_bfloat16", lambda: True)
+    taken: list[int] = []
+    run = fused.run
+    monkeypatch.setattr(fused, "run", lambda *a: (taken.append(len(a[0])), run(*a))[1])
+    leaves, mask, dy = inputs(case, BF16)
+    apart = dy.transpose(2, 3).contiguous().transpose(2, 3)
+    y = ops.scaled_dot_product_attention(*leaves, mask, is_causal=case.causal, backend="cpu")
+    got = outputs(y, leaves, apart if dy.shape[2] > 1 else dy)
+    assert taken == [4, 7]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    truth = outputs(
+        reference.attention(*wide, mask, case.width**-0.5, case.causal)[0], wide, dy.double()
+    )
+    plain_leaves = [t.detach().requires_grad_() for t in leaves]
+    plain_y, _ = reference.attention(*plain_leaves, mask, case.width**-0.5, case.causal)
+    assert_as_good_as_torch(
+        ["y", "dq", "dk", "dv"], got, outputs(plain_y, plain_leaves, dy), truth, BF16
+    )
+
+
+def test_who_the_kernel_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.empty(1, 2, 8, 16, dtype=BF16)
+    monkeypatch.setattr(fused, "vectors_multiply", lambda: True)
+    assert fused.serves(q, q, q)
+    assert not fused.serves(q.float(), q.float(), q.float())
+    assert not fused.serves(q[..., :15], q[..., :15], q)
+    assert not fused.serves(q.transpose(2, 3), q, q)
+    assert not fused.serves(q, q, q, q.transpose(2, 3))
+    long = torch.empty(1, 1, 1, 2, dtype=BF16).expand(1, 2, 5000, 2)
+    assert not fused.serves(long, long, long)
+    monkeypatch.setattr(fused, "vectors_multiply", lambda: False)
+    assert not fused.serves(q, q, q)
 
 
 def test_masked_keys_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import os
 import threading
 from collections.abc import Iterator
 
@@ -114,7 +116,7 @@ def test_freed_in_another_thread() -> None:
 
 
 def test_a_capsule_nobody_took_gives_its_block_back() -> None:
-    capsule = native.module().pool_tensor([MIB], 0)
+    capsule = native.module().pool_tensor([MIB], [1], 0)
     assert stats()["live"] == 4 * MIB
     del capsule
     assert stats()["live"] == 0
@@ -146,6 +148,7 @@ def test_strides_of_a_dense_tensor_are_kept(order: tuple[int, ...]) -> None:
     like = torch.empty(40, 30, 512).permute(order)
     got = room.empty_like(like, BF16)
     assert (got.shape, got.stride(), got.dtype) == (like.shape, like.stride(), BF16)
+    assert not got._is_view()  # or autograd would refuse to change a function's result in place
     assert stats()["live"] > 0
     sliced = torch.empty(300, 2000)[:, :1000]
     assert room.empty_like(sliced).stride() == torch.empty_like(sliced).stride()
@@ -163,3 +166,52 @@ def test_operations_take_from_it() -> None:
     assert stats()["live"] == -(-x.numel() * 4 // 65536) * 65536
     x.grad = None
     assert stats()["live"] == 0
+
+
+def test_what_autograd_and_copies_do_with_it() -> None:
+    """A result may be changed in place, copied, shared and used in inference mode."""
+    q, k = torch.randn(2, 300, 4, 64), torch.randn(2, 300, 2, 64)
+    angles = torch.randn(1, 300, 64)
+    leaf = q.requires_grad_()
+    turned, _ = ops.rope(leaf.transpose(1, 2), k.transpose(1, 2), angles.cos(), angles.sin())
+    assert stats()["live"] > 0
+    turned.mul_(2.0)
+    turned.sum().backward()
+    assert leaf.grad is not None
+    with torch.inference_mode():
+        t = block(1).fill_(2)
+        assert t.is_inference()
+    t = block(1).fill_(2)
+    assert torch.equal(copy.deepcopy(t), t)
+    assert bool((t.share_memory_() == 2).all())
+
+
+def test_without_memory_torch_says_so() -> None:
+    with pytest.raises(RuntimeError, match=r"not enough memory|allocate memory"):
+        room.new_empty(torch.empty(0), (1 << 60,))
+    # And what the pool may hold does not grow by it.
+    before = native.module().pool_stats()
+    assert before["peak"] < 1 << 60
+    assert room.new_empty(torch.empty(0), (MIB,)).numel() == MIB
+
+
+def test_a_fork_does_not_wait_for_ever() -> None:
+    """A child forked while another thread gives blocks back can use the pool."""
+    stop = threading.Event()
+
+    def churn() -> None:
+        while not stop.is_set():
+            block(0.5)
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                native.module().pool_tensor([MIB], [1], 0)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        thread.join()
