@@ -44,7 +44,8 @@ class Meter:
 
     Attributes:
         live, peak: bytes above what was there before, now and at most.
-        taken: bytes of all allocations.
+        taken: bytes of all allocations but room for results of fused operations, which on a CPU is
+            the pool's, mapped once (``fastft.ops._room``).
         work: its operations, in order.
     """
 
@@ -64,11 +65,11 @@ class Meter:
         for tensor in tensors:
             self._track(tensor, counts=False)
 
-    def allocated(self, tensor: Tensor) -> None:
+    def allocated(self, tensor: Tensor, pooled: bool = False) -> None:
         """Counts the tensor's storage until it is freed; once."""
-        self._track(tensor, counts=True)
+        self._track(tensor, counts=True, pooled=pooled)
 
-    def _track(self, tensor: Tensor, counts: bool) -> None:
+    def _track(self, tensor: Tensor, counts: bool, pooled: bool = False) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
@@ -81,7 +82,7 @@ class Meter:
 
         self._known[key] = weakref.ref(storage, freed)
         self.live += size
-        self.taken += size
+        self.taken += 0 if pooled else size
         self.peak = max(self.peak, self.live)
 
 
@@ -110,7 +111,7 @@ class _Watch(TorchDispatchMode):
             self._any = result.untyped_storage()._cdata
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in outputs:
-            self._meter.allocated(tensor)
+            self._meter.allocated(tensor, pooled=func.name() in _ROOM)
         if outputs and not _is_view(func):
             inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             work = _work_of(func, inputs, outputs)
@@ -129,6 +130,8 @@ _NO_WORK = frozenset(
     ("aten::empty.memory_format", "aten::empty_like", "aten::new_empty", "aten::empty_strided",
      "aten::detach", "aten::_unsafe_view", "aten::new_empty_strided", "aten::lift_fresh")
 )  # fmt: skip
+# By which operations of ours make room.
+_ROOM = frozenset(("aten::new_empty", "aten::empty_like"))
 _PRODUCTS = frozenset(("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"))
 
 

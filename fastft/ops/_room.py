@@ -8,7 +8,8 @@ cannot be resized.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.utils.dlpack import from_dlpack
 
 from fastft import native
 
-__all__ = ["empty_like", "new_empty", "trim", "use_pool"]
+__all__ = ["empty_like", "new_empty", "pooled", "trim", "use_pool"]
 
 # Smaller results come from the C library's heap, which is quick and tight there.
 _LEAST = 1 << 18
@@ -30,6 +31,17 @@ class _Pool:
 def use_pool(used: bool) -> None:
     """Whether large results on a CPU come from the pool, where there is a compiled module."""
     _Pool.used = used and native.available()
+
+
+@contextmanager
+def pooled() -> Iterator[None]:
+    """The pool is on within."""
+    before = _Pool.used
+    use_pool(True)
+    try:
+        yield
+    finally:
+        _Pool.used = before
 
 
 def trim() -> None:
