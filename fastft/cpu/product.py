@@ -35,8 +35,9 @@ def vectors_multiply() -> bool:
 
 
 def has_matrix_units() -> bool:
-    """Whether the library multiplies bfloat16 on AMX."""
-    return torch.cpu._is_amx_tile_supported()
+    """Whether the library multiplies bfloat16 on AMX; a torch that cannot say is taken to."""
+    ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return ask is None or bool(ask())
 
 
 def serves(

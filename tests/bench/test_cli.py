@@ -35,8 +35,10 @@ def test_a_run_writes_its_json(tmp_path: Path) -> None:
     for case in ("lora SmolLM2 28 tensors", "flat 1 tensor"):
         for impl in ("torch-fused", "fastft"):
             assert numbers[case, impl, "ns_per_param"] > 0
-            # Two float32 moments, and the pages of what runs for the first time: 2 MB at most.
-            assert 8 <= numbers[case, impl, "bytes_per_param"] < 8 + (1 << 21) / PARAMS
+            # Two float32 moments, less a few pages that were there and free, and the pages of what
+            # runs for the first time: 2 MB at most.
+            bytes_per_param = numbers[case, impl, "bytes_per_param"]
+            assert 8 - (1 << 16) / PARAMS <= bytes_per_param < 8 + (1 << 21) / PARAMS
     reasons = {r["impl"]: r["reason"] for r in lines if r["value"] is None}
     assert reasons["torch-foreach"] == "left out: --impls"
     assert "fastft" in done.stderr
