@@ -172,15 +172,15 @@ def bwd(
         rows = slice(*spans[group[0]])
         for j, ds in zip(group, _columns(ds_all, [ss[j].shape[1] for j in group]), strict=True):
             _d_s_and_d_b(ds, dbs[j], dys[owners[j]][rows], ss[j], lora_bs[j], scalings[j])
-    whole = False
     if dx is not None:
-        whole = _dx_at_once(dx, dys, weights, groups, d_ss, lora_as, masks, dropout_ps, spans)
-        for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
-            if not whole:
+        if _dx_at_once(dx, dys, weights, groups, d_ss, lora_as, masks, dropout_ps, spans):
+            dx = None  # the terms are in it
+        else:
+            for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
                 mm_nn(dx, dy, weight, accumulate=i > 0)
     for group, ds_all in zip(groups, d_ss, strict=True):
         rows = slice(*spans[group[0]])
-        dx_rows = None if dx is None or whole else dx[rows]
+        dx_rows = None if dx is None else dx[rows]
         group_as, group_das = [lora_as[j] for j in group], [das[j] for j in group]
         mask, p = masks[group[0]], dropout_ps[group[0]]
         if thin.serves(x.dtype, ds_all.shape[1]):

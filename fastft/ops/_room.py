@@ -52,7 +52,7 @@ def trim() -> None:
 
 def new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """``like.new_empty(shape, dtype=dtype)``."""
-    if _Pool.used and type(like) in _PLAIN and like.device.type == "cpu":
+    if _served(like):
         strides, step = [], 1
         for length in reversed(shape):
             strides.append(step)
@@ -65,11 +65,16 @@ def new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = No
 
 def empty_like(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``torch.empty_like(like, dtype=dtype)``: the strides of a dense tensor are kept."""
-    if _Pool.used and type(like) in _PLAIN and like.device.type == "cpu" and _is_dense(like):
+    if _served(like) and _is_dense(like):
         found = _from_pool(like.shape, like.stride(), like.numel(), dtype or like.dtype)
         if found is not None:
             return found
     return torch.empty_like(like, dtype=dtype)
+
+
+def _served(like: Tensor) -> bool:
+    """Whether results like this one may be the pool's: no subclass, no fake, no other device."""
+    return _Pool.used and type(like) in _PLAIN and like.device.type == "cpu"
 
 
 def _is_dense(tensor: Tensor) -> bool:
