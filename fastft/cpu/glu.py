@@ -9,6 +9,10 @@ from fastft import native
 
 # The codes of csrc/include/fastft/glu.h.
 _CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+# Whoever needs the result in the backward keeps gate and up, and makes it again: a pass is a
+# hundredth of the three products around it, and the result is as large as all else a layer of that
+# width keeps.
+MAKES_AGAIN = True
 
 
 def supports(*, device_type: str, dtype: torch.dtype) -> str | None:

@@ -43,7 +43,8 @@ def checkpoint(
     Of a layer with hidden size h, intermediate size i, keys and values of width v, in numbers a
     token, accelerated, LoRA on all linears:
 
-    * ``none``: all that the backward reads: 6h + 2v + 3i.
+    * ``none``: all that the backward reads: 6h + 2v + 3i; on the CPU 6h + 2v + 2i, for a LoRA layer
+      that reads a GLU makes its result again there.
     * ``lora``: no result that one pass over saved tensors makes again (those of fused norms and
       GLUs): 4h + 2v + 2i. No product is computed twice.
     * ``attention``: the layer's input and the result of attention, 2h; all else is recomputed.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastft import backends
-from fastft.ops._lora_linear_autograd import Left, LoraLinear, cast, identity
+from fastft.ops._lora_linear_autograd import Left, LoraLinear, cast, identity, saved_of
 
 __all__ = ["backward", "producer"]
 
@@ -71,8 +71,8 @@ def backward(
         return None
     if gate.numel() == 0 or not torch._C._will_engine_execute_node(node):  # type: ignore[attr-defined]
         return None
-    saved = node.saved_tensors
-    x, *tensors = saved
+    saved = saved_of(node)
+    x, tensors = saved
     weights, _, lora_as, lora_bs, masks, ss = constants.split(tensors)
     columns = gate.shape[-1]
     launcher: Any = backends.launcher("lora_linear", constants.backend)

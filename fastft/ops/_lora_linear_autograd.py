@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastft import backends
 from fastft.ops._checks import without_autocast
+from fastft.ops._remade import keeping
 from fastft.ops._room import empty_like, new_empty
 from fastft.ops._saving import Late, note, saves_first
 from fastft.reference.lora_linear import lora_term
@@ -30,6 +31,7 @@ __all__ = [
     "late_values",
     "new_dropout_mask",
     "outputs_of",
+    "saved_of",
 ]
 
 # The backend argument of a registered operation that chooses when it runs.
@@ -240,12 +242,21 @@ def _adapters_again(constants: Constants, x: Tensor, *tensors: Any) -> Tensor:
 
 
 class Left(NamedTuple):
-    """What is left with a node: its saved tensors, for they may be unpacked once, and what the
-    backend has made, with the gradients it goes with."""
+    """What is left with a node: x and its other saved tensors, for they may be unpacked once, and
+    what the backend has made, with the gradients it goes with."""
 
-    saved: tuple[Tensor, ...]
+    saved: tuple[Tensor, Sequence[Tensor]]
     made: Any
     dys: list[tuple[Any, ...]]
+
+
+def saved_of(node: Any) -> tuple[Tensor, Sequence[Tensor]]:
+    """x, made again where it was not kept, and what else a call has saved."""
+    saved = node.saved_tensors
+    if node.make is None:
+        return saved[0], saved[1:]
+    x = node.make(*saved[: node.kept])
+    return x.view(-1, x.shape[-1]), saved[node.kept :]
 
 
 def identity(tensor: Tensor) -> tuple[Any, ...]:
@@ -281,14 +292,16 @@ class LoraLinear(torch.autograd.Function):
             _launch("fwd_adapters", outputs, *call)
             late.work = functools.partial(_launch, "fwd_values", outputs, *call)
         ctx.constants = constants
-        ctx.save_for_backward(x, *tensors, *outputs[constants.layers :])
+        kept, ctx.make = keeping(x)
+        ctx.save_for_backward(*kept, *tensors, *outputs[constants.layers :])
+        ctx.kept = len(kept)
         return tuple(outputs[: constants.layers])
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> Any:
         constants: Constants = ctx.constants
         left = _take(ctx, dys)
-        x, *tensors = ctx.saved_tensors if left is None else left.saved
+        x, tensors = saved_of(ctx) if left is None else left.saved
         weights, biases, lora_as, lora_bs, masks, ss = constants.split(tensors)
         no_masks = [None] * len(masks)
         if torch.is_grad_enabled():

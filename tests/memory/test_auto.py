@@ -46,7 +46,7 @@ def test_the_choice_is_the_best_of_all() -> None:
     ("budget", "mix"),
     [
         (1 << 30, "4 x none"),
-        (500_000, "3 x attention"),
+        (430_000, "3 x attention"),
         (350_000, "x attention"),
         (225_000, "full"),
     ],

@@ -114,6 +114,71 @@ def test_second_derivative(activation: str) -> None:
     assert torch.autograd.gradgradcheck(lambda g, u: ops.glu(g, u, activation), (gate, up))
 
 
+def _into_a_lora_layer(dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """gate, up and the tensors of a LoRA layer that reads their product; the layer's dy."""
+    shapes = ((2, 6, 8), (2, 6, 8), (5, 8), (2, 8), (5, 2))
+    drawn = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    return drawn, torch.randn(2, 6, 5).to(dtype)
+
+
+def _layer(product: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return ops.lora_linear(product, weight.detach(), a, b, scaling=0.5)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_lora_layer_makes_the_product_again_to_the_same_bits(dtype: torch.dtype) -> None:
+    (gate, up, *layer), dy = _into_a_lora_layer(dtype)
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        product = ops.glu(gate, up)
+        y = _layer(product, *layer)
+    assert product.data_ptr() not in {tensor.data_ptr() for tensor in kept}
+    asked = (gate, up, *layer[1:])
+    got = torch.autograd.grad(y, asked, dy)
+    held = ops.glu(gate, up) * 1  # another node's result: kept as it is
+    expected = torch.autograd.grad(_layer(held, *layer), asked, dy)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("changed", ["product", "gate", "freed"])
+def test_a_product_that_cannot_be_made_again_is_kept(changed: str) -> None:
+    (gate, up, *layer), dy = _into_a_lora_layer(F32)
+    made = gate * 1
+    product = ops.glu(made, up)
+    with torch.no_grad():
+        if changed == "product":
+            product += 1
+        elif changed == "gate":
+            made += 1
+    value = product.detach().clone()
+    if changed == "freed":
+        del made
+    y = _layer(product, *layer)
+    (da,) = torch.autograd.grad(y, layer[1], dy)
+    flat = dy.reshape(-1, 5)
+    torch.testing.assert_close(da, 0.5 * (flat @ layer[2]).t() @ value.reshape(-1, 8))
+
+
+def test_second_derivative_through_a_product_made_again() -> None:
+    (gate, up, *layer), _ = _into_a_lora_layer(F32)
+    asked = [gate, up, *layer[1:]]
+
+    def second(product: Tensor) -> list[Tensor]:
+        y = _layer(product, *layer)
+        first = torch.autograd.grad(y.square().sum(), asked, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), asked))
+
+    for a, b in zip(
+        second(ops.glu(gate, up)), second(reference.glu(gate, up, "silu")), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_registered_operation_passes_opcheck_and_compiles() -> None:
     gate, up, dy = inputs((3, 5), F32)
     torch.library.opcheck(torch.ops.fastft.glu_fwd.default, (gate, up, "silu", "cpu"))
