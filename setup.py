@@ -130,7 +130,7 @@ class BuildExt(build_ext):
         ext.extra_link_args += [str(runtime), "-lpthread", "-ldl", "-lrt"]
 
 
-sources = ["csrc/bind.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/pool.cpp"]
+sources = ["csrc/bind.cpp", *(f"csrc/cpu/{n}.cpp" for n in ("dispatch", "lora_layers", "pool"))]
 depends = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")]
 extension = Pybind11Extension("fastft._C", sources, cxx_std=17, depends=depends)
 if __name__ == "__main__":

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/lora_layers.h"
 #include "cpu/pool.h"
 #include "fastft/adafactor.h"
 #include "fastft/dynamic8.h"

@@ -2,7 +2,8 @@
 
 Where the processor's vectors multiply bfloat16, the terms that LoRA adds go along in the frozen
 product's sums (``fastft.cpu.product``), and the other thin products are one pass of our own each
-(``fastft.cpu.thin``), whatever the dropout; with matrix units the terms are such passes too, after
+(``fastft.cpu.thin``), whatever the dropout: all of a call's in one native call, if every adapter
+takes all rows (``fastft.cpu.lora_layers``); with matrix units the terms are such passes too, after
 the library's product. Elsewhere, and at high ranks, all are the library's: with dropout x is then
 dropped a slice of rows at a time into a buffer that stays in cache and feeds the product at once,
 and the backward's two thin products read the mask as they go. No dropped copy of x is kept.
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastft import native
-from fastft.cpu import thin
+from fastft.cpu import lora_layers, thin
 from fastft.cpu._lora_buffers import dropped, keep, narrow, row_slices, scatter, stacked, thin_side
 from fastft.cpu.product import Part, Term, product, serves, takes
 from fastft.cpu.products import mm_nn, mm_nt, mm_tn, scratch
@@ -61,8 +62,9 @@ def _groups(masks: list[Tensor | None], spans: list[tuple[int, int]]) -> list[li
 def fwd(*call: Any) -> None:
     """Writes ys[i] (M, N_i), and for adapter j of layer owners[j] over the rows spans[j] of x:
     ss[j] = drop_j(x) A_j^T (rows, r_j); the arguments are those of both halves."""
-    fwd_adapters(*call)
-    fwd_values(*call)
+    if not lora_layers.forward(*call):
+        fwd_adapters(*call)
+        fwd_values(*call)
 
 
 def fwd_adapters(
@@ -143,7 +145,14 @@ def fwd_values(
                 mm_nt(y[slice(*spans[j])], ss[j], b, alpha=scalings[j], accumulate=True)
 
 
-def bwd(
+def bwd(*call: Any) -> None:
+    """Writes dx (M, K), das[j] (r_j, K), dbs[j] (N, r_j); None is not wanted. The arguments are
+    those of the passes apart."""
+    if not lora_layers.backward(*call):
+        _bwd_apart(*call)
+
+
+def _bwd_apart(
     dx: Tensor | None,
     das: list[Tensor | None],
     dbs: list[Tensor | None],
@@ -160,6 +169,23 @@ def bwd(
     spans: list[tuple[int, int]],
 ) -> None:
     """Writes dx (M, K), das[j] (r_j, K), dbs[j] (N, r_j); None is not wanted."""
+    if lora_layers.backward(
+        dx,
+        das,
+        dbs,
+        dys,
+        x,
+        ss,
+        weights,
+        lora_as,
+        lora_bs,
+        scalings,
+        masks,
+        dropout_ps,
+        owners,
+        spans,
+    ):
+        return
     for gradient, (start, stop) in zip((*das, *dbs), (*spans, *spans), strict=True):
         if gradient is not None and start == stop:
             gradient.zero_()

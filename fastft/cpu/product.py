@@ -44,16 +44,17 @@ def serves(
     rows: int, lefts: list[Tensor], rights: list[Tensor], bias: Tensor | None = None
 ) -> bool:
     """Whether a product of these parts is taken, and pays."""
-    return (
-        rows >= _MIN_ROWS
-        and len(lefts) <= native.module().PRODUCT_PARTS
-        and all(dense(left) for left in lefts)
-        and all(right.is_contiguous() for right in rights)
-        and all(left.shape[1] > 0 and left.shape[1] % 2 == 0 for left in lefts)
-        and lefts[0].dtype == torch.bfloat16
-        and (bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous()))
-        and vectors_multiply()
-    )
+    if rows < _MIN_ROWS or not vectors_multiply() or len(lefts) > native.module().PRODUCT_PARTS:
+        return False
+    if lefts[0].dtype != torch.bfloat16:
+        return False
+    if bias is not None and not (bias.dtype == torch.bfloat16 and bias.is_contiguous()):
+        return False
+    for left, right in zip(lefts, rights, strict=True):
+        depth = left.shape[1]
+        if depth == 0 or depth % 2 or not dense(left) or not right.is_contiguous():
+            return False
+    return True
 
 
 def takes(terms: list[Term]) -> bool:

@@ -216,7 +216,7 @@ def backward_of(
 
 def late_values(backend: str, x: Tensor, lora_as: Sequence[Tensor]) -> Late | None:
     """In a recompute, where the backend can: room for a call that saves before it computes."""
-    return Late() if _splits(backend, x, lora_as) and saves_first() else None
+    return Late() if saves_first() and _splits(backend, x, lora_as) else None
 
 
 def _splits(backend: str, x: Tensor, lora_as: Sequence[Tensor]) -> bool:

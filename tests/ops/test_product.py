@@ -151,10 +151,15 @@ def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     launcher.vectors_multiply.cache_clear()
 
 
+def _never(*_: Any) -> bool:
+    return False
+
+
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_lora_linear_takes_it(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward, siblings with masks of their own: the numbers of the passes apart."""
-    from fastft.cpu import lora_linear
+    """Forward and backward, siblings with masks of their own: in one native call, in products that
+    take the terms, and in passes apart, of which the first two give the same bits."""
+    from fastft.cpu import lora_layers, lora_linear
 
     # The kernel runs on every instruction set; where it does not pay it is made to.
     monkeypatch.setattr(launcher, "vectors_multiply", lambda: True)
@@ -167,12 +172,72 @@ def test_lora_linear_takes_it(p: float, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(lora_linear, "product", seen)
     call = Call(Shape(520, 64, (48, 32, 16), (8, 4, 16)), BF16, F32, True)
     outs = []
-    for serves in (launcher.serves, lambda *_: False):
-        monkeypatch.setattr(lora_linear, "serves", serves)
+    ways = ((launcher.serves, launcher.serves), (_never, launcher.serves), (_never, _never))
+    for at_once, in_products in ways:
+        monkeypatch.setattr(lora_layers, "serves", at_once)
+        monkeypatch.setattr(lora_linear, "serves", in_products)
+        terms.clear()
         torch.manual_seed(3)
         outs.append(call.fused("cpu", [p] * 3))
-    # Three outputs, then dx with the terms of all: one group, or one for each mask.
-    assert terms == [1, 1, 1, 3 if p else 1]
-    for one, other in zip(*outs, strict=True):
+        # Three outputs, then dx with the terms of all: one group, or one for each mask.
+        assert terms == ([1, 1, 1, 3 if p else 1] if at_once is not in_products else [])
+    for one, same, other in zip(*outs, strict=True):
+        assert torch.equal(one, same)
         # The other way rounds twice: once before the term is added.
         assert relative_error(one, other.double()) <= 2 * torch.finfo(BF16).eps
+
+
+def _draw(*shape: int) -> Tensor:
+    return torch.randn(shape).to(BF16)
+
+
+@pytest.mark.parametrize("need_dx", [True, False])
+@pytest.mark.parametrize("adapters", [(0, 1, 2), (1,), ()])
+def test_one_native_call_is_the_passes_whoever_wants_what(
+    need_dx: bool, adapters: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two adapters on a layer, one of three with dropout, and gradients that nobody asked for."""
+    from fastft.cpu import lora_layers, lora_linear
+
+    monkeypatch.setattr(launcher, "vectors_multiply", lambda: True)
+    rows, depth, widths, ranks, owners = 520, 64, (48, 32), (8, 4, 3), [0, 0, 1]
+    x, weights = _draw(rows, depth), [_draw(n, depth) for n in widths]
+    lora_as = [torch.randn(r, depth) for r in ranks]
+    lora_bs = [torch.randn(widths[i], r) for i, r in zip(owners, ranks, strict=True)]
+    mask = torch.empty(rows, depth // 8, dtype=torch.uint8)
+    lora_linear.dropout_mask(mask, torch.tensor([5]), 0.25)
+    rest = (lora_as, lora_bs, [0.5, 2.0, 1.0], [None, mask, None], [0.0, 0.25, 0.0], owners)
+    spans = [(0, rows)] * 3
+    dys = [_draw(rows, n) for n in widths]
+    found = []
+    for serves in (launcher.serves, _never):
+        monkeypatch.setattr(lora_layers, "serves", serves)
+        ys, ss = [torch.empty_like(dy) for dy in dys], [x.new_empty(rows, r) for r in ranks]
+        lora_linear.fwd(ys, ss, x, weights, [_draw(48).zero_(), None], *rest, spans)
+        dx = torch.empty_like(x) if need_dx else None
+        das = [torch.empty_like(a) if j in adapters else None for j, a in enumerate(lora_as)]
+        dbs = [torch.empty_like(b) if j in adapters else None for j, b in enumerate(lora_bs)]
+        lora_linear.bwd(dx, das, dbs, dys, x, ss, weights, *rest, spans)
+        found.append([*ys, *ss, dx, *das, *dbs])
+    for one, other in zip(*found, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
+def test_one_native_call_refuses_what_it_cannot_hold() -> None:
+    c = native.module()
+    layer, adapter = (0, 4, 4, 0, 0), (0, 4, 0, 0, 0, 0, 0, True, 0, 1.0, 1.0)
+    large, elsewhere = (0, 65, *adapter[2:]), (1, *adapter[1:])
+    narrow = (*adapter[:7], False, *adapter[8:])
+    for layers, adapters, words in (
+        ([], [adapter], "no or too many layers"),
+        ([layer] * (c.PRODUCT_PARTS + 1), [adapter], "no or too many layers"),
+        ([layer], [], "no or too many layers or adapters"),
+        ([layer], [large], "rank too large"),
+        ([layer], [adapter] * 17, "no or too many"),
+        ([layer], [(0, 33, *adapter[2:])] * 2, "rank too large"),
+        ([layer], [elsewhere], "no such layer"),
+        ([layer], [adapter, narrow], "two dtypes"),
+        ([(0, 4, 3, 0, 0)], [adapter], "odd depth"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            c.lora_layers_backward(4, 4, 0, 1, layers, adapters, 1)

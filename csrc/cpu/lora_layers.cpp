@@ -1,0 +1,192 @@
+#include "lora_layers.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+namespace fastft {
+namespace {
+
+// Memory of this thread, kept between calls and grown where more is asked for.
+class Room {
+ public:
+  uint32_t* words(int64_t count) {
+    if (count > size_) {
+      const size_t bytes = (static_cast<size_t>(count) * sizeof(uint32_t) + 63) / 64 * 64;
+      held_.reset();
+      size_ = 0;
+      held_.reset(static_cast<uint32_t*>(std::aligned_alloc(64, bytes)));
+      if (held_ == nullptr) throw std::bad_alloc();
+      size_ = count;
+    }
+    return held_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(void* at) const { std::free(at); }
+  };
+  std::unique_ptr<uint32_t, Free> held_;
+  int64_t size_ = 0;
+};
+
+struct Rooms {
+  Room packed, thin, s, a, da;
+};
+
+Rooms& rooms() {
+  thread_local Rooms own;
+  return own;
+}
+
+// Adapters that read x alike, side by side: those without dropout together, each other one alone.
+struct Group {
+  std::vector<const LoraAdapter*> adapters;
+  int64_t r = 0;  // of all
+  bool one() const { return adapters.size() == 1; }
+  const LoraAdapter& first() const { return *adapters.front(); }
+};
+
+std::vector<Group> groups_of(const LoraLayers& call) {
+  std::vector<Group> groups;
+  int64_t plain = -1;
+  for (const LoraAdapter& adapter : call.adapters) {
+    if (adapter.mask != nullptr || plain < 0) {
+      groups.emplace_back();
+      if (adapter.mask == nullptr) plain = static_cast<int64_t>(groups.size()) - 1;
+    }
+    Group& own = adapter.mask != nullptr ? groups.back() : groups[static_cast<size_t>(plain)];
+    own.adapters.push_back(&adapter);
+    own.r += adapter.r;
+  }
+  return groups;
+}
+
+size_t adapter_bytes(bool wide) { return wide ? sizeof(float) : sizeof(uint16_t); }
+
+// The group's a one above the other (r, depth): the one there is, or made in `to`.
+const void* stacked(const Group& group, int64_t depth, uint32_t* to) {
+  if (group.one()) return group.first().a;
+  auto* at = reinterpret_cast<char*>(to);
+  for (const LoraAdapter* adapter : group.adapters) {
+    const size_t bytes = adapter_bytes(adapter->wide) * static_cast<size_t>(adapter->r * depth);
+    std::memcpy(at, adapter->a, bytes);
+    at += bytes;
+  }
+  return to;
+}
+
+int64_t stacked_words(const Group& group, int64_t depth) {
+  return group.one() ? 0 : group.r * depth;
+}
+
+// Words of rows of r bfloat16, a whole number of cache lines.
+int64_t thin_words(int64_t rows, int64_t r) { return (rows * r / 2 + 16) / 16 * 16; }
+
+void run(const Kernels& kernels, const ProductCall& call) {
+  kernels.product(call, rooms().packed.words(kernels.product_scratch(call)));
+}
+
+uint32_t* thin_room(const Kernels& kernels, int64_t rows, int64_t cols, int64_t r) {
+  return rooms().thin.words(kernels.thin_scratch(rows, cols, r));
+}
+
+}  // namespace
+
+void lora_layers_forward(const LoraLayers& call, const Kernels& kernels) {
+  for (const Group& group : groups_of(call)) {
+    const LoraAdapter& first = group.first();
+    const void* a = stacked(group, call.depth, rooms().a.words(stacked_words(group, call.depth)));
+    void* s = group.one() ? first.s : rooms().s.words(thin_words(call.rows, group.r));
+    kernels.thin_shrink(s, call.x, a, first.mask, call.rows, call.depth, group.r, first.kept,
+                        first.wide, thin_room(kernels, call.rows, call.depth, group.r));
+    if (group.one()) continue;
+    const auto* from = static_cast<const uint16_t*>(s);
+    for (const LoraAdapter* adapter : group.adapters) {
+      auto* to = static_cast<uint16_t*>(adapter->s);
+      for (int64_t m = 0; m < call.rows; ++m)
+        std::memcpy(to + m * adapter->r, from + m * group.r,
+                    sizeof(uint16_t) * static_cast<size_t>(adapter->r));
+      from += adapter->r;
+    }
+  }
+  for (size_t i = 0; i < call.layers.size(); ++i) {
+    const LoraLayer& layer = call.layers[i];
+    ProductCall product = {};
+    product.out = layer.y;
+    product.out_pitch = layer.pitch;
+    product.rows = call.rows;
+    product.cols = layer.cols;
+    product.threads = call.threads;
+    product.bias = layer.bias;
+    product.parts[product.part_count++] = {call.x, call.depth, call.depth, layer.weight, true};
+    for (const LoraAdapter& adapter : call.adapters)
+      if (adapter.layer == static_cast<int64_t>(i))
+        product.terms[product.term_count++] = {adapter.s, adapter.r, adapter.b,      adapter.wide,
+                                               true,      nullptr,   adapter.scaling};
+    run(kernels, product);
+  }
+}
+
+void lora_layers_backward(const LoraLayers& call, const Kernels& kernels) {
+  const std::vector<Group> groups = groups_of(call);
+  int64_t s_words = 0, a_words = 0, da_words = 0;
+  for (const Group& group : groups) {
+    s_words += thin_words(call.rows, group.r);
+    a_words += stacked_words(group, call.depth);
+    da_words = da_words < group.r * call.depth ? group.r * call.depth : da_words;
+  }
+  uint32_t* s_room = rooms().s.words(s_words);
+  uint32_t* a_room = rooms().a.words(a_words);
+  ProductCall product = {};
+  std::vector<const void*> d_ss, all_as;
+  // dY is read twice in a row: for dS and dB, then for dx.
+  for (const Group& group : groups) {
+    auto* ds = reinterpret_cast<uint16_t*>(s_room);
+    for (const LoraAdapter* adapter : group.adapters) {
+      const LoraLayer& layer = call.layers[static_cast<size_t>(adapter->layer)];
+      kernels.thin_pair(ds, group.r, adapter->db, layer.y, adapter->s, adapter->b, call.rows,
+                        layer.cols, adapter->r, adapter->scaling, adapter->wide,
+                        thin_room(kernels, call.rows, layer.cols, adapter->r));
+      ds += adapter->r;
+    }
+    const LoraAdapter& first = group.first();
+    d_ss.push_back(s_room);
+    all_as.push_back(stacked(group, call.depth, a_room));
+    product.terms[product.term_count++] = {d_ss.back(), group.r,    all_as.back(), first.wide,
+                                           false,       first.mask, first.kept};
+    s_room += thin_words(call.rows, group.r);
+    a_room += stacked_words(group, call.depth);
+  }
+  if (call.dx != nullptr) {
+    product.out = call.dx;
+    product.out_pitch = product.cols = call.depth;
+    product.rows = call.rows;
+    product.threads = call.threads;
+    for (const LoraLayer& layer : call.layers)
+      product.parts[product.part_count++] = {layer.y, layer.pitch, layer.cols, layer.weight, false};
+    run(kernels, product);
+  }
+  for (size_t i = 0; i < groups.size(); ++i) {
+    const Group& group = groups[i];
+    const LoraAdapter& first = group.first();
+    bool wanted = false;
+    for (const LoraAdapter* adapter : group.adapters) wanted = wanted || adapter->da != nullptr;
+    if (!wanted) continue;
+    void* da = group.one() ? first.da : rooms().da.words(da_words);
+    kernels.thin_back(nullptr, da, d_ss[i], call.x, all_as[i], first.mask, call.rows, call.depth,
+                      group.r, first.kept, first.wide,
+                      thin_room(kernels, call.rows, call.depth, group.r));
+    if (group.one()) continue;
+    const auto* from = static_cast<const char*>(da);
+    for (const LoraAdapter* adapter : group.adapters) {
+      const size_t bytes =
+          adapter_bytes(adapter->wide) * static_cast<size_t>(adapter->r * call.depth);
+      if (adapter->da != nullptr) std::memcpy(adapter->da, from, bytes);
+      from += bytes;
+    }
+  }
+}
+
+}  // namespace fastft

@@ -1,0 +1,44 @@
+// LoRA over layers that share an input, each adapter over all of its rows: the products of
+// kernels.h in order, as one call.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+
+namespace fastft {
+
+// y (rows, cols) of the forward, or its gradient in the backward, rows `pitch` elements apart;
+// weight (cols, depth); bias (cols) or null.
+struct LoraLayer {
+  void* y;
+  int64_t pitch, cols;
+  const void *weight, *bias;
+};
+
+// s (rows, r), a (r, depth), b (cols of its layer, r); a and b, and their gradients da and db, in
+// float32 where wide. mask: null, or bits as dropout_mask's, kept with 1 / kept. da, db: null where
+// not wanted.
+struct LoraAdapter {
+  int64_t layer, r;
+  void* s;
+  const void *a, *b;
+  void *da, *db;
+  bool wide;
+  const uint8_t* mask;
+  float kept, scaling;
+};
+
+// x (rows, depth), dx the same or null; bfloat16, contiguous.
+struct LoraLayers {
+  int64_t rows, depth, threads;
+  const void* x;
+  void* dx;
+  std::vector<LoraLayer> layers;
+  std::vector<LoraAdapter> adapters;
+};
+
+void lora_layers_forward(const LoraLayers& call, const Kernels& kernels);
+void lora_layers_backward(const LoraLayers& call, const Kernels& kernels);
+
+}  // namespace fastft
