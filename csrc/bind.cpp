@@ -296,6 +296,18 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("dz"), py::arg("d_scale"), py::arg("dy"), py::arg("z"), py::arg("scale"),
       py::arg("rows"), py::arg("cols"), py::arg("dtype"), py::arg("isa") = "", free_gil);
+  m.def(
+      "dora_norm",
+      [](int64_t norm, int64_t squared, int64_t cross, int64_t a, int64_t b, int64_t rows,
+         int64_t depth, int64_t r, float scaling, int64_t gram, const std::string& isa) {
+        if (r > fastft::kThinMaxRank) throw std::invalid_argument("dora_norm: rank too large");
+        kernels(isa).dora_norm(at<float>(norm), at<const double>(squared), at<const void>(cross),
+                               at<const float>(a), at<const float>(b), rows, depth, r, scaling,
+                               at<float>(gram));
+      },
+      py::arg("norm"), py::arg("squared"), py::arg("cross"), py::arg("a"), py::arg("b"),
+      py::arg("rows"), py::arg("depth"), py::arg("r"), py::arg("scaling"), py::arg("gram"),
+      py::arg("isa") = "", free_gil);
   m.attr("SUM_ROWS") = fastft::kSumRows;
   bind_attention(m);
   bind_lora(m);

@@ -44,11 +44,11 @@ static inline int64_t thread_index() {
 #include "attention.inc"
 #include "cross_entropy.inc"
 #include "divergence.inc"
-#include "dora_scale.inc"
 #include "dropout.inc"
 #include "glu.inc"
 #include "layer_norm.inc"
 #include "lora.inc"
+#include "dora_scale.inc"
 #include "optimizer_step.inc"
 #include "adafactor.inc"
 #include "rms_norm.inc"
@@ -82,6 +82,7 @@ const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA) = {
     layer_norm_backward,
     dora_scale_forward,
     dora_scale_backward,
+    dora_norm,
     optimizer_step,
     adafactor_step,
     thin_scratch,

@@ -184,6 +184,9 @@ struct Kernels {
                              int64_t rows, int64_t cols, int dtype);
   void (*dora_scale_backward)(void* dz, float* d_scale, const void* dy, const void* z,
                               const float* scale, int64_t rows, int64_t cols, int dtype);
+  // a (r, depth), b (rows, r) float32; cross (rows, r) bfloat16; gram: scratch, r * r.
+  void (*dora_norm)(float* norm, const double* squared, const void* cross, const float* a,
+                    const float* b, int64_t rows, int64_t depth, int64_t r, float s, float* gram);
   // partials: one for each kStepBlock elements of each tensor, where the norm is needed.
   void (*optimizer_step)(const StepCall& call, double* partials);
   void (*adafactor_step)(const FactoredCall& call);  // see fastft/adafactor.h

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastft import native
+from fastft.cpu import thin
 from fastft.cpu.products import scratch
 
 
@@ -49,3 +50,28 @@ def bwd(dz: Tensor, d_scale: Tensor | None, dy: Tensor, z: Tensor, scale: Tensor
     )
     if d_scale is not None and partial is not None:
         d_scale.copy_(partial.sum(0))
+
+
+def norm(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, squared_rows: Tensor
+) -> Tensor | None:
+    """||W + scaling B A|| of every row, from the squared norms of W in float64; None where torch's
+    own operations serve."""
+    r = lora_a.shape[0]
+    if not thin.serves(weight.dtype, r) or lora_a.dtype != torch.float32:
+        return None
+    if not all(t.is_contiguous() for t in (weight, lora_a, lora_b, squared_rows)):
+        return None
+    rows, depth = weight.shape
+    cross = scratch("dora_cross", (rows, r), weight.dtype)
+    thin.shrink(cross, weight, lora_a, None, 1.0)
+    found = lora_a.new_empty(rows)
+    native.module().dora_norm(
+        *(t.data_ptr() for t in (found, squared_rows, cross, lora_a, lora_b)),
+        rows,
+        depth,
+        r,
+        scaling,
+        scratch("dora_gram", (r * r,), torch.float32).data_ptr(),
+    )
+    return found

@@ -62,6 +62,11 @@ def dora_norm(
     wide = torch.promote_types(lora_a.dtype, torch.float32)
     if squared_rows is None:
         squared_rows = squared_row_norms(weight)
+    if not torch.compiler.is_compiling():
+        own = getattr(_choose(_AUTO, weight)[1], "norm", None)
+        found = own(weight, lora_a, lora_b, scaling, squared_rows) if own else None
+        if found is not None:
+            return found
     a, b = lora_a.to(wide), lora_b.to(wide)
     with without_autocast(weight.device.type):
         cross = (weight @ lora_a.to(weight.dtype).t()).to(wide)
