@@ -308,6 +308,16 @@ PYBIND11_MODULE(_C, m) {
       py::arg("norm"), py::arg("squared"), py::arg("cross"), py::arg("a"), py::arg("b"),
       py::arg("rows"), py::arg("depth"), py::arg("r"), py::arg("scaling"), py::arg("gram"),
       py::arg("isa") = "", free_gil);
+  m.def(
+      "embedding_backward",
+      [](int64_t d_weight, int64_t dy, int64_t order, int64_t ids, int64_t count, int64_t cols,
+         int64_t padding, int dtype, const std::string& isa) {
+        kernels(isa).embedding_backward(at<void>(d_weight), at<const void>(dy),
+                                        at<const int64_t>(order), at<const int64_t>(ids), count,
+                                        cols, padding, dtype);
+      },
+      py::arg("d_weight"), py::arg("dy"), py::arg("order"), py::arg("ids"), py::arg("count"),
+      py::arg("cols"), py::arg("padding"), py::arg("dtype"), py::arg("isa") = "", free_gil);
   m.attr("SUM_ROWS") = fastft::kSumRows;
   bind_attention(m);
   bind_lora(m);

@@ -47,6 +47,7 @@ CPU_FEATURES = (
 OP_FACTS: dict[str, dict[str, Any]] = {
     "adafactor_step": {"rounding": "nearest"},
     "attention": {},
+    "embedding": {},
     "dora_scale": {},
     "layer_norm": {},
     "rope": {},

@@ -45,6 +45,7 @@ static inline int64_t thread_index() {
 #include "cross_entropy.inc"
 #include "divergence.inc"
 #include "dropout.inc"
+#include "embedding.inc"
 #include "glu.inc"
 #include "layer_norm.inc"
 #include "lora.inc"
@@ -83,6 +84,7 @@ const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA) = {
     dora_scale_forward,
     dora_scale_backward,
     dora_norm,
+    embedding_backward,
     optimizer_step,
     adafactor_step,
     thin_scratch,

@@ -187,6 +187,10 @@ struct Kernels {
   // a (r, depth), b (rows, r) float32; cross (rows, r) bfloat16; gram: scratch, r * r.
   void (*dora_norm)(float* norm, const double* squared, const void* cross, const float* a,
                     const float* b, int64_t rows, int64_t depth, int64_t r, float s, float* gram);
+  // ids: sorted, order: where each was; d_weight: rows without a token are left alone.
+  void (*embedding_backward)(void* d_weight, const void* dy, const int64_t* order,
+                             const int64_t* ids, int64_t count, int64_t cols, int64_t padding,
+                             int dtype);
   // partials: one for each kStepBlock elements of each tensor, where the norm is needed.
   void (*optimizer_step)(const StepCall& call, double* partials);
   void (*adafactor_step)(const FactoredCall& call);  // see fastft/adafactor.h

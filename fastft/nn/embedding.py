@@ -1,4 +1,5 @@
-"""PEFT's LoRA over an embedding: y = scale W[ids] + scale * scaling * A^T[ids] B^T in one product.
+"""Embeddings: PEFT's LoRA over one, y = scale W[ids] + scale * scaling * A^T[ids] B^T in one
+product, and one that is trained itself, whose gradient is summed in float32.
 
 PEFT gathers rows of A^T in float32, multiplies, scales and adds in float32, a pass over a tensor as
 wide as the embedding each. Here the gathered rows (r numbers a token) are cast and one library
@@ -13,12 +14,14 @@ import torch
 from peft.tuners.lora.layer import Embedding as PeftEmbedding
 from torch import Tensor, nn
 
+from fastft import ops
 from fastft.nn.calls import count
 from fastft.nn.mixed import adapter_names_of
-from fastft.nn.rules import LAYER_STATE, Rule, odd_scaling, refusal
+from fastft.nn.rules import LAYER_STATE, Rule, first, odd_scaling, refusal
+from fastft.nn.swap import Swapped, call_refusal
 from fastft.ops._checks import without_autocast
 
-__all__ = ["FusedLoraEmbedding", "embedding_refusal"]
+__all__ = ["FusedEmbedding", "FusedLoraEmbedding", "embedding_refusal", "table_refusal"]
 
 _LAYER_RULES = (
     *LAYER_STATE,
@@ -79,6 +82,37 @@ class FusedLoraEmbedding(PeftEmbedding):
                     b = b * scale.to(b.dtype)
                 flat = torch.addmm(flat, thin.to(y.dtype), b.to(y.dtype))
         return flat.view(shape)
+
+
+# What the table is.
+_TABLE_RULES = (
+    Rule("forward replaced on the module itself", lambda m: "forward" in vars(m)),
+    Rule("sparse gradients", lambda m: m.sparse),
+    Rule("rows renormalised in place (max_norm)", lambda m: m.max_norm is not None),
+    Rule("gradients scaled by frequency", lambda m: m.scale_grad_by_freq),
+)
+
+
+def table_refusal(module: nn.Embedding) -> str | None:
+    """Why an embedding, as it stands, runs torch's own forward; None when it can run fused."""
+    return first(_TABLE_RULES, module)
+
+
+class FusedEmbedding(Swapped):
+    """``torch.nn.Embedding`` by :func:`fastft.ops.embedding`."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The operation, or torch's own forward, counted with its reason."""
+        reason = table_refusal(self)
+        if len(args) != 1 or kwargs or type(args[0]) is not Tensor:
+            reason = "arguments passed to the layer"
+        reason = reason or call_refusal("embedding", self.weight)
+        if not torch.compiler.is_compiling():
+            count(self, reason)
+        if reason is not None:
+            y: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
+            return y
+        return ops.embedding(args[0], self.weight, padding_idx=self.padding_idx)
 
 
 # PEFT parses the class's name, and its tests and users print it.

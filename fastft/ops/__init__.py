@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastft.ops.adafactor_step import FactoredTensors, adafactor_step
 from fastft.ops.attention import scaled_dot_product_attention
 from fastft.ops.dora_scale import dora_norm, dora_scale, squared_row_norms
+from fastft.ops.embedding import embedding
 from fastft.ops.glu import glu
 from fastft.ops.layer_norm import layer_norm
 from fastft.ops.linear_cross_entropy import Shard, TokenStatistics, linear_cross_entropy
@@ -25,6 +26,7 @@ __all__ = [
     "divergence",
     "dora_norm",
     "dora_scale",
+    "embedding",
     "glu",
     "lay_out_weights",
     "layer_norm",

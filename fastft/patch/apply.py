@@ -70,7 +70,8 @@ def accelerate(
             (:func:`fastft.ops.scaled_dot_product_attention`).
         rope: fuse the rotary embedding of queries and keys (:func:`fastft.ops.rope`), whose
             convention is found by running it.
-        embedding: fuse LoRA layers over embeddings.
+        embedding: fuse LoRA layers over embeddings, and embeddings that are trained themselves
+            (:func:`fastft.ops.embedding`).
         pack_weights: on GPUs, before the second step, copy the frozen weights of layers that share
             an input (q/k/v, gate/up) into one buffer with room for their adapters, so that a layer
             and its adapter can be one library product. The parameters become views of it, its rows
@@ -111,6 +112,7 @@ def accelerate(
         "lora": lora,
         "conv": lora,
         "embedding": lora and embedding,
+        "table": embedding,
         "experts": lora,
         "loss": loss,
         "norm": norm,

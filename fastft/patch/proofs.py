@@ -178,6 +178,17 @@ def run_embedding(module: Any, kind: type[nn.Module]) -> list[Tensor]:
     return _run_adapted(module, kind, names, [ids])
 
 
+def run_table(module: Any, kind: type[nn.Module]) -> list[Tensor]:
+    """Output and gradient of a trained embedding as class ``kind``; no token twice, for whose sum
+    torch's own would be the worse one."""
+    weight = torch.randn_like(module.weight).requires_grad_()
+    ids = torch.randperm(weight.shape[0], device=weight.device)[: 2 * _TOKENS]
+    with _as_class(module, kind):
+        y = functional_call(module, {"weight": weight}, (ids,))
+    dy = torch.randn(y.shape, device=y.device).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, weight, dy)]
+
+
 def run_experts(module: Any, kind: type[nn.Module]) -> list[Tensor]:
     """Output and gradients of experts with random adapters, each token through two, as ``kind``."""
     experts, wrappers = experts_of(module)

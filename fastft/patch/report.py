@@ -21,7 +21,7 @@ class ModuleReport:
     """One module a rule speaks of.
 
     Attributes:
-        kind: "lora", "conv", "embedding", "experts", "loss", "norm", "glu", "attention" or
+        kind: "lora", "conv", "embedding", "table", "experts", "loss", "norm", "glu", "attention" or
             "rope".
         fused: whether it has a fused forward and nothing in its state keeps it from running.
         backend: who runs it, in the dtype of its weights; None when not fused.

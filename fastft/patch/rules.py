@@ -20,7 +20,12 @@ from torch import Tensor, nn
 from fastft import backends
 from fastft.nn.attention import FusedAttention
 from fastft.nn.conv import FUSED_CONVS, conv_refusal
-from fastft.nn.embedding import FusedLoraEmbedding, embedding_refusal
+from fastft.nn.embedding import (
+    FusedEmbedding,
+    FusedLoraEmbedding,
+    embedding_refusal,
+    table_refusal,
+)
 from fastft.nn.experts import FusedLoraExperts, experts_of, experts_refusal
 from fastft.nn.head import FusedHead, FusedLoraHead
 from fastft.nn.lora import FusedLoraLinear, module_refusal
@@ -101,6 +106,22 @@ def _embedding_sites(model: nn.Module) -> Iterator[Site]:
         if original_of(module) is PeftEmbedding:
             refusal = embedding_refusal(module)
             yield Site(name, module, refusal, FusedLoraEmbedding, by_state=True)
+
+
+def _table_sites(model: nn.Module) -> Iterator[Site]:
+    """Embeddings that are trained themselves."""
+    for name, module in model.named_modules():
+        if original_of(module) is not nn.Embedding:
+            continue
+        table: Any = module
+        if not table.weight.requires_grad:
+            continue
+        reason = table_refusal(table) or site_refusal("embedding", table.weight)
+        yield _swapped_site(name, table, FusedEmbedding, (), reason)
+
+
+def _table_backend(module: Any) -> str:
+    return _select("embedding", module.weight)
 
 
 def _library(module: Any) -> str:
@@ -326,6 +347,7 @@ RULES: dict[str, Rule] = {
         Rule("lora", _lora_sites, proofs.run_lora, _lora_backend, trained=False),
         Rule("conv", _conv_sites, proofs.run_conv, _library, trained=False),
         Rule("embedding", _embedding_sites, proofs.run_embedding, _library),
+        Rule("table", _table_sites, proofs.run_table, _table_backend),
         Rule("experts", _experts_sites, proofs.run_experts, _experts_backend),
         Rule("loss", _loss_sites, proofs.run_head, _loss_backend),
         Rule("norm", _norm_sites, proofs.run_norm, _norm_backend),

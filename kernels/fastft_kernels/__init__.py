@@ -19,4 +19,5 @@ OPS: tuple[str, ...] = (
     "dora_scale",
     "layer_norm",
     "rope",
+    "embedding",
 )

@@ -193,6 +193,18 @@ def _dora(dtype: str, backward: bool, bias: bool = True) -> Variant:
     )  # fmt: skip
 
 
+def _embedding(dtype: str) -> Variant:
+    types = {
+        **dict.fromkeys(("d_weight_ptr", "dy_ptr"), f"*{dtype}"),
+        **dict.fromkeys(("order_ptr", "ids_ptr"), "*i64"),
+        **dict.fromkeys(("count", "columns", "padding"), "i32"),
+    }
+    return Variant(
+        "fastft_kernels.embedding", "_embedding_backward_kernel", f"dy={dtype}", types,
+        {"TOKENS": 4}, "elementwise",
+    )  # fmt: skip
+
+
 VARIANTS: list[Variant] = [
     _loss("bf16"),
     _loss("bf16", **_ALL_LOSS_FLAGS),
@@ -225,6 +237,7 @@ VARIANTS: list[Variant] = [
     _rope("bf16", "fp32", "fp32", 32, half_tables=True),
     _dora("bf16", False),
     _dora("fp32", True),
+    _embedding("bf16"),
 ]
 
 
@@ -259,6 +272,7 @@ def _all_variants() -> list[Variant]:
             variants.append(_rope(x, x, x, half, **dict(zip(names, flags, strict=True))))
     variants += [_dora(dtype, False, bias) for dtype in DTYPES for bias in BOOLEANS]
     variants += [_dora(dtype, True) for dtype in DTYPES]
+    variants += [_embedding(dtype) for dtype in DTYPES]
     return variants
 
 

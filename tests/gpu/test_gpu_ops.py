@@ -406,6 +406,7 @@ def _block_test(op: str) -> Any:
 
 test_rope = _block_test("rope")
 test_layer_norm = _block_test("layer_norm")
+test_embedding = _block_test("embedding")
 test_norm_of_a_residual_stream = _block_test("rms_norm")
 
 
@@ -599,5 +600,5 @@ def test_every_gpu_kernel_is_tested() -> None:
         "rms_norm",
         "dora_scale",
     }
-    tested |= {"rope", "layer_norm"}
+    tested |= {"rope", "layer_norm", "embedding"}
     assert {kernel.split("/")[1] for kernel in KERNELS} == tested

@@ -150,6 +150,33 @@ class AddNormCase(BlockCase):
         return [rms_norm_reference.rms_norm(summed, weight, 1e-5, **facts)[0], summed]
 
 
+@dataclass(frozen=True)
+class EmbeddingCase(BlockCase):
+    """A table and ids of which some come often: token i has the id i^2 / tokens of as many."""
+
+    dtype: torch.dtype
+    rows: int
+    columns: int
+    tokens: int
+    padding: int | None = None
+
+    op = "embedding"
+    names = ("y", "dw")
+
+    def draw(self) -> list[Tensor]:
+        return [torch.randn(self.rows, self.columns)]
+
+    def run(self, tensors: list[Tensor], backend: str | None) -> list[Tensor]:
+        (weight,) = tensors
+        ids = torch.arange(self.tokens)
+        # A product with an odd number mixes the order.
+        ids = (ids * ids // self.tokens) * 7919 % self.rows
+        ids = ids.view(-1, 2 if self.tokens % 2 == 0 else 1).to(weight.device)
+        if backend is not None:
+            return [ops.embedding(ids, weight, padding_idx=self.padding, backend=backend)]
+        return [torch.nn.functional.embedding(ids, weight, self.padding)]
+
+
 BLOCK_CASES: dict[str, BlockCase] = {
     "rope-f32": RopeCase(F32),
     "rope-bf16": RopeCase(BF16, table_batch=2),
@@ -175,6 +202,12 @@ BLOCK_CASES: dict[str, BlockCase] = {
     "add-norm-bf16": AddNormCase(BF16, 9, 576),
     "add-norm-gemma-f16": AddNormCase(F16, 5, 64, 1.0, False),
     "add-norm-longer-than-a-block": AddNormCase(BF16, 3, 9001),
+    "embedding-f32": EmbeddingCase(F32, 30, 33, 40),
+    "embedding-bf16": EmbeddingCase(BF16, 200, 64, 120, padding=0),
+    "embedding-f16-padding-at-the-end": EmbeddingCase(F16, 9, 40, 50, padding=-1),
+    "embedding-few-rows-for-many-tokens": EmbeddingCase(BF16, 3, 20, 301),
+    "embedding-longer-than-a-block": EmbeddingCase(F32, 5, 1100, 12),
+    "embedding-one": EmbeddingCase(F32, 1, 1, 1),
 }
 
 LARGE_BLOCK_CASES: dict[str, BlockCase] = {
@@ -182,4 +215,5 @@ LARGE_BLOCK_CASES: dict[str, BlockCase] = {
     "rope-partial-f16": RopeCase(F16, 32, 32, 777, 80, 32, batch=1),
     "layer-norm-4096": LayerNormCase(BF16, 4096, 4096),
     "add-norm-4096": AddNormCase(BF16, 4096, 4096),
+    "embedding-llama-3-8b": EmbeddingCase(BF16, 128256, 4096, 8192),
 }

@@ -69,6 +69,7 @@ def test_kernels_and_their_files() -> None:
                 "dora_scale",
                 "layer_norm",
                 "rope",
+                "embedding",
             },
         ),
         ("kernels/fastft_kernels/_lora_linear_kernels.py", {"lora_linear"}),

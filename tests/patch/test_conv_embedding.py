@@ -290,3 +290,47 @@ def test_patch_peft_gives_fused_ones() -> None:
         FUSED_CONVS[type(adapted(CONVS["3x3"][0]).base_model.model.layer)],
         FusedLoraEmbedding,
     ]
+
+
+def _table(**options: Any) -> nn.Module:
+    return nn.Sequential(nn.Embedding(30, 16, **options), nn.Linear(16, 4)).to(torch.bfloat16)
+
+
+def test_an_embedding_that_is_trained_sums_its_gradient_in_float32() -> None:
+    model = _table(padding_idx=2)
+    ids = torch.cat([torch.full((900,), 7), torch.arange(30)])
+    plain = copy.deepcopy(model).double()
+    keys = list(model.state_dict())
+    fastft.accelerate(model, strict=True)
+    for m in (model, plain):
+        m(ids).double().square().sum().backward()
+    got, expected = model[0].weight.grad, plain[0].weight.grad
+    assert float((got.double() - expected).norm() / expected.norm()) < 0.02
+    assert not got[2].any()
+    report = [m for m in fastft.explain(model).modules if m.kind == "table"]
+    assert [(m.fused, m.backend, m.fused_calls) for m in report] == [(True, "cpu", 1)]
+    assert list(model.state_dict()) == keys
+    fastft.restore(model)
+    assert type(model[0]) is nn.Embedding
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"sparse": True}, "sparse"),
+        ({"max_norm": 1.0}, "max_norm"),
+        ({"scale_grad_by_freq": True}, "frequency"),
+    ],
+)
+def test_an_embedding_of_another_kind_is_left_alone(options: Any, reason: str) -> None:
+    model = fastft.accelerate(_table(**options))
+    (report,) = (m for m in fastft.explain(model).modules if m.kind == "table")
+    assert not report.fused
+    assert reason in str(report.reason)
+    assert type(model[0]) is nn.Embedding
+
+
+def test_a_frozen_embedding_and_one_that_is_switched_off_are_not_spoken_of() -> None:
+    frozen = _table().requires_grad_(False)
+    for model in (fastft.accelerate(frozen), fastft.accelerate(_table(), embedding=False)):
+        assert type(model[0]) is nn.Embedding

@@ -1,10 +1,10 @@
-"""rope, layer_norm and the norm of a residual stream in Triton against float64."""
+"""rope, layer_norm, the norm of a residual stream and embeddings in Triton against float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from fastft_kernels import layer_norm, rope
+from fastft_kernels import embedding, layer_norm, rope
 
 from tests.kernels.block_cases import BLOCK_CASES
 from tests.kernels.bounds import assert_as_accurate
@@ -22,7 +22,7 @@ def test_against_float64(name: str) -> None:
         assert torch.equal(again, got[key]), "other bits the second time"
 
 
-@pytest.mark.parametrize("launcher", [rope, layer_norm])
+@pytest.mark.parametrize("launcher", [rope, layer_norm, embedding])
 def test_supports(launcher: object) -> None:
     assert launcher.supports("cpu", torch.bfloat16) is None
     assert "float64" in (launcher.supports("cpu", torch.float64) or "")
