@@ -73,8 +73,10 @@ def add_d_weight(d_weight: Tensor, slab: Tensor, hidden: Tensor, first: bool) ->
         mm_tn(product, slab[:, panel], hidden)
         if first:
             d_weight[panel].copy_(product)
-        else:
-            d_weight[panel].add_(product)
+        else:  # widened here: torch would ask for new memory each time
+            d_weight[panel].add_(
+                scratch("wide", tuple(product.shape), d_weight.dtype).copy_(product)
+            )
 
 
 def _vocabulary_panels(weight: Tensor) -> list[slice]:

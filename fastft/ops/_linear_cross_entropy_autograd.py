@@ -74,10 +74,26 @@ def _bwd_fake(
     return tuple(empty_gradients(given.head(), Needs(*needs), given.weight.shape[0]))
 
 
+# Elements that are scaled at a time on a CPU: 2 MiB of float32.
+_PANEL = 1 << 19
+
+
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     # The float32 scale, of as many dimensions, keeps the product in float32: 1/n has too few bits
-    # else. Rounded as it is written: a float32 product of a head's size is memory for nothing.
-    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+    # else. Rounded as it is written: a float32 product of a head's size is memory for nothing, and
+    # on a CPU, where torch makes one all the same, time.
+    out = torch.empty_like(gradient, dtype=dtype)
+    if gradient.device.type != "cpu" or dtype == torch.result_type(gradient, scale):
+        return torch.mul(gradient, scale, out=out)
+    rows = max(1, _PANEL // max(1, gradient[:1].numel()))
+    room = scale.new_empty(rows, *gradient.shape[1:])
+    for first in range(0, gradient.shape[0], rows):
+        panel = slice(first, first + rows)
+        own = gradient[panel]
+        wide = room[: own.shape[0]]
+        torch.mul(own, scale if scale.shape[0] == 1 else scale[panel], out=wide)
+        out[panel].copy_(wide)
+    return out
 
 
 Like = tuple[torch.Size, torch.dtype] | None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -88,11 +89,21 @@ def _fwd_fake(ids: Tensor, weight: Tensor, padding: int, backend: str) -> Tensor
 
 def _bwd_kernel(dy: Tensor, ids: Tensor, rows: int, padding: int, backend: str) -> Tensor:
     flat = dy.reshape(-1, dy.shape[-1]).contiguous()
-    d_weight = flat.new_zeros(rows, flat.shape[1])
+    d_weight = _zeros(flat, rows)
     if flat.numel():
         ordered, order = ids.reshape(-1).long().sort(stable=True)
         _choose(backend, dy)[1].bwd(d_weight, flat, order, ordered, padding=padding)
     return d_weight
+
+
+def _zeros(like: Tensor, rows: int) -> Tensor:
+    """(rows, columns of like) zeros; on a CPU from numpy, which has them from the system, unwritten
+    until they are: torch writes them all, 0.35 s for Qwen2.5's 272 MB in memory that is new."""
+    shape = (rows, like.shape[1])
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    held = torch.from_numpy(np.zeros(rows * shape[1] * like.element_size(), np.uint8))
+    return like.new_empty(0).set_(held.untyped_storage(), 0, shape, (shape[1], 1))
 
 
 def _bwd_fake(dy: Tensor, ids: Tensor, rows: int, padding: int, backend: str) -> Tensor:

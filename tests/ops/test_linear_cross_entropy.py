@@ -8,6 +8,7 @@ from harness import Rejected, assert_as_good_as_torch, assert_rejected, poisoned
 from torch import Tensor
 
 from fastft import errors, native, ops
+from fastft.ops import _linear_cross_entropy_autograd as autograd_module
 from fastft.ops._head_loop import default_chunk
 from fastft.reference import linear_cross_entropy as reference
 
@@ -321,3 +322,18 @@ def _rejected() -> list[Rejected]:
 @pytest.mark.parametrize("case", _rejected(), ids=lambda c: c.name)
 def test_rejected(case: Rejected) -> None:
     assert_rejected(case)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("each", [False, True], ids=["one", "each-row"])
+@pytest.mark.parametrize("shape", [(7, 5), (9,), (0, 5), (4, 40)], ids=str)
+def test_gradients_are_scaled_a_panel_at_a_time(
+    shape: tuple[int, ...], each: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bits of all at once, whether a panel is some rows or less than one."""
+    monkeypatch.setattr(autograd_module, "_PANEL", 16)
+    gradient = torch.randn(shape).to(dtype if each else F32)
+    scale = torch.randn(shape[0] if each else 1, *[1] * (len(shape) - 1) if each else [])
+    found = autograd_module._scaled(gradient, scale, BF16)
+    assert found.dtype == BF16
+    assert torch.equal(found, (gradient * scale).to(BF16))
