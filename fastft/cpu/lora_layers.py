@@ -31,9 +31,11 @@ def _takes(
     rows = (0, x.shape[0])
     if len(ss) > native.module().PRODUCT_TERMS or any(span != rows for span in spans):
         return False
-    ranks = [s.shape[1] for s in ss]
-    together = sum(r for r, mask in zip(ranks, masks, strict=True) if mask is None)
-    if not thin.serves(x.dtype, max(together, *ranks)):
+    together = sum(s.shape[1] for s, mask in zip(ss, masks, strict=True) if mask is None)
+    alone = max(
+        (s.shape[1] for s, mask in zip(ss, masks, strict=True) if mask is not None), default=0
+    )
+    if not thin.serves(x.dtype, together) or not thin.serves(x.dtype, alone, True):
         return False
     return all(t.is_contiguous() for t in (x, *lora_as, *lora_bs, *ss))
 

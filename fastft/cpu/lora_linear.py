@@ -90,7 +90,7 @@ def fwd_adapters(
         if part.shape[0] == 0:
             continue
         mask, p = masks[first], dropout_ps[first]
-        if thin.serves(x.dtype, sum(lora_as[j].shape[0] for j in group)):
+        if thin.serves(x.dtype, sum(lora_as[j].shape[0] for j in group), mask is not None):
             all_as = stacked([lora_as[j] for j in group], lora_as[first].dtype)
             s_all = thin_side([ss[j] for j in group])
             thin.shrink(s_all, part, all_as, mask, keep(mask, p))
@@ -209,7 +209,7 @@ def _bwd_apart(
         dx_rows = None if dx is None else dx[rows]
         group_as, group_das = [lora_as[j] for j in group], [das[j] for j in group]
         mask, p = masks[group[0]], dropout_ps[group[0]]
-        if thin.serves(x.dtype, ds_all.shape[1]):
+        if thin.serves(x.dtype, ds_all.shape[1], mask is not None):
             _bwd_thin(dx_rows, group_das, ds_all, x[rows], group_as, mask, keep(mask, p))
         elif mask is None:
             _bwd_stacked(dx_rows, group_das, ds_all, x[rows], group_as)

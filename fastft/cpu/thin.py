@@ -17,13 +17,14 @@ from fastft.cpu.products import scratch
 __all__ = ["back", "expand", "pair", "serves", "shrink"]
 
 # Up to this sum of ranks one pass of ours is faster than two of the library's (measured at 16, 32
-# and 64 on Zen 4).
-_MAX_RANK = 48
+# and 64 on Zen 4); and up to the other under dropout, for which the library wants x dropped first.
+_MAX_RANK, _MAX_DROPPED_RANK = 48, 64
 
 
-def serves(dtype: torch.dtype, r: int) -> bool:
+def serves(dtype: torch.dtype, r: int, dropped: bool = False) -> bool:
     """Whether these products take activations of ``dtype`` and ``r`` ranks, and pay."""
-    return dtype == torch.bfloat16 and r <= _MAX_RANK and _has_bfloat16_products()
+    most = _MAX_DROPPED_RANK if dropped else _MAX_RANK
+    return dtype == torch.bfloat16 and r <= most and _has_bfloat16_products()
 
 
 @functools.cache

@@ -398,7 +398,7 @@ def test_bfloat16_where_the_processor_has_none(
     """The library's products, as on a processor without bfloat16 instructions."""
     from fastft.cpu import products, thin
 
-    monkeypatch.setattr(thin, "serves", lambda dtype, r: False)
+    monkeypatch.setattr(thin, "serves", lambda *_: False)
     monkeypatch.setattr(products, "native_bfloat16", lambda: False)
     for shape in (SHAPES[2], SHAPES[6], SHAPES[8]):
         call, ps = Call(shape, BF16, adapter, True), [p] * len(shape.r)
