@@ -17,8 +17,8 @@ struct LoraLayer {
 };
 
 // s (rows, r), a (r, depth), b (cols of its layer, r); a and b, and their gradients da and db, in
-// float32 where wide. mask: null, or bits as dropout_mask's, kept with 1 / kept. da, db: null where
-// not wanted.
+// float32 where wide. mask: null, or bits as dropout_mask's, of which what is kept is scaled by
+// `kept`, 1 / (1 - p). da, db: null where not wanted.
 struct LoraAdapter {
   int64_t layer, r;
   void* s;

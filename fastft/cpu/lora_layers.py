@@ -37,7 +37,7 @@ def _takes(
     )
     if not thin.serves(x.dtype, together) or not thin.serves(x.dtype, alone, True):
         return False
-    return all(t.is_contiguous() for t in (x, *lora_as, *lora_bs, *ss))
+    return _dense((x, *lora_as, *lora_bs, *ss))
 
 
 def forward(
@@ -60,27 +60,12 @@ def forward(
         return False
     if not _takes(x, lora_as, lora_bs, ss, masks, spans):
         return False
-    wide = lora_as[0].dtype == torch.float32
     layers = [
         (y.data_ptr(), y.stride(0), y.shape[1], w.data_ptr(), _address(bias))
         for y, w, bias in zip(ys, weights, biases, strict=True)
     ]
-    adapters = [
-        (
-            owners[j],
-            s.shape[1],
-            s.data_ptr(),
-            lora_as[j].data_ptr(),
-            lora_bs[j].data_ptr(),
-            0,
-            0,
-            wide,
-            _address(masks[j]),
-            keep(masks[j], dropout_ps[j]),
-            scalings[j],
-        )
-        for j, s in enumerate(ss)
-    ]
+    none = [None] * len(ss)
+    adapters = _adapters(ss, lora_as, lora_bs, none, none, scalings, masks, dropout_ps, owners)
     threads = torch.get_num_threads()
     native.module().lora_layers_forward(rows, depth, x.data_ptr(), layers, adapters, threads)
     return True
@@ -107,12 +92,30 @@ def backward(
         return False
     if not _dense((dx, *das, *dbs, *dys)):
         return False
-    wide = lora_as[0].dtype == torch.float32
     layers = [
         (dy.data_ptr(), dy.stride(0), dy.shape[1], weight.data_ptr(), 0)
         for dy, weight in zip(dys, weights, strict=True)
     ]
-    adapters = [
+    adapters = _adapters(ss, lora_as, lora_bs, das, dbs, scalings, masks, dropout_ps, owners)
+    native.module().lora_layers_backward(
+        *x.shape, x.data_ptr(), _address(dx), layers, adapters, torch.get_num_threads()
+    )
+    return True
+
+
+def _adapters(
+    ss: list[Tensor],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    das: Sequence[Tensor | None],
+    dbs: Sequence[Tensor | None],
+    scalings: list[float],
+    masks: list[Tensor | None],
+    dropout_ps: list[float],
+    owners: list[int],
+) -> list[tuple[int | float | bool, ...]]:
+    """All adapters as the native call takes them."""
+    return [
         (
             owners[j],
             s.shape[1],
@@ -121,17 +124,13 @@ def backward(
             lora_bs[j].data_ptr(),
             _address(das[j]),
             _address(dbs[j]),
-            wide,
+            lora_as[j].dtype == torch.float32,
             _address(masks[j]),
             keep(masks[j], dropout_ps[j]),
             scalings[j],
         )
         for j, s in enumerate(ss)
     ]
-    native.module().lora_layers_backward(
-        *x.shape, x.data_ptr(), _address(dx), layers, adapters, torch.get_num_threads()
-    )
-    return True
 
 
 def _address(tensor: Tensor | None) -> int:

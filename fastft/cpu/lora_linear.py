@@ -169,23 +169,6 @@ def _bwd_apart(
     spans: list[tuple[int, int]],
 ) -> None:
     """Writes dx (M, K), das[j] (r_j, K), dbs[j] (N, r_j); None is not wanted."""
-    if lora_layers.backward(
-        dx,
-        das,
-        dbs,
-        dys,
-        x,
-        ss,
-        weights,
-        lora_as,
-        lora_bs,
-        scalings,
-        masks,
-        dropout_ps,
-        owners,
-        spans,
-    ):
-        return
     for gradient, (start, stop) in zip((*das, *dbs), (*spans, *spans), strict=True):
         if gradient is not None and start == stop:
             gradient.zero_()
