@@ -58,7 +58,12 @@ def norm(
     """||W + scaling B A|| of every row, from the squared norms of W in float64; None where torch's
     own operations serve."""
     r = lora_a.shape[0]
-    if not thin.serves(weight.dtype, r) or lora_a.dtype != torch.float32:
+    if not thin.serves(weight.dtype, r) or lora_a.shape[1] != weight.shape[1]:
+        return None
+    wanted = (torch.float32, torch.float32, torch.float64)
+    if tuple(t.dtype for t in (lora_a, lora_b, squared_rows)) != wanted:
+        return None
+    if lora_b.shape != (len(weight), r) or squared_rows.shape != (len(weight),):
         return None
     if not all(t.is_contiguous() for t in (weight, lora_a, lora_b, squared_rows)):
         return None

@@ -29,7 +29,11 @@ def _takes(
 ) -> bool:
     """Whether the adapters are such as the call takes: all rows, dense, of ranks that pay."""
     rows = (0, x.shape[0])
-    if len(ss) > native.module().PRODUCT_TERMS or any(span != rows for span in spans):
+    if (
+        x.shape[1] % 2
+        or len(ss) > native.module().PRODUCT_TERMS
+        or any(span != rows for span in spans)
+    ):
         return False
     together = sum(s.shape[1] for s, mask in zip(ss, masks, strict=True) if mask is None)
     alone = max(
@@ -56,6 +60,8 @@ def forward(
 ) -> bool:
     """``lora_linear.fwd``; False: nothing done, the call is not such a one."""
     rows, depth = x.shape
+    if len(weights) > native.module().PRODUCT_PARTS:
+        return False
     if not all(serves(rows, [x], [w], bias) for w, bias in zip(weights, biases, strict=True)):
         return False
     if not _takes(x, lora_as, lora_bs, ss, masks, spans):

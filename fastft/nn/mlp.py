@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,9 @@ from fastft.nn.mixed import adapter_names_of
 from fastft.nn.rules import hooked
 from fastft.nn.swap import Swapped, call_refusal
 from fastft.nn.tiled import tiled
+from fastft.ops._remade import remaking
 from fastft.ops._saving import without_values
+from fastft.ops.glu import makes_again
 
 __all__ = ["FusedGatedMLP", "Layout", "activation_of", "layout_of"]
 
@@ -121,7 +124,19 @@ class FusedGatedMLP(Swapped):
         leaves_out = not value and type(down) is FusedLoraLinear and not hooked(down)
         leaves_out = leaves_out and not down.lora_variant  # DoRA's scale does
         with without_values() if leaves_out else nullcontext():
-            return down(product)
+            if reason is not None or not self._makes_again(gate, product):
+                return down(product)
+            make = functools.partial(ops.glu, activation=str(activation_of(self, layout)))
+            with remaking(product, (gate, up), make):
+                return down(product)
+
+    def _makes_again(self: Any, gate: Tensor, product: Tensor) -> bool:
+        """Whether the down projection keeps gate and up in the place of their product."""
+        if torch.compiler.is_compiling() or not product.requires_grad:
+            return False
+        down = getattr(self, self.fastft_layout.down)
+        # A wrapper, or a hook that wraps, may call it again alone.
+        return type(down) is FusedLoraLinear and not hooked(down) and makes_again(gate)
 
     def _count(self: Any, reason: str | None) -> None:
         if not torch.compiler.is_compiling():

@@ -83,9 +83,11 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     # else. Rounded as it is written: a float32 product of a head's size is memory for nothing, and
     # on a CPU, where torch makes one all the same, time.
     out = torch.empty_like(gradient, dtype=dtype)
-    if gradient.device.type != "cpu" or dtype == torch.result_type(gradient, scale):
+    # A compiler's tensors, too, are scaled at once: it fuses the cast itself.
+    plain = type(gradient) is Tensor and gradient.device.type == "cpu"
+    if not plain or not gradient.numel() or dtype == torch.result_type(gradient, scale):
         return torch.mul(gradient, scale, out=out)
-    rows = max(1, _PANEL // max(1, gradient[:1].numel()))
+    rows = min(gradient.shape[0], max(1, _PANEL // gradient[:1].numel()))
     room = scale.new_empty(rows, *gradient.shape[1:])
     for first in range(0, gradient.shape[0], rows):
         panel = slice(first, first + rows)

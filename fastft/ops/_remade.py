@@ -1,50 +1,54 @@
 """An input that is made again in the backward, from tensors that are kept anyway.
 
 The product of a gated unit is read by one layer, whose LoRA needs it once more for dA; the unit
-itself keeps gate and up. Where the unit's backend says that a pass costs less than the memory, the
-layer keeps those two in the product's place. The unit's node says how; the product leads to it.
+itself keeps gate and up. Whoever calls the two one after the other says so, and the layer keeps
+gate and up in the product's place.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Make", "Remaking", "keeping"]
+__all__ = ["Make", "keeping", "remaking"]
 
 Make = Callable[..., Tensor]
 
 
-class Remaking:
-    """How the result of a node is made again: what it leaves there as ``remaking``, and which holds
-    no tensor."""
+class _Remaking(NamedTuple):
+    result: Tensor
+    inputs: tuple[Tensor, ...]
+    make: Make
 
-    __slots__ = ("_inputs", "_version", "_versions", "make")
 
-    def __init__(self, result: Tensor, inputs: tuple[Tensor, ...], make: Make) -> None:
-        self._version = result._version
-        self._inputs = [weakref.ref(tensor) for tensor in inputs]
-        self._versions = [tensor._version for tensor in inputs]
-        self.make = make
+class _Thread(threading.local):
+    current: _Remaking | None = None
 
-    def inputs(self, version: int) -> tuple[Tensor, ...] | None:
-        """What ``make`` takes; None where one is gone or changed, or the result did."""
-        found = tuple(tensor for ref in self._inputs if (tensor := ref()) is not None)
-        same = [tensor._version for tensor in found] == self._versions
-        return found if same and version == self._version else None
+
+_thread = _Thread()
+
+
+@contextmanager
+def remaking(result: Tensor, inputs: tuple[Tensor, ...], make: Make) -> Iterator[None]:
+    """Inside, an operation of this thread that saves ``result`` for its backward keeps ``inputs``
+    instead, of which ``make`` gives its bits again, with their graph."""
+    outer, _thread.current = _thread.current, _Remaking(result, inputs, make)
+    try:
+        yield
+    finally:
+        _thread.current = outer
 
 
 def keeping(tensor: Tensor) -> tuple[tuple[Tensor, ...], Make | None]:
-    """What to keep for ``tensor``, which may be a node's result in another shape, and what makes it
-    of that; None: it is kept itself."""
-    node: Any = tensor.grad_fn
-    if node is not None and node.name() in ("ViewBackward0", "UnsafeViewBackward0"):
-        node = node.next_functions[0][0]
-    found: Remaking | None = getattr(node, "remaking", None)
-    inputs = None if found is None else found.inputs(tensor._version)
-    if found is None or inputs is None:
+    """What to keep for ``tensor``, which may be the result in another shape, and what makes it of
+    that; None: it is kept itself."""
+    current = _thread.current
+    if current is None or tensor.numel() != current.result.numel():
         return (tensor,), None
-    return inputs, found.make
+    own, its = tensor.untyped_storage(), current.result.untyped_storage()
+    same = own._cdata == its._cdata and tensor.dtype == current.result.dtype
+    return (current.inputs, current.make) if same else ((tensor,), None)

@@ -39,7 +39,8 @@ def embedding(
 
     Returns:
         (*ids.shape, features) in the dtype of weight. Saved: ids. The gradient of weight is dense,
-        summed in float32 (float64 for float64), in the order of the tokens.
+        summed in float32 (float64 for float64), in the order of the tokens; with
+        ``create_graph`` by torch's own operation.
 
     Raises:
         DtypeError, ShapeError, DeviceError, ArgumentError: see ``check``.
@@ -88,7 +89,7 @@ def _fwd_fake(ids: Tensor, weight: Tensor, padding: int, backend: str) -> Tensor
 
 
 def _bwd_kernel(dy: Tensor, ids: Tensor, rows: int, padding: int, backend: str) -> Tensor:
-    flat = dy.reshape(-1, dy.shape[-1]).contiguous()
+    flat = dy.reshape(ids.numel(), dy.shape[-1]).contiguous()
     d_weight = _zeros(flat, rows)
     if flat.numel():
         ordered, order = ids.reshape(-1).long().sort(stable=True)

@@ -3,9 +3,9 @@
     y = activation(gate) * up;   dup = dy activation(gate);   dgate = dy up activation'(gate)
 
 Only gate and up are saved; activation and slope are made again in the backward, which may make dS
-and dB of LoRA layers that gate and up come from too (``_glu_pair``). Where the backend asks for it,
-a LoRA layer that reads the result makes it again as well (``_remade``) (Shazeer 2020, "GLU Variants
-Improve Transformer"; Hendrycks and Gimpel 2016 for GELU and its tanh form).
+and dB of LoRA layers that gate and up come from too (``_glu_pair``). A LoRA layer that reads the
+result can make it again as well (``_remade``) (Shazeer 2020, "GLU Variants Improve Transformer";
+Hendrycks and Gimpel 2016 for GELU and its tanh form).
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from fastft.errors import ArgumentError, nearest
 from fastft.ops import _glu_pair
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from fastft.ops._library import register
-from fastft.ops._remade import Remaking
 from fastft.ops._room import new_empty
 from fastft.ops._saving import note
 from fastft.reference import glu as reference
 
-__all__ = ["ACTIVATIONS", "check", "glu"]
+__all__ = ["ACTIVATIONS", "check", "glu", "makes_again"]
 
 _WHERE = "fastft.ops.glu"
 _AUTO = "auto"
@@ -92,6 +91,12 @@ def _choose(backend: str, gate: Tensor) -> tuple[str, Any]:
     )
 
 
+def makes_again(gate: Tensor) -> bool:
+    """Whether, by the backend that serves these, making the result again is worth its memory."""
+    name, _ = _choose(_AUTO, gate)
+    return hasattr(backends.launcher("glu", name), "MAKES_AGAIN")
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """(rows, features) with neighbouring features; no copy unless the strides demand it."""
     columns = tensor.shape[-1] if tensor.dim() else 1
@@ -137,9 +142,6 @@ class Glu(torch.autograd.Function):
         ctx.producer = _glu_pair.producer(gate, up, backend)
         out = _fwd_kernel(gate, up, activation, backend)
         note(out, (gate, up), lambda gate, up: _fwd_kernel(gate, up, activation, backend))
-        if getattr(backends.launcher("glu", backend), "MAKES_AGAIN", False):
-            facts = (activation, backend)
-            ctx.remaking = Remaking(out, (gate, up), lambda gate, up: Glu.apply(gate, up, *facts))
         return out
 
     @staticmethod

@@ -90,6 +90,17 @@ def test_norm_is_that_of_the_whole_matrix(dtype: torch.dtype) -> None:
     assert bool(torch.isfinite(undone).all())
 
 
+def test_norm_of_other_dtypes_and_shapes_is_left_to_torch() -> None:
+    weight, a, b = torch.randn(40, 32).to(BF16), torch.randn(4, 32), torch.randn(40, 4)
+    expected = ops.dora_norm(weight, a, b, 0.7)
+    close = {"rtol": 0.02, "atol": 0.0}
+    torch.testing.assert_close(ops.dora_norm(weight, a, b.to(BF16), 0.7), expected, **close)
+    known = squared_row_norms(weight).float()
+    torch.testing.assert_close(ops.dora_norm(weight, a, b, 0.7, known), expected, **close)
+    with pytest.raises(RuntimeError):
+        ops.dora_norm(weight, a, b[:39], 0.7)
+
+
 def test_frozen_scale_empty_and_strides() -> None:
     (z, scale), dy = inputs((4, 6), F32, False)
     scale.requires_grad_(False)

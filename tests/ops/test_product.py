@@ -241,3 +241,15 @@ def test_one_native_call_refuses_what_it_cannot_hold() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             c.lora_layers_backward(4, 4, 0, 1, layers, adapters, 1)
+
+
+@pytest.mark.parametrize(("features", "layers"), [(33, 1), (64, 9)], ids=["odd", "nine layers"])
+def test_what_one_native_call_does_not_take_runs_apart(
+    features: int, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "vectors_multiply", lambda: True)
+    call, ps = Call(Shape(520, features, (8,) * layers, (2,) * layers), BF16, F32, False), [0.0]
+    got = call.fused("cpu", ps * layers)
+    truth = call.plain(torch.float64, [None] * layers, ps * layers)
+    for one, other in zip(got, truth, strict=True):
+        assert relative_error(one, other) <= 4 * torch.finfo(BF16).eps

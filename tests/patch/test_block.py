@@ -286,3 +286,12 @@ def test_checkpointing_gives_the_same_bits(reentrant: bool) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     got = trained(model, padded())
     assert all(map(torch.equal, got[1], expected[1]))
+
+
+def test_under_inference_mode_too() -> None:
+    model = build("Llama").eval()
+    ids = torch.arange(12).view(2, 6)
+    with torch.inference_mode():
+        expected = model(ids).logits
+        got = fastft.accelerate(model)(ids).logits
+    assert_close(got, expected)
