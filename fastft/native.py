@@ -10,7 +10,7 @@ from typing import Any
 # torch first: its bundled OpenMP runtime has the soname _C links to, so both share one thread pool.
 import torch
 
-__all__ = ["DTYPE_CODES", "available", "build_info", "load_error", "module"]
+__all__ = ["DTYPE_CODES", "address", "available", "build_info", "load_error", "module"]
 
 # The codes of csrc/include/fastft/numeric.h.
 DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -58,3 +58,8 @@ def build_info() -> dict[str, Any]:
     """How the compiled module was built and what it uses here; empty when it is missing."""
     loaded, _ = _load()
     return dict(loaded.build_info()) if loaded is not None else {}
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Where a tensor's first element lies, as kernels take it; 0 of none."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -50,6 +50,6 @@ def run(
     sizes.append(torch.get_num_threads())
     c, places = native.module(), [(t.data_ptr(), *t.stride()[:3]) for t in tensors]
     room = scratch("attention", (c.attention_scratch(places, sizes),), torch.float32)
-    at_mask = 0 if mask is None else mask.data_ptr()
+    at_mask = native.address(mask)
     facts = (causal, scale, at_mask, mask_strides(mask))
     c.attention_fused(places, sizes, lse.data_ptr(), *facts, room.data_ptr())

@@ -7,16 +7,8 @@ from torch import Tensor
 
 from fastft import native
 from fastft.cpu import thin
+from fastft.cpu._supports import supports as supports
 from fastft.cpu.products import scratch
-
-
-def supports(*, device_type: str, dtype: torch.dtype) -> str | None:
-    """float32 and bfloat16."""
-    if not native.available():
-        return f"the compiled module is missing ({native.load_error()})"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"{dtype}; the CPU kernels take float32 and bfloat16"
-    return None
 
 
 def fwd(y: Tensor, z: Tensor, scale: Tensor, bias: Tensor | None) -> None:
@@ -25,7 +17,7 @@ def fwd(y: Tensor, z: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         y.data_ptr(),
         z.data_ptr(),
         scale.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
+        native.address(bias),
         *z.shape,
         native.DTYPE_CODES[z.dtype],
     )
@@ -40,7 +32,7 @@ def bwd(dz: Tensor, d_scale: Tensor | None, dy: Tensor, z: Tensor, scale: Tensor
         partial = scratch("d_scale", (blocks, columns), torch.float32)
     native.module().dora_scale_backward(
         dz.data_ptr(),
-        0 if partial is None else partial.data_ptr(),
+        native.address(partial),
         dy.data_ptr(),
         z.data_ptr(),
         scale.data_ptr(),

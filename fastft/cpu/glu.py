@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastft import native
+from fastft.cpu._supports import supports as supports
 
 # The codes of csrc/include/fastft/glu.h.
 _CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -13,15 +13,6 @@ _CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 # hundredth of the three products around it, and the result is as large as all else a layer of that
 # width keeps.
 MAKES_AGAIN = True
-
-
-def supports(*, device_type: str, dtype: torch.dtype) -> str | None:
-    """float32 and bfloat16."""
-    if not native.available():
-        return f"the compiled module is missing ({native.load_error()})"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"{dtype}; the CPU kernels take float32 and bfloat16"
-    return None
 
 
 def _rows(gate: Tensor, up: Tensor, activation: str) -> tuple[int, ...]:

@@ -6,20 +6,8 @@ import torch
 from torch import Tensor
 
 from fastft import native
+from fastft.cpu._supports import supports as supports
 from fastft.cpu.products import scratch
-
-
-def supports(*, device_type: str, dtype: torch.dtype) -> str | None:
-    """float32 and bfloat16."""
-    if not native.available():
-        return f"the compiled module is missing ({native.load_error()})"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"{dtype}; the CPU kernels take float32 and bfloat16"
-    return None
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def fwd(
@@ -35,7 +23,7 @@ def fwd(
     round_first: bool,
 ) -> None:
     """Writes y (rows, columns), mean and rstd (rows)."""
-    addresses = [_address(t) for t in (y, mean, rstd, x, weight, bias)]
+    addresses = [native.address(t) for t in (y, mean, rstd, x, weight, bias)]
     native.module().layer_norm_forward(
         *addresses, *x.shape, eps, offset, round_first, native.DTYPE_CODES[x.dtype]
     )
@@ -60,7 +48,7 @@ def bwd(
         None if wanted is None else scratch(name, (blocks, columns), torch.float32)
         for name, wanted in (("norm_dw", d_weight), ("norm_db", d_bias))
     ]
-    addresses = [_address(t) for t in (dx, *partial, dy, x, weight, mean, rstd)]
+    addresses = [native.address(t) for t in (dx, *partial, dy, x, weight, mean, rstd)]
     native.module().layer_norm_backward(
         *addresses, rows, columns, offset, native.DTYPE_CODES[x.dtype]
     )

@@ -84,10 +84,6 @@ def _vocabulary_panels(weight: Tensor) -> list[slice]:
     return [slice(i, min(weight.shape[0], i + size)) for i in range(0, weight.shape[0], size)]
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 _ROW_TENSORS = (
     "bias", "class_weight", "label_weight", "row_scale", "entropy_scale", "labels", "top",
     "log_sum", "z_label", "weighted_sum", "entropy", "log_sum_sq", "mean_logit", "argmax",
@@ -99,7 +95,7 @@ def rows(slab: Tensor, *, statistics: bool, gradient: bool, **given: Any) -> Non
     """The statistics of the slab's rows, and with ``gradient`` that of the loss in their place."""
     native.module().cross_entropy(
         slab.data_ptr(),
-        [_address(given[name]) for name in _ROW_TENSORS],
+        [native.address(given[name]) for name in _ROW_TENSORS],
         *slab.shape,
         [given[name] for name in _ROW_NUMBERS],
         statistics,
@@ -120,9 +116,9 @@ def divergence_rows(
     native.module().divergence(
         slab.data_ptr(),
         teacher.data_ptr(),
-        _address(given["bias"]),
-        _address(given["teacher_bias"]),
-        _address(given["row_scale"]),
+        native.address(given["bias"]),
+        native.address(given["teacher_bias"]),
+        native.address(given["row_scale"]),
         losses.data_ptr(),
         *slab.shape,
         kind,

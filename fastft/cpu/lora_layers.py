@@ -67,7 +67,7 @@ def forward(
     if not _takes(x, lora_as, lora_bs, ss, masks, spans):
         return False
     layers = [
-        (y.data_ptr(), y.stride(0), y.shape[1], w.data_ptr(), _address(bias))
+        (y.data_ptr(), y.stride(0), y.shape[1], w.data_ptr(), native.address(bias))
         for y, w, bias in zip(ys, weights, biases, strict=True)
     ]
     none = [None] * len(ss)
@@ -104,7 +104,7 @@ def backward(
     ]
     adapters = _adapters(ss, lora_as, lora_bs, das, dbs, scalings, masks, dropout_ps, owners)
     native.module().lora_layers_backward(
-        *x.shape, x.data_ptr(), _address(dx), layers, adapters, torch.get_num_threads()
+        *x.shape, x.data_ptr(), native.address(dx), layers, adapters, torch.get_num_threads()
     )
     return True
 
@@ -128,19 +128,15 @@ def _adapters(
             s.data_ptr(),
             lora_as[j].data_ptr(),
             lora_bs[j].data_ptr(),
-            _address(das[j]),
-            _address(dbs[j]),
+            native.address(das[j]),
+            native.address(dbs[j]),
             lora_as[j].dtype == torch.float32,
-            _address(masks[j]),
+            native.address(masks[j]),
             keep(masks[j], dropout_ps[j]),
             scalings[j],
         )
         for j, s in enumerate(ss)
     ]
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _dense(tensors: Sequence[Tensor | None]) -> bool:

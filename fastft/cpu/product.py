@@ -84,12 +84,12 @@ def product(out: Tensor, parts: list[Part], terms: list[Term], bias: Tensor | No
             right.data_ptr(),
             right.dtype == torch.float32,
             transposed,
-            0 if mask is None else mask.data_ptr(),
+            native.address(mask),
             scale,
         )
         for left, right, transposed, mask, scale in terms
     ]
     work = (of_parts, of_terms, torch.get_num_threads())
     room = scratch("product", (c.product_scratch(rows, cols, *work),), torch.float32)
-    at_bias = 0 if bias is None else bias.data_ptr()
+    at_bias = native.address(bias)
     c.product(out.data_ptr(), out.stride(0), rows, cols, at_bias, *work, room.data_ptr())

@@ -6,16 +6,8 @@ import torch
 from torch import Tensor
 
 from fastft import native
+from fastft.cpu._supports import supports as supports
 from fastft.cpu.products import scratch
-
-
-def supports(*, device_type: str, dtype: torch.dtype) -> str | None:
-    """float32 and bfloat16."""
-    if not native.available():
-        return f"the compiled module is missing ({native.load_error()})"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"{dtype}; the CPU kernels take float32 and bfloat16"
-    return None
 
 
 def fwd(
@@ -37,8 +29,8 @@ def fwd(
         rstd.data_ptr(),
         x.data_ptr(),
         weight.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        0 if summed is None else summed.data_ptr(),
+        native.address(residual),
+        native.address(summed),
         *x.shape,
         eps,
         offset,
@@ -66,12 +58,12 @@ def bwd(
         partial = scratch("norm_dw", (blocks, columns), torch.float32)
     native.module().rms_norm_backward(
         dx.data_ptr(),
-        0 if partial is None else partial.data_ptr(),
+        native.address(partial),
         dy.data_ptr(),
         x.data_ptr(),
         weight.data_ptr(),
         rstd.data_ptr(),
-        0 if more is None else more.data_ptr(),
+        native.address(more),
         rows,
         columns,
         offset,

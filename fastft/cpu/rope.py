@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastft import native
-
-
-def supports(*, device_type: str, dtype: torch.dtype) -> str | None:
-    """float32 and bfloat16."""
-    if not native.available():
-        return f"the compiled module is missing ({native.load_error()})"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"{dtype}; the CPU kernels take float32 and bfloat16"
-    return None
+from fastft.cpu._supports import supports as supports
 
 
 def fwd(

@@ -32,10 +32,6 @@ def _has_bfloat16_products() -> bool:
     return bool(native.build_info()["native_bfloat16"])
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _facts(wide: Tensor, r: int, scale: float, adapter: Tensor) -> tuple[object, ...]:
     """A call's last arguments: sizes, scale, whether adapters are float32, scratch."""
     rows, cols = wide.shape
@@ -47,20 +43,23 @@ def _facts(wide: Tensor, r: int, scale: float, adapter: Tensor) -> tuple[object,
 def shrink(s: Tensor, x: Tensor, a: Tensor, mask: Tensor | None, scale: float) -> None:
     """s (M, r) = scale * drop(x) a^T; x: (M, K), a: (r, K); 1 / (1 - p) belongs into the scale."""
     facts = _facts(x, a.shape[0], scale, a)
-    native.module().thin_shrink(_address(s), _address(x), _address(a), _address(mask), *facts)
+    native.module().thin_shrink(*map(native.address, (s, x, a, mask)), *facts)
 
 
 def expand(y: Tensor, s: Tensor, b: Tensor, scale: float) -> None:
     """y (M, N) += scale * s b^T; s: (M, r), b: (N, r)."""
     facts = _facts(y, b.shape[1], scale, b)
-    native.module().thin_expand(_address(y), _address(s), _address(b), *facts)
+    native.module().thin_expand(*map(native.address, (y, s, b)), *facts)
 
 
 def pair(ds: Tensor, db: Tensor | None, dy: Tensor, s: Tensor, b: Tensor, scale: float) -> None:
     """ds (M, r) = scale * dy b and db (N, r) = scale * dy^T s; ds may be columns of a wider one."""
     facts = _facts(dy, b.shape[1], scale, b)
     native.module().thin_pair(
-        _address(ds), ds.stride(0), _address(db), _address(dy), _address(s), _address(b), *facts
+        native.address(ds),
+        ds.stride(0),
+        *map(native.address, (db, dy, s, b)),
+        *facts,
     )
 
 
@@ -76,5 +75,6 @@ def back(
     """dx (M, K) += scale * kept * (ds a) and da (r, K) = scale * ds^T drop(x)."""
     facts = _facts(x, a.shape[0], scale, a)
     native.module().thin_back(
-        _address(dx), _address(da), _address(ds), _address(x), _address(a), _address(mask), *facts
+        *map(native.address, (dx, da, ds, x, a, mask)),
+        *facts,
     )

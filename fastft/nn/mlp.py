@@ -115,28 +115,23 @@ class FusedGatedMLP(Swapped):
             gate, up = hidden, getattr(self, layout.up)(x)
         reason = call_refusal("glu", gate, up)
         self._count(reason)
-        down = getattr(self, layout.down)
+        unit = functools.partial(ops.glu, activation=str(activation_of(self, layout)))
         if reason is None:
-            product = ops.glu(gate, up, str(activation_of(self, layout)))
+            product = unit(gate, up)
         else:
             product = getattr(self, layout.activation)(gate) * up
-        # The value may be left out where nothing looks at it after the product that makes it.
-        leaves_out = not value and type(down) is FusedLoraLinear and not hooked(down)
-        leaves_out = leaves_out and not down.lora_variant  # DoRA's scale does
-        with without_values() if leaves_out else nullcontext():
-            if reason is not None or not self._makes_again(gate, product):
-                return down(product)
-            make = functools.partial(ops.glu, activation=str(activation_of(self, layout)))
-            with remaking(product, (gate, up), make):
-                return down(product)
-
-    def _makes_again(self: Any, gate: Tensor, product: Tensor) -> bool:
-        """Whether the down projection keeps gate and up in the place of their product."""
-        if torch.compiler.is_compiling() or not product.requires_grad:
-            return False
-        down = getattr(self, self.fastft_layout.down)
-        # A wrapper, or a hook that wraps, may call it again alone.
-        return type(down) is FusedLoraLinear and not hooked(down) and makes_again(gate)
+        down = getattr(self, layout.down)
+        # A wrapper, or a hook, may look at the value, and call the layer again alone.
+        alone = type(down) is FusedLoraLinear and not hooked(down)
+        # Where nothing looks at the value after the product that makes it; DoRA's scale does.
+        leaves_out = not value and alone and not down.lora_variant
+        recorded = product.requires_grad and not torch.compiler.is_compiling()
+        remakes = reason is None and alone and recorded and makes_again(gate)
+        with (
+            without_values() if leaves_out else nullcontext(),
+            remaking(product, (gate, up), unit) if remakes else nullcontext(),
+        ):
+            return down(product)
 
     def _count(self: Any, reason: str | None) -> None:
         if not torch.compiler.is_compiling():

@@ -2,8 +2,8 @@
 
     y = W[ids];   dW[v] = sum over tokens with ids = v: dy
 
-On a CPU torch adds a token's gradient to its row in the dtype of the weight: of a token that a
-bfloat16 batch has 600 times, 15% of the gradient goes to rounding. Here tokens are sorted, each
+On a CPU torch adds a token's gradient to its row in the dtype of the weight: of 600 tokens whose
+gradients have one sign, in bfloat16, 15% goes to rounding. Here tokens are sorted, each
 row's sum is rounded once, and rows that no token has are not touched beyond being zero.
 """
 

@@ -1,0 +1,18 @@
+"""What most CPU kernels take."""
+
+from __future__ import annotations
+
+import torch
+
+from fastft import native
+
+__all__ = ["supports"]
+
+
+def supports(*, device_type: str, dtype: torch.dtype) -> str | None:
+    """float32 and bfloat16."""
+    if not native.available():
+        return f"the compiled module is missing ({native.load_error()})"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"{dtype}; the CPU kernels take float32 and bfloat16"
+    return None
