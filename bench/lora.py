@@ -150,8 +150,14 @@ class Host(nn.Module):
         return self.linear(x)
 
 
-def _step(inputs: Inputs, layer: Callable[[torch.Tensor], torch.Tensor], trained: Any) -> Step:
-    """Forward and backward of `layer`; trained: None, or the two adapter weights."""
+def _step(
+    inputs: Inputs,
+    layer: Callable[[torch.Tensor], torch.Tensor],
+    trained: Any,
+    magnitude: Any = None,
+) -> Step:
+    """Forward and backward of `layer`; trained: None, or the two adapter weights; magnitude:
+    DoRA's, kept where it makes the scale one."""
     x = inputs.x.detach().clone().requires_grad_()
     parameters = {} if trained is None else dict(zip(("da", "db"), trained, strict=True))
 
@@ -171,17 +177,22 @@ def _step(inputs: Inputs, layer: Callable[[torch.Tensor], torch.Tensor], trained
 
     def mask(seed: int) -> torch.Tensor:
         """Draws the mask of `seed` into view: with A = B = dY = 1, dx is large where x was kept."""
-        p, saved = inputs.case["dropout"], [q.detach().clone() for q in parameters.values()]
+        p = inputs.case["dropout"]
+        changed = [*parameters.values(), *([] if magnitude is None else [magnitude])]
+        saved = [q.detach().clone() for q in changed]
         with torch.no_grad():
             for parameter in parameters.values():
                 parameter.fill_(1.0)
+            if magnitude is not None:
+                adapted = inputs.weight.double() + SCALING * inputs.case["r"]
+                magnitude.copy_(adapted.norm(dim=1))
         x.grad = None
         torch.manual_seed(seed)
         layer(x).backward(torch.ones_like(inputs.dy))
         base = inputs.weight.double().sum(0)
         kept = (x.grad.double() - base) > 0.5 * SCALING * inputs.case["n"] * inputs.case["r"]
         with torch.no_grad():
-            for parameter, old in zip(parameters.values(), saved, strict=True):
+            for parameter, old in zip(changed, saved, strict=True):
                 parameter.copy_(old)
         return kept.double() / (1 - p)
 
@@ -220,7 +231,10 @@ def _peft_model(inputs: Inputs, *, float32_adapters: bool, dora: bool = False) -
 
 def _peft_step(inputs: Inputs, model: Any) -> Step:
     layer = model.base_model.model.linear
-    return _step(inputs, layer, (layer.lora_A["default"].weight, layer.lora_B["default"].weight))
+    vectors = layer.lora_magnitude_vector
+    magnitude = vectors["default"].weight if "default" in vectors else None
+    trained = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return _step(inputs, layer, trained, magnitude)
 
 
 def build_peft(inputs: Inputs) -> Step:
@@ -302,11 +316,6 @@ def without_dropout(case: Case, options: Options) -> str | None:
     return "does not apply: no dropout" if case["dropout"] else needs_bf16(case, options)
 
 
-def dora_here(case: Case, options: Options) -> str | None:
-    """DoRA with dropout is another formula, which fastft leaves to PEFT."""
-    return "does not apply: DoRA with dropout is left to PEFT" if case["dropout"] else None
-
-
 SUITE = Suite(
     name="lora",
     cases=cases,
@@ -316,8 +325,8 @@ SUITE = Suite(
         Impl("peft-bf16", build_peft_bf16, package="peft", not_here=needs_bf16),
         Impl("unsloth-style", build_unsloth_style, not_here=without_dropout),
         Impl("fastft", build_fastft, package="peft"),
-        Impl("peft-dora", build_peft_dora, package="peft", not_here=dora_here),
-        Impl("fastft-dora", build_fastft_dora, package="peft", not_here=dora_here),
+        Impl("peft-dora", build_peft_dora, package="peft"),
+        Impl("fastft-dora", build_fastft_dora, package="peft"),
     ),
     metrics=(
         Metric("time_ms", "ms", False, time_ms),

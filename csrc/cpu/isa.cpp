@@ -83,6 +83,7 @@ const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA) = {
     layer_norm_backward,
     dora_scale_forward,
     dora_scale_backward,
+    dora_d_scale,
     dora_norm,
     embedding_backward,
     optimizer_step,

@@ -81,12 +81,14 @@ struct StepCall {
 };
 
 // left (rows, depth), rows `pitch` elements apart, times right (depth, cols), or (cols, depth)
-// where transposed; bfloat16, depth even.
+// where transposed; bfloat16, depth even. scale: null, or float32 (depth,) that the lines of a
+// right that is not transposed are multiplied by.
 struct ProductPart {
   const void* left;
   int64_t pitch, depth;
   const void* right;
   bool transposed;
+  const float* scale;
 };
 
 // scale * kept * left (rows, r) right, of which right is (r, cols), or (cols, r) where transposed,
@@ -102,11 +104,13 @@ struct ProductTerm {
 
 constexpr int64_t kProductParts = 8, kProductTerms = 16;
 
-// out (rows, cols) = the sum of parts, terms and bias (null: none); bfloat16; see product.inc.
+// out (rows, cols) = scale (parts and terms) + bias, bfloat16; see product.inc. scale: null, or
+// float32 (cols,), and then there is no bias; bias: null, or bfloat16 (cols,).
 struct ProductCall {
   void* out;
   int64_t out_pitch, rows, cols;
   const void* bias;
+  const float* scale;
   ProductPart parts[kProductParts];
   int64_t part_count;
   ProductTerm terms[kProductTerms];
@@ -184,6 +188,10 @@ struct Kernels {
                              int64_t rows, int64_t cols, int dtype);
   void (*dora_scale_backward)(void* dz, float* d_scale, const void* dy, const void* z,
                               const float* scale, int64_t rows, int64_t cols, int dtype);
+  // d_scale[n] = sum_m dy[m, n] y[m, n] / scale[n]; bfloat16; partial: scratch, float32
+  // (ceil(rows / kSumRows), cols).
+  void (*dora_d_scale)(float* d_scale, const void* dy, const void* y, const float* scale,
+                       int64_t rows, int64_t cols, float* partial);
   // a (r, depth), b (rows, r) float32; cross (rows, r) bfloat16; gram: scratch, r * r.
   void (*dora_norm)(float* norm, const double* squared, const void* cross, const float* a,
                     const float* b, int64_t rows, int64_t depth, int64_t r, float s, float* gram);

@@ -1,12 +1,18 @@
 #include "lora_layers.h"
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
 
+#include "fastft/numeric.h"
+
 namespace fastft {
 namespace {
+
+// A result scaled by less may have lost its digits to bfloat16's smallest number.
+constexpr float kLeastScale = 1e-30f;
 
 // Memory of this thread, kept between calls and grown where more is asked for.
 class Room {
@@ -32,7 +38,7 @@ class Room {
 };
 
 struct Rooms {
-  Room packed, thin, s, a, da;
+  Room packed, thin, s, a, b, da, partial;
 };
 
 Rooms& rooms() {
@@ -84,12 +90,85 @@ int64_t stacked_words(const Group& group, int64_t depth) {
 // Words of rows of r bfloat16, a whole number of cache lines.
 int64_t thin_words(int64_t rows, int64_t r) { return (rows * r / 2 + 16) / 16 * 16; }
 
+// d_scale of column n from the products themselves: of a result scaled by nothing nothing is left.
+float d_scale_from_products(const LoraLayers& call, size_t index, int64_t n) {
+  const LoraLayer& layer = call.layers[index];
+  const auto gradient = [&](int64_t m) {
+    return to_float(static_cast<const bfloat16*>(layer.y)[m * layer.pitch + n]);
+  };
+  // sum_m dy[m, n] left[m] . line
+  const auto summed = [&](const void* left, int64_t width, auto line) {
+    float total = 0.0f;
+    for (int64_t k = 0; k < width; ++k) {
+      float sum = 0.0f;
+      for (int64_t m = 0; m < call.rows; ++m)
+        sum += gradient(m) * to_float(static_cast<const bfloat16*>(left)[m * width + k]);
+      total += sum * line(k);
+    }
+    return total;
+  };
+  float total = summed(call.x, call.depth, [&](int64_t k) {
+    return to_float(static_cast<const bfloat16*>(layer.weight)[n * call.depth + k]);
+  });
+  for (const LoraAdapter& adapter : call.adapters)
+    if (adapter.layer == static_cast<int64_t>(index))
+      total += adapter.scaling * summed(adapter.s, adapter.r, [&](int64_t j) {
+                 const int64_t i = n * adapter.r + j;
+                 return adapter.wide ? static_cast<const float*>(adapter.b)[i]
+                                     : to_float(static_cast<const bfloat16*>(adapter.b)[i]);
+               });
+  return total;
+}
+
+void d_scales(const Kernels& kernels, const LoraLayers& call) {
+  for (size_t i = 0; i < call.layers.size(); ++i) {
+    const LoraLayer& layer = call.layers[i];
+    if (layer.d_scale == nullptr) continue;
+    const int64_t words = (call.rows + kSumRows - 1) / kSumRows * layer.cols;
+    auto* partial = reinterpret_cast<float*>(rooms().partial.words(words));
+    kernels.dora_d_scale(layer.d_scale, layer.y, layer.out, layer.scale, call.rows, layer.cols,
+                         partial);
+    for (int64_t n = 0; n < layer.cols; ++n)
+      if (std::fabs(layer.scale[n]) < kLeastScale)
+        layer.d_scale[n] = d_scale_from_products(call, i, n);
+  }
+}
+
 void run(const Kernels& kernels, const ProductCall& call) {
   kernels.product(call, rooms().packed.words(kernels.product_scratch(call)));
 }
 
 uint32_t* thin_room(const Kernels& kernels, int64_t rows, int64_t cols, int64_t r) {
   return rooms().thin.words(kernels.thin_scratch(rows, cols, r));
+}
+
+// rows (count, r) times a factor each, in bfloat16 or float32.
+void scale_rows(void* to, const void* from, const float* scale, int64_t count, int64_t r,
+                bool wide) {
+  for (int64_t n = 0; n < count; ++n)
+    for (int64_t j = n * r; j < (n + 1) * r; ++j)
+      if (wide)
+        static_cast<float*>(to)[j] = static_cast<const float*>(from)[j] * scale[n];
+      else
+        static_cast<bfloat16*>(to)[j] =
+            from_float<bfloat16>(to_float(static_cast<const bfloat16*>(from)[j]) * scale[n]);
+}
+
+// dS and dB of one adapter: under DoRA dS comes of scaled rows of B, and rows of dB are scaled.
+void pair(const Kernels& kernels, const LoraLayers& call, const LoraAdapter& adapter, void* ds,
+          int64_t ds_pitch) {
+  const LoraLayer& layer = call.layers[static_cast<size_t>(adapter.layer)];
+  const void* b = adapter.b;
+  if (layer.scale != nullptr) {
+    uint32_t* room = rooms().b.words(layer.cols * adapter.r);
+    scale_rows(room, b, layer.scale, layer.cols, adapter.r, adapter.wide);
+    b = room;
+  }
+  kernels.thin_pair(ds, ds_pitch, adapter.db, layer.y, adapter.s, b, call.rows, layer.cols,
+                    adapter.r, adapter.scaling, adapter.wide,
+                    thin_room(kernels, call.rows, layer.cols, adapter.r));
+  if (layer.scale != nullptr && adapter.db != nullptr)
+    scale_rows(adapter.db, adapter.db, layer.scale, layer.cols, adapter.r, adapter.wide);
 }
 
 }  // namespace
@@ -120,7 +199,9 @@ void lora_layers_forward(const LoraLayers& call, const Kernels& kernels) {
     product.cols = layer.cols;
     product.threads = call.threads;
     product.bias = layer.bias;
-    product.parts[product.part_count++] = {call.x, call.depth, call.depth, layer.weight, true};
+    product.scale = layer.scale;
+    product.parts[product.part_count++] = {call.x,       call.depth, call.depth,
+                                           layer.weight, true,       nullptr};
     for (const LoraAdapter& adapter : call.adapters)
       if (adapter.layer == static_cast<int64_t>(i))
         product.terms[product.term_count++] = {adapter.s, adapter.r, adapter.b,      adapter.wide,
@@ -141,14 +222,12 @@ void lora_layers_backward(const LoraLayers& call, const Kernels& kernels) {
   uint32_t* a_room = rooms().a.words(a_words);
   ProductCall product = {};
   std::vector<const void*> d_ss, all_as;
+  d_scales(kernels, call);
   // dY is read twice in a row: for dS and dB, then for dx.
   for (const Group& group : groups) {
     auto* ds = reinterpret_cast<uint16_t*>(s_room);
     for (const LoraAdapter* adapter : group.adapters) {
-      const LoraLayer& layer = call.layers[static_cast<size_t>(adapter->layer)];
-      kernels.thin_pair(ds, group.r, adapter->db, layer.y, adapter->s, adapter->b, call.rows,
-                        layer.cols, adapter->r, adapter->scaling, adapter->wide,
-                        thin_room(kernels, call.rows, layer.cols, adapter->r));
+      pair(kernels, call, *adapter, ds, group.r);
       ds += adapter->r;
     }
     const LoraAdapter& first = group.first();
@@ -165,7 +244,8 @@ void lora_layers_backward(const LoraLayers& call, const Kernels& kernels) {
     product.rows = call.rows;
     product.threads = call.threads;
     for (const LoraLayer& layer : call.layers)
-      product.parts[product.part_count++] = {layer.y, layer.pitch, layer.cols, layer.weight, false};
+      product.parts[product.part_count++] = {layer.y,      layer.pitch, layer.cols,
+                                             layer.weight, false,       layer.scale};
     run(kernels, product);
   }
   for (size_t i = 0; i < groups.size(); ++i) {

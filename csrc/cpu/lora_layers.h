@@ -9,11 +9,15 @@
 namespace fastft {
 
 // y (rows, cols) of the forward, or its gradient in the backward, rows `pitch` elements apart;
-// weight (cols, depth); bias (cols) or null.
+// weight (cols, depth); bias (cols) or null. scale: DoRA's, float32 (cols), or null, and then there
+// is no bias; of the backward out, the forward's y, and d_scale (null: not wanted), contiguous.
 struct LoraLayer {
   void* y;
   int64_t pitch, cols;
   const void *weight, *bias;
+  const float* scale;
+  const void* out;
+  float* d_scale;
 };
 
 // s (rows, r), a (r, depth), b (cols of its layer, r); a and b, and their gradients da and db, in

@@ -16,32 +16,63 @@ from fastft.cpu import thin
 from fastft.cpu._lora_buffers import keep
 from fastft.cpu.product import serves
 
-__all__ = ["backward", "forward"]
+__all__ = ["Scaled", "backward", "forward", "takes_scales"]
+
+
+# What the backward of scaled results (DoRA) takes besides, one a layer or None: the scales, the
+# results, and room for those gradients of the scales that are wanted.
+Scaled = tuple[Sequence[Tensor | None], Sequence[Tensor | None], Sequence[Tensor | None]]
 
 
 def _takes(
     x: Tensor,
-    lora_as: list[Tensor],
-    lora_bs: list[Tensor],
-    ss: list[Tensor],
-    masks: list[Tensor | None],
-    spans: list[tuple[int, int]],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    spans: Sequence[tuple[int, int]],
 ) -> bool:
     """Whether the adapters are such as the call takes: all rows, dense, of ranks that pay."""
     rows = (0, x.shape[0])
     if (
         x.shape[1] % 2
-        or len(ss) > native.module().PRODUCT_TERMS
+        or len(lora_as) > native.module().PRODUCT_TERMS
         or any(span != rows for span in spans)
     ):
         return False
-    together = sum(s.shape[1] for s, mask in zip(ss, masks, strict=True) if mask is None)
-    alone = max(
-        (s.shape[1] for s, mask in zip(ss, masks, strict=True) if mask is not None), default=0
-    )
+    ranks = [a.shape[0] for a in lora_as]
+    together = sum(r for r, mask in zip(ranks, masks, strict=True) if mask is None)
+    alone = max((r for r, mask in zip(ranks, masks, strict=True) if mask is not None), default=0)
     if not thin.serves(x.dtype, together) or not thin.serves(x.dtype, alone, True):
         return False
-    return _dense((x, *lora_as, *lora_bs, *ss))
+    return _dense((x, *lora_as, *lora_bs))
+
+
+def _multiplies(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
+    """Whether the forward's products are such as the call takes."""
+    if len(weights) > native.module().PRODUCT_PARTS:
+        return False
+    pairs = zip(weights, biases, strict=True)
+    return all(serves(x.shape[0], [x], [w], bias) for w, bias in pairs)
+
+
+def takes_scales(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    spans: Sequence[tuple[int, int]],
+    scales: Sequence[Tensor | None],
+) -> bool:
+    """Whether this call and its backward take the scales along. A bias would cover what the
+    backward reads of the scaled result."""
+    scaled = [scale is not None for scale in scales]
+    if any(s and bias is not None for s, bias in zip(scaled, biases, strict=True)):
+        return False
+    if any(w.requires_grad or w.shape[0] % 2 for w in weights) or not _dense(scales):
+        return False
+    return _multiplies(x, weights, biases) and _takes(x, lora_as, lora_bs, masks, spans)
 
 
 def forward(
@@ -57,18 +88,18 @@ def forward(
     dropout_ps: list[float],
     owners: list[int],
     spans: list[tuple[int, int]],
+    scales: Sequence[Tensor | None] | None = None,
 ) -> bool:
     """``lora_linear.fwd``; False: nothing done, the call is not such a one."""
     rows, depth = x.shape
-    if len(weights) > native.module().PRODUCT_PARTS:
+    if not _multiplies(x, weights, biases) or not _dense(ss):
         return False
-    if not all(serves(rows, [x], [w], bias) for w, bias in zip(weights, biases, strict=True)):
+    if not _takes(x, lora_as, lora_bs, masks, spans):
         return False
-    if not _takes(x, lora_as, lora_bs, ss, masks, spans):
-        return False
+    each = zip(ys, weights, biases, scales or [None] * len(ys), strict=True)
     layers = [
-        (y.data_ptr(), y.stride(0), y.shape[1], w.data_ptr(), native.address(bias))
-        for y, w, bias in zip(ys, weights, biases, strict=True)
+        (y.data_ptr(), y.stride(0), y.shape[1], *map(native.address, (w, bias, scale)), 0, 0)
+        for y, w, bias, scale in each
     ]
     none = [None] * len(ss)
     adapters = _adapters(ss, lora_as, lora_bs, none, none, scalings, masks, dropout_ps, owners)
@@ -92,15 +123,18 @@ def backward(
     dropout_ps: list[float],
     owners: list[int],
     spans: list[tuple[int, int]],
+    scaled: Scaled | None = None,
 ) -> bool:
     """``lora_linear.bwd``; False: nothing done, the call is not such a one."""
-    if not serves(x.shape[0], dys, weights) or not _takes(x, lora_as, lora_bs, ss, masks, spans):
+    if not serves(x.shape[0], dys, weights) or not _takes(x, lora_as, lora_bs, masks, spans):
         return False
-    if not _dense((dx, *das, *dbs, *dys)):
+    if not _dense((dx, *das, *dbs, *dys, *ss)):
         return False
+    none: list[Tensor | None] = [None] * len(dys)
+    each = zip(dys, weights, *(scaled or (none, none, none)), strict=True)
     layers = [
-        (dy.data_ptr(), dy.stride(0), dy.shape[1], weight.data_ptr(), 0)
-        for dy, weight in zip(dys, weights, strict=True)
+        (dy.data_ptr(), dy.stride(0), dy.shape[1], w.data_ptr(), 0, *map(native.address, rest))
+        for dy, w, *rest in each
     ]
     adapters = _adapters(ss, lora_as, lora_bs, das, dbs, scalings, masks, dropout_ps, owners)
     native.module().lora_layers_backward(

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastft import native
 from fastft.cpu import lora_layers, thin
 from fastft.cpu._lora_buffers import dropped, keep, narrow, row_slices, scatter, stacked, thin_side
+from fastft.cpu.lora_layers import takes_scales as takes_scales
 from fastft.cpu.product import Part, Term, product, serves, takes
 from fastft.cpu.products import mm_nn, mm_nt, mm_tn, scratch
 
@@ -59,10 +60,12 @@ def _groups(masks: list[Tensor | None], spans: list[tuple[int, int]]) -> list[li
     return list(groups.values())
 
 
-def fwd(*call: Any) -> None:
+def fwd(*call: Any, scales: Sequence[Tensor | None] | None = None) -> None:
     """Writes ys[i] (M, N_i), and for adapter j of layer owners[j] over the rows spans[j] of x:
-    ss[j] = drop_j(x) A_j^T (rows, r_j); the arguments are those of both halves."""
-    if not lora_layers.forward(*call):
+    ss[j] = drop_j(x) A_j^T (rows, r_j); the arguments are those of both halves. scales: where
+    ``takes_scales`` says so."""
+    if not lora_layers.forward(*(*call, scales)):
+        assert scales is None, "takes_scales said otherwise"
         fwd_adapters(*call)
         fwd_values(*call)
 
@@ -145,10 +148,11 @@ def fwd_values(
                 mm_nt(y[slice(*spans[j])], ss[j], b, alpha=scalings[j], accumulate=True)
 
 
-def bwd(*call: Any) -> None:
-    """Writes dx (M, K), das[j] (r_j, K), dbs[j] (N, r_j); None is not wanted. The arguments are
-    those of the passes apart."""
-    if not lora_layers.backward(*call):
+def bwd(*call: Any, scaled: lora_layers.Scaled | None = None) -> None:
+    """Writes dx (M, K), das[j] (r_j, K), dbs[j] (N, r_j), and the d_scales of a scaled call; None
+    is not wanted. The arguments are those of the passes apart."""
+    if not lora_layers.backward(*(*call, scaled)):
+        assert scaled is None, "takes_scales said otherwise"
         _bwd_apart(*call)
 
 

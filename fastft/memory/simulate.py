@@ -183,6 +183,7 @@ _OPTIONAL = {
     "fwd_adapters": ("cpu", "triton"),
     "lay_out": (),
     "glu_bwd": (),
+    "takes_scales": (),
     "norm": (),
 }
 

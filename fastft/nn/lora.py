@@ -106,11 +106,12 @@ class Plan:
         """DoRA's, whose layer has this one adapter."""
         return self.parts[0].magnitude
 
+    def drops_all(self) -> bool:
+        """Whether the adapter's dropout is also the frozen product's (DoRA)."""
+        return self.magnitude() is not None and self.parts[0].dropout_p() > 0
+
     def bias(self) -> Tensor | None:
-        """base bias + scaling * adapter biases (``lora_bias=True``), which get their gradient;
-        None under DoRA, which adds the bias after its scale."""
-        if self.magnitude() is not None:
-            return None
+        """base bias + scaling * adapter biases (``lora_bias=True``), which get their gradient."""
         bias: Tensor | None = self.base.bias
         for p in self.parts:
             if p.b.bias is not None:
@@ -135,7 +136,6 @@ def _too_large(p: Parts) -> bool:
 # What each adapter that takes part is. The order matters: a rule may rely on those above it.
 ADAPTER_RULES: tuple[Rule, ...] = (
     Rule("LoRA variant other than DoRA", lambda p: p.variant not in (None, DoraLinearVariant)),
-    Rule("DoRA with dropout", lambda p: p.magnitude is not None and p.dropout_p() > 0),
     Rule(
         "DoRA with lora_bias",
         lambda p: p.magnitude is not None and getattr(p.b, "bias", None) is not None,
@@ -336,30 +336,56 @@ class FusedLoraLinear(PeftLinear):
 
     @staticmethod
     def fused_call(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of layers that share x, in one operation; DoRA scales its own after."""
-        terms = []
-        for owner, plan in enumerate(plans):
-            for k, start, stop in plan.spans or [(k, 0, 0) for k in range(len(plan.parts))]:
-                terms.append((owner, plan.parts[k], (start, stop)))
-        ys = ops.lora_linear_siblings(
-            x,
-            [plan.weight() for plan in plans],
-            [p.tensors()[1] for _, p, _ in terms],
-            [p.tensors()[2] for _, p, _ in terms],
-            scalings=[float(p.scaling) for _, p, _ in terms],
-            biases=[plan.bias() for plan in plans],
-            dropout_ps=[p.dropout_p() for _, p, _ in terms],
-            owners=[owner for owner, _, _ in terms],
-            spans=None if plans[0].spans is None else [span for _, _, span in terms],
-        )
-        return tuple(
-            y if plan.magnitude() is None else _dora(plan, y)
-            for plan, y in zip(plans, ys, strict=True)
-        )
+        """The outputs of layers that share x: in one operation, but for DoRA under dropout."""
+        together = [plan for plan in plans if not plan.drops_all()]
+        ys = iter(_in_one_operation(together, x) if together else ())
+        return tuple(_dropped_dora(plan, x) if plan.drops_all() else next(ys) for plan in plans)
 
 
 # PEFT parses the class's name, and its tests and users print it.
 FusedLoraLinear.__name__ = "Linear"
+
+
+def _in_one_operation(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
+    terms = []
+    for owner, plan in enumerate(plans):
+        for k, start, stop in plan.spans or [(k, 0, 0) for k in range(len(plan.parts))]:
+            terms.append((owner, plan.parts[k], (start, stop)))
+    return ops.lora_linear_siblings(
+        x,
+        [plan.weight() for plan in plans],
+        [p.tensors()[1] for _, p, _ in terms],
+        [p.tensors()[2] for _, p, _ in terms],
+        scalings=[float(p.scaling) for _, p, _ in terms],
+        biases=[plan.bias() for plan in plans],
+        dropout_ps=[p.dropout_p() for _, p, _ in terms],
+        owners=[owner for owner, _, _ in terms],
+        spans=None if plans[0].spans is None else [span for _, _, span in terms],
+        scales=[_dora_scale(plan) for plan in plans],
+    )
+
+
+def _dropped_dora(plan: Plan, x: Tensor) -> Tensor:
+    """PEFT's DoRA under dropout, where d = drop(x) takes the place of x in what is scaled, and x
+    keeps its own in what is not:
+
+        y = x W^T + bias + (scale - 1) d W^T + scale scaling d A^T B^T
+          = scale (d W^T + scaling d A^T B^T) + bias + (x - d) W^T
+    """
+    (parts,) = plan.parts
+    d = nn.functional.dropout(x, parts.dropout_p())
+    weight, lora_a, lora_b = plan.weight(), *parts.tensors()[1:]
+    (y,) = ops.lora_linear_siblings(
+        d,
+        [weight],
+        [lora_a],
+        [lora_b],
+        scalings=[float(parts.scaling)],
+        biases=[plan.bias()],
+        scales=[_dora_scale(plan)],
+    )
+    rest = (x - d).reshape(-1, x.shape[-1])
+    return torch.addmm(y.reshape(-1, y.shape[-1]), rest, weight.t()).view(y.shape)
 
 
 # By base layer: what tells the weight its norms were taken of, and the norms.
@@ -390,11 +416,13 @@ def _frozen_norms(plan: Plan) -> Tensor | None:
     return known[1]
 
 
-def _dora(plan: Plan, z: Tensor) -> Tensor:
-    """The magnitude over the product z, which has no bias yet."""
+def _dora_scale(plan: Plan) -> Tensor | None:
+    """DoRA's magnitude over the norm of the adapted weight; None of a plain layer."""
+    magnitude: Any = plan.magnitude()
+    if magnitude is None:
+        return None
     (parts,) = plan.parts
     adapter = (*parts.tensors()[1:], float(parts.scaling))
     norm = ops.dora_norm(plan.weight(), *adapter, _frozen_norms(plan))
-    scale = parts.magnitude.weight.to(norm.dtype) / norm  # type: ignore[union-attr]
-    bias = plan.base.bias
-    return ops.dora_scale(z, scale, None if bias is None else bias.to(z.dtype))
+    scale: Tensor = magnitude.weight.to(norm.dtype) / norm
+    return scale

@@ -42,7 +42,7 @@ def producer(gate: Tensor, up: Tensor, backend: str) -> Producer | None:
         return None
     rows = gate.numel() // max(gate.shape[-1], 1)
     plain = constants.owners == [0, 1] and constants.spans == [0, rows] * 2
-    if constants.layers != 2 or not plain or sorted(places) != [0, 1]:
+    if constants.layers != 2 or constants.scaled or not plain or sorted(places) != [0, 1]:
         return None
     return Producer(node, places[0] == 0)
 
@@ -66,14 +66,14 @@ def backward(
     """The gradients of gate and up, with more left at the node; None where it cannot or would not
     pay, or where the node's own backward does not come."""
     node, constants = found.node, found.node.constants
-    _, _, _, need_b, _ = constants.split(node.needs_input_grad[3:])
+    _, _, _, need_b, *_ = constants.split(node.needs_input_grad[3:])
     if not node.needs_input_grad[2] or not all(need_b):
         return None
     if gate.numel() == 0 or not torch._C._will_engine_execute_node(node):  # type: ignore[attr-defined]
         return None
     saved = saved_of(node)
     x, tensors = saved
-    weights, _, lora_as, lora_bs, masks, ss = constants.split(tensors)
+    weights, _, lora_as, lora_bs, masks, _, ss, _ = constants.split(tensors)
     columns = gate.shape[-1]
     launcher: Any = backends.launcher("lora_linear", constants.backend)
     made = launcher.glu_bwd(

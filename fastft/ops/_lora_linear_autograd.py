@@ -53,7 +53,7 @@ def choose(backend: str | None, x: Tensor, lora_as: Sequence[Tensor]) -> tuple[s
 @dataclass(frozen=True)
 class Constants:
     """What a call holds beside tensors: one scaling, dropout, owner and two row numbers (first,
-    past the last) an adapter."""
+    past the last) an adapter; and whether results are scaled (DoRA)."""
 
     layers: int
     scalings: list[float]
@@ -61,16 +61,26 @@ class Constants:
     owners: list[int]
     spans: list[int]
     backend: str
+    scaled: bool = False
 
     def split(self, tensors: Sequence[Any]) -> list[Sequence[Any]]:
-        """weights, biases, lora_as, lora_bs, masks and, where there are more, ss."""
+        """weights, biases, lora_as, lora_bs, masks, scales (none of a call without) and, where
+        there are more, ss and the results of a scaled call."""
         n, adapters = self.layers, len(self.owners)
-        ends = [n, 2 * n, *(2 * n + i * adapters for i in range(1, 5))]
-        return [tensors[a:b] for a, b in zip([0, *ends], ends) if a < len(tensors)]
+        sizes = [n, n, adapters, adapters, adapters, n if self.scaled else 0, adapters]
+        found, end = [], 0
+        for size in sizes:
+            found.append(tensors[end : end + size])
+            end += size
+        return [*found, tensors[end:]]
 
     def rest(self) -> Any:
         """The arguments of the registered operation after its tensors."""
         return self.scalings, self.dropout_ps, self.owners, self.spans, self.backend
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """The rows of each adapter."""
+        return _pairs(self.spans)
 
     def rows(self, adapter: int) -> slice:
         return slice(self.spans[2 * adapter], self.spans[2 * adapter + 1])
@@ -148,6 +158,7 @@ def _launch(
     owners: Sequence[int],
     spans: Sequence[int],
     backend: str,
+    scales: Sequence[Tensor | None] = (),
 ) -> list[Tensor]:
     """ys and ss, written into ``outputs``; part: "fwd", or only the ss ("fwd_adapters"), or then
     only the ys ("fwd_values")."""
@@ -166,6 +177,7 @@ def _launch(
             list(dropout_ps),
             list(owners),
             _pairs(spans),
+            **({"scales": scales} if scales else {}),
         )
     return outputs
 
@@ -187,8 +199,10 @@ def backward_of(
     need_da: Sequence[bool],
     need_db: Sequence[bool],
     made: Any = None,
+    scaled: Any = None,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """dx, dAs and dBs, from the launcher; of these ``made`` has the dBs already (``_glu_pair``)."""
+    """dx, dAs and dBs, from the launcher; of these ``made`` has the dBs already (``_glu_pair``).
+    scaled: the scales, results and room for the d_scales of a scaled call."""
     dx = empty_like(x) if need_dx else None
     das = [torch.empty_like(a) if need else None for a, need in zip(lora_as, need_da, strict=True)]
     needed = zip(lora_bs, need_db, strict=True)
@@ -210,6 +224,7 @@ def backward_of(
             list(owners),
             _pairs(spans),
             **({} if made is None else {"made": made}),
+            **({} if scaled is None else {"scaled": scaled}),
         )
     return dx, das, dbs if made is None else list(made.dbs)
 
@@ -282,35 +297,36 @@ class LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, late: Late | None, constants: Constants, x: Tensor, *tensors: Tensor | None
     ) -> Any:
-        call: Any = (x, *constants.split(tensors), *constants.rest())
-        ss, held = _room(x, call[3], constants.spans)
-        outputs = [*(new_empty(x, (x.shape[0], w.shape[0])) for w in call[1]), *ss]
+        weights, biases, lora_as, lora_bs, masks, scales, *_ = constants.split(tensors)
+        call: Any = (x, weights, biases, lora_as, lora_bs, masks, *constants.rest(), scales)
+        ss, held = _room(x, lora_as, constants.spans)
+        outputs = [*(new_empty(x, (x.shape[0], w.shape[0])) for w in weights), *ss]
         if late is None:
             _launch("fwd", outputs, *call)
-            _note_adapters(constants, held, x, call[3], call[5])
+            _note_adapters(constants, held, x, lora_as, masks)
         else:
             _launch("fwd_adapters", outputs, *call)
             late.work = functools.partial(_launch, "fwd_values", outputs, *call)
         ctx.constants = constants
         kept, ctx.make = keeping(x)
-        ctx.save_for_backward(*kept, *tensors, *outputs[constants.layers :])
+        ys = outputs[: constants.layers]
+        ctx.save_for_backward(*kept, *tensors, *ss, *(ys if constants.scaled else ()))
         ctx.kept = len(kept)
-        return tuple(outputs[: constants.layers])
+        return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> Any:
         constants: Constants = ctx.constants
         left = _take(ctx, dys)
         x, tensors = saved_of(ctx) if left is None else left.saved
-        weights, biases, lora_as, lora_bs, masks, ss = constants.split(tensors)
-        no_masks = [None] * len(masks)
+        weights, biases, lora_as, lora_bs, masks, scales, ss, ys = constants.split(tensors)
         if torch.is_grad_enabled():
-            inputs = [x, *weights, *biases, *lora_as, *lora_bs]
-            grads = _differentiable_backward(
-                constants, inputs, masks, dys, ctx.needs_input_grad[1:]
-            )
-            return None, None, *grads, *no_masks
-        need_w, need_bias, need_a, need_b, _ = constants.split(ctx.needs_input_grad[3:])
+            needs = ctx.needs_input_grad[2:]
+            return None, None, *_differentiable_backward(constants, x, tensors, dys, needs)
+        needs = constants.split(ctx.needs_input_grad[3:])
+        need_w, need_bias, need_a, need_b, _, need_scale, *_ = needs
+        room = zip(scales, need_scale, strict=True)
+        d_scales = [torch.empty_like(s) if need else None for s, need in room]
         dx, das, dbs = backward_of(
             dys,
             x,
@@ -328,22 +344,25 @@ class LoraLinear(torch.autograd.Function):
             need_a,
             need_b,
             None if left is None else left.made,
+            (scales, ys, d_scales) if constants.scaled else None,
         )
         dws = [(dy.t() @ x).to(w.dtype) if k else None for dy, w, k in zip(dys, weights, need_w)]
         dbiases = [dy.sum(0).to(b.dtype) if k else None for dy, b, k in zip(dys, biases, need_bias)]
-        return None, None, dx, *dws, *dbiases, *das, *dbs, *no_masks
+        no_masks = [None] * len(masks)
+        return None, None, dx, *dws, *dbiases, *das, *dbs, *no_masks, *d_scales
 
 
 def _differentiable_backward(
     constants: Constants,
-    inputs: list[Tensor | None],
-    masks: Sequence[Tensor | None],
+    x: Tensor,
+    tensors: Sequence[Any],
     dys: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The backward as torch operations, for a second derivative (create_graph=True)."""
-    x: Any = inputs[0]
-    weights, biases, lora_as, lora_bs = constants.split(inputs[1:])
+    """The backward as torch operations, for a second derivative (create_graph=True): of x and the
+    first of the saved tensors, as ``needs`` has them."""
+    weights, biases, lora_as, lora_bs, masks, scales, *_ = constants.split(tensors)
+    inputs = [x, *tensors][: len(needs)]
     with torch.enable_grad():
         ys = [
             torch.nn.functional.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -361,6 +380,9 @@ def _differentiable_backward(
             )
             above, below = rows.start, x.shape[0] - rows.stop
             ys[owner] = ys[owner] + torch.nn.functional.pad(term, (0, 0, above, below))
-        wanted = [t for t, need in zip(inputs, needs[1:]) if need and t is not None]
+        for i, scale in enumerate(scales):
+            if scale is not None:
+                ys[i] = (ys[i] * scale).to(x.dtype)
+        wanted = [t for t, need in zip(inputs, needs) if need and t is not None]
         grads = iter(torch.autograd.grad(ys, wanted, list(dys), create_graph=True))
-    return [next(grads) if need and t is not None else None for t, need in zip(inputs, needs[1:])]
+    return [next(grads) if need and t is not None else None for t, need in zip(inputs, needs)]

@@ -63,7 +63,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _registered_backward(ctx: Any, grads: list[Tensor]) -> Any:
     constants: Constants = ctx.constants
     x, *tensors = ctx.saved_tensors
-    weights, biases, lora_as, lora_bs, masks, ss = constants.split(tensors)
+    weights, biases, lora_as, lora_bs, masks, _, ss, _ = constants.split(tensors)
     dys = grads[: constants.layers]
     dx, *adapters = torch.ops.fastft.lora_linear_bwd(
         dys,

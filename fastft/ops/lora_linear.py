@@ -11,10 +11,16 @@ Siblings, layers that read the same x (q/k/v, gate/up), run as one call: x is re
 their S and once for all their dA, and their dx is one accumulation. An adapter belongs to one
 layer and to a span of the rows of x: a layer may have several (their terms add up), and a batch
 may mix the samples of many adapters.
+
+A result may be scaled by column before the bias, as DoRA does (``fastft.ops.dora_scale``):
+
+    y = scale * (x W^T + scaling * drop(x) A^T B^T) + bias
+    dz = dy * scale in the place of dy above;   dscale = sum_rows dy z
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +47,7 @@ from fastft.ops._lora_linear_autograd import (
     new_dropout_mask,
 )
 from fastft.ops._saving import values_wanted
+from fastft.ops.dora_scale import dora_scale
 
 __all__ = ["check", "lay_out_weights", "lora_linear", "lora_linear_siblings"]
 
@@ -108,6 +115,7 @@ def lora_linear_siblings(
     dropout_ps: Sequence[float] | None = None,
     owners: Sequence[int] | None = None,
     spans: Sequence[tuple[int, int]] | None = None,
+    scales: Sequence[Tensor | None] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """:func:`lora_linear` for several layers that share the input x; one result for each layer.
@@ -123,6 +131,8 @@ def lora_linear_siblings(
         owners: the index of the layer each adapter belongs to; None: one adapter a layer, in order.
         spans: (first, past the last) row of x, its leading dimensions flattened, that each adapter
             applies to; None: all rows.
+        scales: one a layer, (out_features,) in float32 (float64 for float64), or None: the layer's
+            result times it, before its bias. Gradients flow to it.
 
     Raises:
         As ``lora_linear``; ArgumentError also for owners and spans out of range.
@@ -132,6 +142,8 @@ def lora_linear_siblings(
     owners = list(range(len(weights))) if owners is None else list(owners)
     check(x, weights, biases, lora_as, lora_bs, scalings, ps, owners)
     dtype = autocast_dtype(x.device.type) or x.dtype
+    scales = [None] * len(weights) if scales is None else list(scales)
+    _check_scales(weights, scales, dtype)
     flat = x.reshape(-1, x.shape[-1])
     flat = flat.to(dtype).contiguous()
     rows = flat.shape[0]
@@ -142,40 +154,74 @@ def lora_linear_siblings(
         bounds = [row for span in spans for row in span]
     compiling = torch.compiler.is_compiling()
     # A compiled graph chooses when it runs: the choice reads facts that tracing should not guard.
-    name = backend or AUTO if compiling else choose(backend, flat, lora_as)[0]
+    name, launcher = (backend or AUTO, None) if compiling else choose(backend, flat, lora_as)
     draw = torch.ops.fastft.dropout_mask if compiling else new_dropout_mask
     masks: list[Tensor | None] = [
         None if p == 0.0 else draw(flat[start:stop], p, lora_as[0], name)
         for p, start, stop in zip(ps, bounds[::2], bounds[1::2], strict=True)
     ]
-    if compiling:
+    constants = Constants(len(weights), list(scalings), ps, owners, bounds, name)
+    adapters = (lora_as, lora_bs, masks)
+    if all(scale is None for scale in scales):
+        ys = _products(constants, flat, weights, biases, *adapters)
+    elif _scales_along(launcher, constants, flat, weights, biases, *adapters, scales):
+        constants = dataclasses.replace(constants, scaled=True)
+        ys = _products(constants, flat, weights, biases, *adapters, scales)
+    else:
+        own = [b if scale is None else None for b, scale in zip(biases, scales, strict=True)]
+        ys = [
+            y if scale is None else dora_scale(y, scale, None if b is None else b.to(dtype))
+            for y, scale, b in zip(
+                _products(constants, flat, weights, own, *adapters), scales, biases, strict=True
+            )
+        ]
+    if x.dim() == 2:
+        return tuple(ys)
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+
+def _scales_along(
+    launcher: Any, constants: Constants, x: Tensor, *call: Sequence[Tensor | None]
+) -> bool:
+    """Whether the backend multiplies by the scales where it rounds the products."""
+    if not hasattr(launcher, "takes_scales"):
+        return False
+    *tensors, scales = call
+    return bool(launcher.takes_scales(x, *tensors, constants.pairs(), scales))
+
+
+def _products(
+    constants: Constants,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None] = (),
+) -> Sequence[Tensor]:
+    """One result for each layer, x flattened; scales: those the backend takes along."""
+    if torch.compiler.is_compiling():
         outputs = torch.ops.fastft.lora_linear_fwd(
-            flat,
+            x,
             list(weights),
             [None if b is None or b.requires_grad else b for b in biases],
             list(lora_as),
             list(lora_bs),
-            masks,
-            list(scalings),
-            ps,
-            owners,
-            bounds,
-            name,
+            list(masks),
+            *constants.rest(),
         )
-        ys = [
-            y + b.to(dtype) if b is not None and b.requires_grad else y
+        return [
+            y + b.to(x.dtype) if b is not None and b.requires_grad else y
             for y, b in zip(outputs, biases)
         ]
-    else:
-        constants = Constants(len(weights), list(scalings), ps, owners, bounds, name)
-        late = late_values(name, flat, lora_as)
-        tensors = (*weights, *biases, *lora_as, *lora_bs, *masks)
-        ys = LoraLinear.apply(late, constants, flat, *tensors)
-        if late is not None and values_wanted():  # the recompute goes on
-            late.compute()
-    if x.dim() == 2:
-        return tuple(ys)
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+    # What is scaled along the way reads its value in the backward.
+    late = None if scales else late_values(constants.backend, x, lora_as)
+    tensors = (*weights, *biases, *lora_as, *lora_bs, *masks, *scales)
+    ys: Sequence[Tensor] = LoraLinear.apply(late, constants, x, *tensors)
+    if late is not None and values_wanted():  # the recompute goes on
+        late.compute()
+    return ys
 
 
 def lay_out_weights(
@@ -305,6 +351,21 @@ def _check_adapter(
             remedy="A larger rank than the matrix has adds nothing; r = 0 is no adapter.",
         )
     check_shape(_WHERE, "lora_b", b, (out_features, r), "(out_features, r)")
+
+
+def _check_scales(
+    weights: Sequence[Tensor], scales: Sequence[Tensor | None], dtype: torch.dtype
+) -> None:
+    if len(scales) != len(weights):
+        expected = f"{len(weights)} scales, one a layer or None"
+        raise ShapeError(_WHERE, "scales", expected=expected, got=str(len(scales)))
+    wide = torch.promote_types(dtype, torch.float32)
+    for weight, scale in zip(weights, scales, strict=True):
+        if scale is not None:
+            check_tensor(_WHERE, "scale", scale)
+            check_dtype(_WHERE, "scale", scale, (wide,))
+            check_device(_WHERE, "scale", scale, weight.device)
+            check_shape(_WHERE, "scale", scale, (weight.shape[0],), "(out_features,)")
 
 
 def _check_spans(spans: Sequence[tuple[int, int]], adapters: int, rows: int) -> None:

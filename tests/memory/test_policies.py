@@ -257,6 +257,17 @@ def test_bad_arguments() -> None:
     assert memory.explain(model).startswith("no policy")
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("policy", ["lora", "attention", "full"])
+def test_dora_of_long_enough_batches_has_the_same_bits(policy: str, dropout: float) -> None:
+    """Where a processor multiplies bfloat16 its scale goes along in the product."""
+    models = [llama(dropout=dropout, use_dora=True, dtype=torch.bfloat16) for _ in range(2)]
+    memory.checkpoint(models[1], policy)
+    want, got = (steps(model, tokens=300) for model in models)
+    for step, other in zip(want, got, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(step, other, strict=True))
+
+
 @pytest.mark.parametrize("what", ["dora", "hook"])
 def test_tiled_mlp_makes_the_value_where_somebody_looks_at_it(what: str) -> None:
     def run(tile: int | None) -> list[list[torch.Tensor]]:

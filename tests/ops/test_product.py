@@ -225,7 +225,8 @@ def test_one_native_call_is_the_passes_whoever_wants_what(
 
 def test_one_native_call_refuses_what_it_cannot_hold() -> None:
     c = native.module()
-    layer, adapter = (0, 4, 4, 0, 0), (0, 4, 0, 0, 0, 0, 0, True, 0, 1.0, 1.0)
+    layer = (0, 4, 4, 0, 0, 0, 0, 0)
+    adapter = (0, 4, 0, 0, 0, 0, 0, True, 0, 1.0, 1.0)
     large, elsewhere = (0, 65, *adapter[2:]), (1, *adapter[1:])
     narrow = (*adapter[:7], False, *adapter[8:])
     for layers, adapters, words in (
@@ -237,7 +238,10 @@ def test_one_native_call_refuses_what_it_cannot_hold() -> None:
         ([layer], [(0, 33, *adapter[2:])] * 2, "rank too large"),
         ([layer], [elsewhere], "no such layer"),
         ([layer], [adapter, narrow], "two dtypes"),
-        ([(0, 4, 3, 0, 0)], [adapter], "odd depth"),
+        ([(0, 4, 3, *layer[3:])], [adapter], "odd depth"),
+        ([(0, 4, 4, 0, 1, 1, 0, 0)], [adapter], "both scale and bias"),
+        ([(0, 4, 4, 0, 0, 0, 1, 1)], [adapter], "needs a scale"),
+        ([(0, 5, 4, 0, 0, 1, 1, 1)], [adapter], "dense gradients"),
     ):
         with pytest.raises(ValueError, match=words):
             c.lora_layers_backward(4, 4, 0, 1, layers, adapters, 1)

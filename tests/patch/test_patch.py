@@ -31,6 +31,10 @@ SMALL = {
 }
 
 
+# Activated LoRA: adapters that take the tokens after an invocation only.
+ACTIVATED = {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}
+
+
 def llama(**config: Any) -> Any:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
@@ -225,9 +229,9 @@ def test_state_refused_at_first_is_fused_later() -> None:
 
 
 def test_variants_and_other_layers_are_named() -> None:
-    model = fastft.accelerate(llama(use_dora=True, lora_dropout=0.1))
+    model = fastft.accelerate(llama(**ACTIVATED))
     reasons = {m.reason for m in fastft.explain(model).modules if m.kind == "lora"}
-    assert reasons == {"DoRA with dropout"}
+    assert reasons == {"LoRA variant other than DoRA"}
     model = fastft.accelerate(llama(target_modules=["embed_tokens", "q_proj"]))
     assert {m.kind for m in fastft.explain(model).modules if m.fused} >= {"lora", "embedding"}
     holder = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
@@ -237,8 +241,8 @@ def test_variants_and_other_layers_are_named() -> None:
 
 
 def test_strict_refuses_modules_and_calls() -> None:
-    with pytest.raises(errors.VerificationError, match=r"q_proj.*DoRA"):
-        fastft.accelerate(llama(use_dora=True, lora_dropout=0.1), strict=True)
+    with pytest.raises(errors.VerificationError, match=r"q_proj.*LoRA variant"):
+        fastft.accelerate(llama(**ACTIVATED), strict=True)
     model = fastft.accelerate(llama(), strict=True)
     gradients(model)
     with pytest.raises(errors.BackendError, match="adapters disabled"), model.disable_adapter():
