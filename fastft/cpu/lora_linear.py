@@ -65,7 +65,7 @@ def fwd(*call: Any, scales: Sequence[Tensor | None] | None = None) -> None:
     ss[j] = drop_j(x) A_j^T (rows, r_j); the arguments are those of both halves. scales: where
     ``takes_scales`` says so."""
     if not lora_layers.forward(*(*call, scales)):
-        assert scales is None, "takes_scales said otherwise"
+        _refuse(scales)
         fwd_adapters(*call)
         fwd_values(*call)
 
@@ -152,8 +152,13 @@ def bwd(*call: Any, scaled: lora_layers.Scaled | None = None) -> None:
     """Writes dx (M, K), das[j] (r_j, K), dbs[j] (N, r_j), and the d_scales of a scaled call; None
     is not wanted. The arguments are those of the passes apart."""
     if not lora_layers.backward(*(*call, scaled)):
-        assert scaled is None, "takes_scales said otherwise"
+        _refuse(scaled)
         _bwd_apart(*call)
+
+
+def _refuse(scales: object) -> None:
+    if scales is not None:
+        raise RuntimeError("lora_linear: scales in a call that does not take them along")
 
 
 def _bwd_apart(

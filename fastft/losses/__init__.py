@@ -10,9 +10,11 @@ from fastft.losses.log_probs import (
     token_log_probs,
 )
 from fastft.losses.preference import dpo_loss, grpo_loss, kto_loss, orpo_loss, simpo_loss
+from fastft.losses.trl import deferred_in_trl
 from fastft.nn.head import deferred_logits
 
 __all__ = [
+    "deferred_in_trl",
     "deferred_logits",
     "distillation_loss",
     "dpo_loss",

@@ -3,9 +3,9 @@
 An accelerated language model's head returns :class:`DeferredLogits` when labels are given: a
 tensor with the logits' shape, dtype and device, and no storage. What models do between head and
 loss it remembers instead of doing it: scaling, Gemma's cap, a constant bias, other shapes, a choice
-of positions. torch's ``cross_entropy`` of it is the fused loss; anything else that touches it gets
-the real logits, computed on the spot. So no model's forward and no loss function is rewritten, and
-``outputs.logits`` stays true.
+of positions. torch's ``cross_entropy`` of it is the fused loss, and its mean needs no logits
+either; anything else that touches it gets the real logits, computed on the spot. So no model's
+forward and no loss function is rewritten, and ``outputs.logits`` stays true.
 """
 
 from __future__ import annotations
@@ -311,6 +311,40 @@ def _chosen(logits: DeferredLogits, index: Any) -> Any:
     return found
 
 
+def _detached(logits: DeferredLogits) -> DeferredLogits:
+    source = logits.source
+    bias, adapter = source.bias, source.adapter
+    if adapter is not None:
+        adapter = adapter._replace(lora_a=adapter.lora_a.detach(), lora_b=adapter.lora_b.detach())
+    found = _with(
+        logits,
+        hidden_states=source.hidden_states.detach(),
+        weight=source.weight.detach(),
+        bias=None if bias is None else bias.detach(),
+        adapter=adapter,
+        graph=False,
+    )
+    found.view_of = (logits, torch.detach)
+    return found
+
+
+def _mean(logits: DeferredLogits, *dims: Any) -> Any:
+    """Of all elements: the mean hidden state by the mean row of the head."""
+    source = logits.source
+    adapter = source.adapter
+    if dims or source.softcap or (adapter is not None and adapter.dropout):
+        return NotImplemented
+    source.check()
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    row = source.weight.mean(0, dtype=wide)
+    if adapter is not None:
+        row = row + adapter.scaling * adapter.lora_b.mean(0, dtype=wide) @ adapter.lora_a.to(wide)
+    mean = source.hidden_states.reshape(-1, row.numel()).mean(0, dtype=wide).dot(row)
+    if source.bias is not None:
+        mean = mean + source.bias.mean(dtype=wide)
+    return (source.scale * mean).to(logits.dtype)
+
+
 # Without keyword arguments: what models do between head and loss, done to the description instead
 # of the logits.
 _DEFERRED: dict[Any, Callable[..., Any]] = {
@@ -333,4 +367,8 @@ _DEFERRED: dict[Any, Callable[..., Any]] = {
     Tensor.view: _reshaped,
     Tensor.reshape: _reshaped,
     Tensor.__getitem__: _chosen,
+    Tensor.detach: _detached,
+    torch.detach: _detached,
+    Tensor.mean: _mean,
+    torch.mean: _mean,
 }

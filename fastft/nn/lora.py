@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from fastft import backends, ops
 from fastft.nn import packing, siblings
 from fastft.nn.calls import count
+from fastft.nn.dora import dropped, forget_norms, scale_of
 from fastft.nn.mixed import adapter_names_of
 from fastft.nn.rules import ADAPTER_STATE, LAYER_STATE, Rule, first, hooked
 from fastft.ops._checks import autocast_dtype
@@ -25,7 +25,6 @@ __all__ = [
     "CALL_RULES",
     "LAYER_RULES",
     "FusedLoraLinear",
-    "forget_norms",
     "module_refusal",
 ]
 
@@ -339,7 +338,7 @@ class FusedLoraLinear(PeftLinear):
         """The outputs of layers that share x: in one operation, but for DoRA under dropout."""
         together = [plan for plan in plans if not plan.drops_all()]
         ys = iter(_in_one_operation(together, x) if together else ())
-        return tuple(_dropped_dora(plan, x) if plan.drops_all() else next(ys) for plan in plans)
+        return tuple(dropped(plan, x) if plan.drops_all() else next(ys) for plan in plans)
 
 
 # PEFT parses the class's name, and its tests and users print it.
@@ -361,68 +360,5 @@ def _in_one_operation(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
         dropout_ps=[p.dropout_p() for _, p, _ in terms],
         owners=[owner for owner, _, _ in terms],
         spans=None if plans[0].spans is None else [span for _, _, span in terms],
-        scales=[_dora_scale(plan) for plan in plans],
+        scales=[scale_of(plan) for plan in plans],
     )
-
-
-def _dropped_dora(plan: Plan, x: Tensor) -> Tensor:
-    """PEFT's DoRA under dropout, where d = drop(x) takes the place of x in what is scaled, and x
-    keeps its own in what is not:
-
-        y = x W^T + bias + (scale - 1) d W^T + scale scaling d A^T B^T
-          = scale (d W^T + scaling d A^T B^T) + bias + (x - d) W^T
-    """
-    (parts,) = plan.parts
-    d = nn.functional.dropout(x, parts.dropout_p())
-    weight, lora_a, lora_b = plan.weight(), *parts.tensors()[1:]
-    (y,) = ops.lora_linear_siblings(
-        d,
-        [weight],
-        [lora_a],
-        [lora_b],
-        scalings=[float(parts.scaling)],
-        biases=[plan.bias()],
-        scales=[_dora_scale(plan)],
-    )
-    rest = (x - d).reshape(-1, x.shape[-1])
-    return torch.addmm(y.reshape(-1, y.shape[-1]), rest, weight.t()).view(y.shape)
-
-
-# By base layer: what tells the weight its norms were taken of, and the norms.
-_norms: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Tensor]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def forget_norms(layers: Iterable[Any]) -> None:
-    """Norms of these layers' base weights are taken anew when they are next needed."""
-    for layer in layers:
-        _norms.pop(layer.base_layer, None)
-
-
-def _frozen_norms(plan: Plan) -> Tensor | None:
-    """Squared row norms of the base weight, taken once for as long as it is the same tensor and
-    unchanged. A change in place through ``weight.data`` is one that torch does not count: PEFT
-    makes such at merging and where an adapter's initialisation alters the base, and both forget
-    the norms; whoever makes one besides calls ``restore`` and ``accelerate`` again."""
-    weight = plan.parts[0].tensors()[0]
-    if weight.requires_grad or torch.compiler.is_compiling() or weight.is_inference():
-        return None
-    key = (id(weight), weight.data_ptr(), weight._version, weight.dtype, weight.device)
-    known = _norms.get(plan.base)
-    if known is None or known[0] != key:
-        with torch.inference_mode(False):
-            known = _norms[plan.base] = (key, ops.squared_row_norms(plan.weight()))
-    return known[1]
-
-
-def _dora_scale(plan: Plan) -> Tensor | None:
-    """DoRA's magnitude over the norm of the adapted weight; None of a plain layer."""
-    magnitude: Any = plan.magnitude()
-    if magnitude is None:
-        return None
-    (parts,) = plan.parts
-    adapter = (*parts.tensors()[1:], float(parts.scaling))
-    norm = ops.dora_norm(plan.weight(), *adapter, _frozen_norms(plan))
-    scale: Tensor = magnitude.weight.to(norm.dtype) / norm
-    return scale

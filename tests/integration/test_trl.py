@@ -77,6 +77,84 @@ def test_dpo_is_trls_own(
     assert not counts.fallback
 
 
+def by_logits(trainer: str, model: Any, folder: Path, tokenizer: Any, **changed: Any) -> Any:  # noqa: F811
+    """A trainer of TRL's that asks the model for logits."""
+    module = pytest.importorskip(f"trl.experimental.{trainer.lower()}")
+    words = ["red", "green", "blue", "one", "two", "three"]
+    rows = [
+        {"prompt": f"{a} {b}", "chosen": f" {b} {a} {a}", "rejected": f" {a}"}
+        for a in words
+        for b in words
+    ]
+    options = {"bf16": False, "gradient_checkpointing": False, "max_length": 16, "max_steps": 6}
+    torch.manual_seed(5)
+    config = getattr(module, f"{trainer}Config")(**arguments(folder, **{**options, **changed}))
+    made = getattr(module, f"{trainer}Trainer")(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    made.train()
+    return made
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("trainer", "changed"),
+    [
+        ("ORPO", {}),
+        ("ORPO", {"bf16": True}),
+        ("CPO", {}),
+        ("CPO", {"loss_type": "simpo", "cpo_alpha": 0.0}),
+    ],
+    ids=["orpo", "orpo, bf16-autocast", "cpo", "simpo"],
+)
+def test_trainers_that_ask_for_logits_get_none(
+    trainer: str,
+    changed: dict[str, Any],
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,  # noqa: F811
+) -> None:
+    """The losses are those of TRL over plain PEFT, and no logits were made."""
+    plain = tiny.peft_model("llama")
+    exact = tiny.in_float64(plain)
+    fused = fastft.accelerate(copy.deepcopy(plain))
+    original = utils.selective_log_softmax
+    with fastft.losses.deferred_in_trl():
+        ours = by_logits(trainer, fused, tmp_path / "a", tokenizer, **changed)
+    assert utils.selective_log_softmax is original
+    theirs = losses(by_logits(trainer, plain, tmp_path / "b", tokenizer, **changed))
+    wide = {**changed, "bf16": False}
+    truth = losses(by_logits(trainer, exact, tmp_path / "c", tokenizer, **wide))
+    got = losses(ours)
+    assert len(got) == len(theirs) == 6
+    plain_error = (theirs - truth).norm()
+    bound = tiny.ERROR_FACTOR * max(plain_error, torch.finfo(torch.float32).eps * truth.norm())
+    assert (got - truth).norm() <= bound, (got, theirs, truth)
+    counts = call_counts(head_of(fused))
+    assert counts.fused >= 6
+    assert not counts.fallback
+    logged, wanted = (t.state.log_history[0] for t in (ours, by_logits(
+        trainer, tiny.peft_model("llama"), tmp_path / "d", tokenizer, **{**changed, "max_steps": 1}
+    )))  # fmt: skip
+    for name in ("logits/chosen", "logits/rejected", "logps/chosen", "nll_loss"):
+        assert logged[name] == pytest.approx(wanted[name], rel=0.02, abs=2e-3)
+
+
+def test_open_twice_and_closed_once_is_still_open() -> None:
+    original = utils.selective_log_softmax
+    logits, index = torch.randn(2, 3, 7), torch.randint(7, (2, 3))
+    with fastft.losses.deferred_in_trl():
+        served = utils.selective_log_softmax
+        assert served is not original
+        with fastft.losses.deferred_in_trl():
+            assert utils.selective_log_softmax is served
+        assert utils.selective_log_softmax is served
+        assert torch.equal(served(logits, index), original(logits, index))
+    assert utils.selective_log_softmax is original
+
+
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 

@@ -15,6 +15,7 @@ import fastft
 from fastft import errors
 from fastft.nn import DeferredLogits, FusedHead, call_counts
 from fastft.nn import head as head_module
+from tests.integration import tiny
 
 
 def heads() -> tuple[nn.Linear, Any, Tensor, Tensor]:
@@ -66,9 +67,61 @@ def probabilities_each(z: Tensor, labels: Tensor) -> Tensor:
     return (each * torch.arange(14.0)).sum()
 
 
-@pytest.mark.parametrize("use", [edited, edited_behind_a_view, read_first, probabilities_each])
+def mean_of_some(z: Tensor, labels: Tensor) -> Tensor:
+    return (z[:, 1:] * 1.5).float().mean()
+
+
+def mean_under_a_cap(z: Tensor, labels: Tensor) -> Tensor:
+    return (torch.tanh(z / 3) * 3).mean()
+
+
+def beside_a_detached(z: Tensor, labels: Tensor) -> Tensor:
+    known = z.detach()
+    return F.cross_entropy(known.view(-1, 50), labels) * F.cross_entropy(z.view(-1, 50), labels)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        edited,
+        edited_behind_a_view,
+        read_first,
+        probabilities_each,
+        mean_of_some,
+        mean_under_a_cap,
+        beside_a_detached,
+    ],
+)
 def test_a_trained_head_over_frozen_hidden_states(use: Any) -> None:
     both(use)
+
+
+def test_means_and_detached_logits_make_none() -> None:
+    _, fused, hidden, labels = heads()
+    z = logits(fused, hidden)
+    assert z.mean().requires_grad
+    assert not z.detach().mean().requires_grad
+    assert not F.cross_entropy(z.detach().view(-1, 50), labels).requires_grad
+    assert not call_counts(fused).fallback
+    assert z.mean(-1).shape == (2, 7)
+    assert call_counts(fused).fallback == {"logits were read": 1}
+
+
+def test_the_mean_over_an_adapter_of_the_head() -> None:
+    model = tiny.peft_model("llama", target_modules=["lm_head"])
+    given = {"input_ids": tiny.inputs("llama")["input_ids"]}
+    want = model(**given).logits.mean()
+    fused = fastft.accelerate(copy.deepcopy(model))
+    with fastft.losses.deferred_logits():
+        got = fused(**given).logits.mean()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    name = "base_model.model.lm_head.lora_A.default.weight"
+    gradients = [
+        torch.autograd.grad(y, dict(m.named_parameters())[name])[0]
+        for y, m in ((got, fused), (want, model))
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+    assert not call_counts(fused.get_base_model().lm_head).fallback
 
 
 def test_probabilities_that_require_a_gradient_get_it() -> None:
