@@ -123,11 +123,11 @@ struct AttentionTensor {
   int64_t batch, head, token;
 };
 
-// Attention with its products inside; see attention_fused.inc. out: written, or with `backward` its
-// gradient, which is read, and dq, dk, dv written. lse: float32 (batch, heads, queries). mask:
-// null, or bytes as an AttentionSlab's. width and value_width are even.
+// Attention with its products inside; see attention_fused.inc. out: written, or with `backward`
+// read, as its gradient d_out is, and dq, dk, dv written. lse: float32 (batch, heads, queries).
+// mask: null, or bytes as an AttentionSlab's. width and value_width are even.
 struct AttentionCall {
-  AttentionTensor q, k, v, out, dq, dk, dv;
+  AttentionTensor q, k, v, out, d_out, dq, dk, dv;
   float* lse;
   int64_t batch, heads, kv_heads, queries, keys, width, value_width, threads;
   bool causal, backward;

@@ -181,6 +181,7 @@ def bwd(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    out: Tensor,
     lse: Tensor,
     *,
     scale: float,
@@ -189,7 +190,7 @@ def bwd(
     """Writes the gradients, each in the shape of its tensor; those of key and value are summed in
     float32 over the blocks of queries."""
     if attention_fused.serves(query, key, value, d_query, d_key, d_value):
-        tensors = [query, key, value, d_out, d_query, d_key, d_value]
+        tensors = [query, key, value, out, d_out, d_query, d_key, d_value]
         attention_fused.run(tensors, mask, lse, scale, is_causal)
         return
     problem = _Problem(query, key, mask, scale, is_causal, lse)

@@ -40,11 +40,13 @@ def mask_strides(mask: Tensor | None) -> list[int]:
 def run(
     tensors: list[Tensor], mask: Tensor | None, lse: Tensor, scale: float, causal: bool
 ) -> None:
-    """Forward of query, key, value to out and lse; or, with three gradients more, the backward,
-    where out's place holds its gradient."""
-    query, key, value, out = tensors[:4]
-    if out.stride(-1) != 1:
-        tensors[3] = scratch("attention_d", tuple(out.shape), out.dtype).copy_(out)
+    """Forward of query, key, value to out and lse; or, with out's gradient and three more, the
+    backward."""
+    query, key, value = tensors[:3]
+    for i, tensor in enumerate(tensors[3:5], 3):
+        if tensor.stride(-1) != 1:
+            room = scratch(f"attention_{i}", tuple(tensor.shape), tensor.dtype)
+            tensors[i] = room.copy_(tensor)
     batch, heads, queries, width = query.shape
     sizes = [batch, heads, key.shape[1], queries, key.shape[2], width, value.shape[3]]
     sizes.append(torch.get_num_threads())

@@ -302,7 +302,7 @@ _REGISTERED: dict[str, tuple[str, Callable[..., float]]] = {
     ),
     "fastft::attention_bwd": (
         "attention.bwd",
-        lambda d, q, k, v, mask, lse, scale, causal, backend: _scores(q, k, v, 5.0, causal),
+        lambda d, q, k, v, mask, out, lse, scale, causal, backend: _scores(q, k, v, 5.0, causal),
     ),
 }
 

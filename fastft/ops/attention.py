@@ -3,7 +3,7 @@
     out = softmax(scale q k^T) v over the keys a query may see
 
 The scores of one block of queries exist at a time; the backward makes them again from q, k and
-their logsumexp (Dao et al. 2022, FlashAttention). With D_i = sum_j p_ij dp_ij:
+their logsumexp (Dao et al. 2022, FlashAttention). With D_i = sum_j p_ij dp_ij = dout_i . out_i:
 
     dv = p^T dout;   ds = scale p (dp - D), dp = dout v^T;   dq = ds k;   dk = ds^T q
 """
@@ -63,7 +63,8 @@ def scaled_dot_product_attention(
 
     Returns:
         (batch, heads, queries, value width), laid out so that ``out.transpose(1, 2)`` is
-        contiguous. Saved for backward: query, key, value, attn_mask, and one float32 a query.
+        contiguous. Saved for backward: query, key, value, attn_mask, the result, which the layer
+        after it keeps as well, and one float32 a query.
 
     In bfloat16 on a CPU the scores are float32 where its vectors multiply bfloat16 (AVX512-BF16
     without AMX), widths are even, features adjacent and keys at most 4096; else they are rounded to
@@ -205,17 +206,18 @@ def _bwd_kernel(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    out: Tensor,
     lse: Tensor,
     scale: float,
     is_causal: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _bwd_fake(d_out, query, key, value, mask, lse, scale, is_causal, backend)
+    gradients = _bwd_fake(d_out, query, key, value, mask, out, lse, scale, is_causal, backend)
     if not query.numel():
         return gradients[0], gradients[1].zero_(), gradients[2].zero_()
     with without_autocast(query.device.type):
         _choose(backend, query)[1].bwd(
-            *gradients, d_out, query, key, value, mask, lse, scale=scale, is_causal=is_causal
+            *gradients, d_out, query, key, value, mask, out, lse, scale=scale, is_causal=is_causal
         )
     return gradients
 
@@ -226,6 +228,7 @@ def _bwd_fake(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    out: Tensor,
     lse: Tensor,
     scale: float,
     is_causal: bool,
@@ -241,12 +244,12 @@ class Attention(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         out, lse = _fwd_kernel(*arguments)  # type: ignore[call-arg]
         query, key, value, mask, ctx.scale, ctx.is_causal, ctx.backend = arguments
-        ctx.save_for_backward(query, key, value, mask, lse)
+        ctx.save_for_backward(query, key, value, mask, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Any:
-        query, key, value, mask, lse = ctx.saved_tensors
+        query, key, value, mask, result, lse = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             with torch.enable_grad():
                 out = reference.attention(query, key, value, mask, ctx.scale, ctx.is_causal)[0]
@@ -255,21 +258,19 @@ class Attention(torch.autograd.Function):
             gradients = tuple(next(found) if t.requires_grad else None for t in (query, key, value))
         else:
             gradients = _bwd_kernel(
-                d_out, query, key, value, mask, lse, ctx.scale, ctx.is_causal, ctx.backend
+                d_out, query, key, value, mask, result, lse, ctx.scale, ctx.is_causal, ctx.backend
             )
         return (*gradients, *[None] * 4)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, key, value, mask, ctx.scale, ctx.is_causal, ctx.backend = inputs
-    ctx.save_for_backward(query, key, value, mask, output[1])
+    ctx.save_for_backward(query, key, value, mask, *output)
 
 
 def _registered_backward(ctx: Any, d_out: Tensor, _: Any) -> Any:
-    query, key, value, mask, lse = ctx.saved_tensors
-    gradients = torch.ops.fastft.attention_bwd(
-        d_out, query, key, value, mask, lse, ctx.scale, ctx.is_causal, ctx.backend
-    )
+    facts = (ctx.scale, ctx.is_causal, ctx.backend)
+    gradients = torch.ops.fastft.attention_bwd(d_out, *ctx.saved_tensors, *facts)
     return (*gradients, *[None] * 4)
 
 
@@ -281,7 +282,7 @@ register(
 )
 register(
     "attention_bwd(Tensor d_out, Tensor query, Tensor key, Tensor value, Tensor? mask, "
-    "Tensor lse, float scale, bool is_causal, str backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor out, Tensor lse, float scale, bool is_causal, str backend) -> (Tensor, Tensor, Tensor)",
     _bwd_kernel,
     _bwd_fake,
 )

@@ -74,6 +74,7 @@ def bwd(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    out: Tensor,
     lse: Tensor,
     *,
     scale: float,
@@ -86,6 +87,6 @@ def bwd(
     ds = (scale * p * (dp - (p * dp).sum(-1, keepdim=True))).to(query.dtype)
     d_query.copy_(ds @ k)
     group = query.shape[1] // key.shape[1]
-    for out, left, right in ((d_key, ds, query), (d_value, p.to(query.dtype), d_out)):
+    for to, left, right in ((d_key, ds, query), (d_value, p.to(query.dtype), d_out)):
         product = left.transpose(-1, -2) @ right
-        out.copy_(product.unflatten(1, (key.shape[1], group)).sum(2))
+        to.copy_(product.unflatten(1, (key.shape[1], group)).sum(2))

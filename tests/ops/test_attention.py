@@ -162,6 +162,9 @@ FUSED += [
     # The last stretches have no queries.
     Case(1, 2, 1, 306, 1300, 80, value_width=66),
     Case(1, 1, 1, 311, 311, 8, causal=True),
+    # Several blocks of keys: a query may see none of one.
+    Case(2, 2, 1, 270, 600, 16, mask="random"),
+    Case(2, 2, 1, 530, 530, 16, causal=True, mask="padding"),
 ]
 
 
@@ -196,7 +199,7 @@ def test_the_kernel_with_its_products_of_every_instruction_set(case: Case) -> No
             held = [_guarded(*shape) for shape in (*shapes, (lse.shape, F32))]
             out, *gradients = [t.transpose(1, 2) for _, t in held[:4]]
             got_lse = held[4][1]
-            for tensors in ([q, k, v, out], [q, k, v, dy, *gradients]):
+            for tensors in ([q, k, v, out], [q, k, v, out, dy, *gradients]):
                 places = [(t.data_ptr(), *t.stride()[:3]) for t in tensors]
                 words = c.attention_scratch(places, [*sizes, threads], isa=isa)
                 room = torch.full((words + 8,), float("nan"))
@@ -243,7 +246,7 @@ def test_the_operation_takes_the_kernel(case: Case, monkeypatch: pytest.MonkeyPa
     apart = dy.transpose(2, 3).contiguous().transpose(2, 3)
     y = ops.scaled_dot_product_attention(*leaves, mask, is_causal=case.causal, backend="cpu")
     got = outputs(y, leaves, apart if dy.shape[2] > 1 else dy)
-    assert taken == [4, 7]
+    assert taken == [4, 8]
     wide = [t.detach().double().requires_grad_() for t in leaves]
     truth = outputs(
         reference.attention(*wide, mask, case.width**-0.5, case.causal)[0], wide, dy.double()
@@ -381,7 +384,8 @@ def test_registered_operation_passes_opcheck_and_compiles() -> None:
     detached = [t.detach() for t in leaves]
     lse = torch.randn(2, 4, 33)
     torch.library.opcheck(
-        torch.ops.fastft.attention_bwd.default, (dy, *detached, mask, lse, *facts)
+        torch.ops.fastft.attention_bwd.default,
+        (dy, *detached, mask, torch.randn_like(dy), lse, *facts),
     )
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
