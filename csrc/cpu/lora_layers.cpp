@@ -1,6 +1,5 @@
 #include "lora_layers.h"
 
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -10,9 +9,6 @@
 
 namespace fastft {
 namespace {
-
-// A result scaled by less may have lost its digits to bfloat16's smallest number.
-constexpr float kLeastScale = 1e-30f;
 
 // Memory of this thread, kept between calls and grown where more is asked for.
 class Room {
@@ -90,47 +86,13 @@ int64_t stacked_words(const Group& group, int64_t depth) {
 // Words of rows of r bfloat16, a whole number of cache lines.
 int64_t thin_words(int64_t rows, int64_t r) { return (rows * r / 2 + 16) / 16 * 16; }
 
-// d_scale of column n from the products themselves: of a result scaled by nothing nothing is left.
-float d_scale_from_products(const LoraLayers& call, size_t index, int64_t n) {
-  const LoraLayer& layer = call.layers[index];
-  const auto gradient = [&](int64_t m) {
-    return to_float(static_cast<const bfloat16*>(layer.y)[m * layer.pitch + n]);
-  };
-  // sum_m dy[m, n] left[m] . line
-  const auto summed = [&](const void* left, int64_t width, auto line) {
-    float total = 0.0f;
-    for (int64_t k = 0; k < width; ++k) {
-      float sum = 0.0f;
-      for (int64_t m = 0; m < call.rows; ++m)
-        sum += gradient(m) * to_float(static_cast<const bfloat16*>(left)[m * width + k]);
-      total += sum * line(k);
-    }
-    return total;
-  };
-  float total = summed(call.x, call.depth, [&](int64_t k) {
-    return to_float(static_cast<const bfloat16*>(layer.weight)[n * call.depth + k]);
-  });
-  for (const LoraAdapter& adapter : call.adapters)
-    if (adapter.layer == static_cast<int64_t>(index))
-      total += adapter.scaling * summed(adapter.s, adapter.r, [&](int64_t j) {
-                 const int64_t i = n * adapter.r + j;
-                 return adapter.wide ? static_cast<const float*>(adapter.b)[i]
-                                     : to_float(static_cast<const bfloat16*>(adapter.b)[i]);
-               });
-  return total;
-}
-
 void d_scales(const Kernels& kernels, const LoraLayers& call) {
-  for (size_t i = 0; i < call.layers.size(); ++i) {
-    const LoraLayer& layer = call.layers[i];
+  for (const LoraLayer& layer : call.layers) {
     if (layer.d_scale == nullptr) continue;
     const int64_t words = (call.rows + kSumRows - 1) / kSumRows * layer.cols;
     auto* partial = reinterpret_cast<float*>(rooms().partial.words(words));
     kernels.dora_d_scale(layer.d_scale, layer.y, layer.out, layer.scale, call.rows, layer.cols,
                          partial);
-    for (int64_t n = 0; n < layer.cols; ++n)
-      if (std::fabs(layer.scale[n]) < kLeastScale)
-        layer.d_scale[n] = d_scale_from_products(call, i, n);
   }
 }
 

@@ -20,7 +20,8 @@ __all__ = ["Scaled", "backward", "forward", "takes_scales"]
 
 
 # What the backward of scaled results (DoRA) takes besides, one a layer or None: the scales, the
-# results, and room for those gradients of the scales that are wanted.
+# results where they are still what they were, and room for those gradients of the scales that are
+# wanted.
 Scaled = tuple[Sequence[Tensor | None], Sequence[Tensor | None], Sequence[Tensor | None]]
 
 
@@ -130,17 +131,55 @@ def backward(
         return False
     if not _dense((dx, *das, *dbs, *dys, *ss)):
         return False
-    none: list[Tensor | None] = [None] * len(dys)
-    each = zip(dys, weights, *(scaled or (none, none, none)), strict=True)
+    scales, results, d_scales = scaled or [[None] * len(dys)] * 3
     layers = [
-        (dy.data_ptr(), dy.stride(0), dy.shape[1], w.data_ptr(), 0, *map(native.address, rest))
-        for dy, w, *rest in each
+        (
+            dy.data_ptr(),
+            dy.stride(0),
+            dy.shape[1],
+            w.data_ptr(),
+            0,
+            *map(native.address, (scale, y, None if y is None else d)),
+        )
+        for dy, w, scale, y, d in zip(dys, weights, scales, results, d_scales, strict=True)
     ]
     adapters = _adapters(ss, lora_as, lora_bs, das, dbs, scalings, masks, dropout_ps, owners)
     native.module().lora_layers_backward(
         *x.shape, x.data_ptr(), native.address(dx), layers, adapters, torch.get_num_threads()
     )
+    for i, (scale, y, d_scale) in enumerate(zip(scales, results, d_scales, strict=True)):
+        if scale is None or d_scale is None:
+            continue
+        lost = None if y is None else scale.abs() < _LEAST_SCALE
+        if lost is None or bool(lost.any()):
+            of_layer = [(ss[j], lora_bs[j], scalings[j]) for j, k in enumerate(owners) if k == i]
+            _from_products(d_scale, dys[i], x, weights[i], of_layer, lost)
     return True
+
+
+# A result scaled by less may have lost its digits to bfloat16's smallest number.
+_LEAST_SCALE = 1e-30
+# Columns whose gradients are taken of the products at a time.
+_COLUMNS = 1024
+
+
+def _from_products(
+    d_scale: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    adapters: Sequence[tuple[Tensor, Tensor, float]],
+    lost: Tensor | None,
+) -> None:
+    """d_scale of the columns whose result does not tell their product: (dy^T x . W) + scaling
+    (dy^T s . B), row by row. lost: which; None: all."""
+    columns = torch.arange(len(d_scale)) if lost is None else lost.nonzero()[:, 0]
+    for some in columns.split(_COLUMNS):
+        own = dy[:, some].t()
+        total = ((own @ x).float() * weight[some]).sum(1)
+        for s, b, scaling in adapters:
+            total += scaling * ((own @ s).float() * b[some]).sum(1)
+        d_scale[some] = total
 
 
 def _adapters(

@@ -16,6 +16,7 @@ from fastft.ops._checks import without_autocast
 from fastft.ops._remade import keeping
 from fastft.ops._room import empty_like, new_empty
 from fastft.ops._saving import Late, note, saves_first
+from fastft.ops._witness import unchanged, witnessed
 from fastft.reference.lora_linear import lora_term
 
 __all__ = [
@@ -310,7 +311,9 @@ class LoraLinear(torch.autograd.Function):
         ctx.constants = constants
         kept, ctx.make = keeping(x)
         ys = outputs[: constants.layers]
-        ctx.save_for_backward(*kept, *tensors, *ss, *(ys if constants.scaled else ()))
+        read = zip(ys, scales)  # of a call that is not scaled none
+        results, ctx.witnesses = witnessed([y if _trained(scale) else None for y, scale in read])
+        ctx.save_for_backward(*kept, *tensors, *ss, *results)
         ctx.kept = len(kept)
         return tuple(ys)
 
@@ -319,7 +322,7 @@ class LoraLinear(torch.autograd.Function):
         constants: Constants = ctx.constants
         left = _take(ctx, dys)
         x, tensors = saved_of(ctx) if left is None else left.saved
-        weights, biases, lora_as, lora_bs, masks, scales, ss, ys = constants.split(tensors)
+        weights, biases, lora_as, lora_bs, masks, scales, ss, results = constants.split(tensors)
         if torch.is_grad_enabled():
             needs = ctx.needs_input_grad[2:]
             return None, None, *_differentiable_backward(constants, x, tensors, dys, needs)
@@ -344,12 +347,16 @@ class LoraLinear(torch.autograd.Function):
             need_a,
             need_b,
             None if left is None else left.made,
-            (scales, ys, d_scales) if constants.scaled else None,
+            (scales, unchanged(results, ctx.witnesses), d_scales) if constants.scaled else None,
         )
         dws = [(dy.t() @ x).to(w.dtype) if k else None for dy, w, k in zip(dys, weights, need_w)]
         dbiases = [dy.sum(0).to(b.dtype) if k else None for dy, b, k in zip(dys, biases, need_bias)]
         no_masks = [None] * len(masks)
         return None, None, dx, *dws, *dbiases, *das, *dbs, *no_masks, *d_scales
+
+
+def _trained(scale: Tensor | None) -> bool:
+    return scale is not None and scale.requires_grad
 
 
 def _differentiable_backward(

@@ -156,6 +156,28 @@ def test_a_scale_of_nothing_has_its_gradient(least: float, monkeypatch: pytest.M
         assert abs(float(got[n] - truth[n])) <= 0.05 * float(truth.abs().max())
 
 
+def test_results_may_be_changed_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of any linear layer; OLMo clamps its queries. Of two layers one result is changed,
+    through a view."""
+    monkeypatch.setattr(launcher, "vectors_multiply", lambda: True)
+    call = ALONG["all siblings"]
+    want = call.fused()
+    leaves = [t.detach().clone().requires_grad_() for t in call.leaves()]
+    x, lora_as, lora_bs, scales = call._apart(leaves)
+    ys = ops.lora_linear_siblings(
+        x, call.weights, lora_as, lora_bs, scalings=[0.5] * 3, biases=call.biases, scales=scales
+    )
+    kept = ys[1].detach().clone()
+    ys[1].view(2, -1, 130)[1:].mul_(2.0)
+    dys = [dy.clone() for dy in call.dys]
+    dys[1][260:] /= 2  # halved and doubled: the gradient of before
+    got = [*ys, *torch.autograd.grad(ys, leaves, dys)]
+    assert torch.equal(ys[1][:260], kept[:260])
+    for i, (one, other) in enumerate(zip(got, want, strict=True)):
+        if i != 1:
+            assert relative_error(one, other.double()) <= 2 * torch.finfo(BF16).eps, i
+
+
 def test_same_bits_for_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "vectors_multiply", lambda: True)
     call, threads = ALONG["siblings, one without"], torch.get_num_threads()
