@@ -173,7 +173,9 @@ def distillation_loss(
         logits = teacher.value() if isinstance(teacher, DeferredLogits) else teacher
         return divergence(plain, logits, mask=mask, **options)
     own.check()
-    with own.context():
+    if teacher_of is not None:
+        teacher_of.check()
+    with own.context(), own.grad_mode():
         return linear_divergence(
             own.hidden_states,
             own.weight,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastft.losses.log_probs import token_log_probs
 from fastft.nn.deferred import DeferredLogits
-from fastft.nn.head import deferred_logits
+from fastft.nn.head import fleeting_logits
 
 __all__ = ["deferred_in_trl"]
 
@@ -37,8 +37,9 @@ def deferred_in_trl() -> Iterator[None]:
         with fastft.losses.deferred_in_trl():
             trainer.train()
 
-    TRL's modules that are imported when the first context opens are served, and as they were when
-    the last one closes.
+    Under DDP set ``ddp_find_unused_parameters=False`` in the trainer's arguments, without which
+    nothing is deferred there. TRL's modules that are imported when the first context opens are
+    served, and as they were when the last one closes.
     """
     global _open
     with _lock:
@@ -46,7 +47,7 @@ def deferred_in_trl() -> Iterator[None]:
             _serve()
         _open += 1
     try:
-        with deferred_logits():
+        with fleeting_logits():
             yield
     finally:
         with _lock:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import fastft.nn.deferred_rules  # noqa: F401  what models do between head and loss
 from fastft import ops
 from fastft.nn import trl_head
 from fastft.nn.calls import count
@@ -25,25 +26,60 @@ __all__ = [
     "deferred_logits",
     "deferring",
     "end_forward",
+    "fleeting_logits",
     "head_losses",
     "refusal",
 ]
 
 
+class _Forward(NamedTuple):
+    """A forward of a language model: the head that defers in it, if any, whether it is TRL's with
+    its fused head, and whether DDP looks for a graph in what it returns."""
+
+    head: weakref.ref[nn.Module] | None
+    trl: bool = False
+    ddp_looks: bool = False
+
+
 class _Thread(threading.local):
-    """What this thread is inside of: forwards of language models, innermost last, each with the
-    head that defers in it (or None) and whether it is TRL's; deferred_logits()."""
+    """What this thread is inside of: forwards, innermost last, and deferred_logits(), of which some
+    are of trainers that read logits before the step or never."""
 
     def __init__(self) -> None:
-        self.forwards: list[tuple[weakref.ref[nn.Module] | None, bool]] = []
-        self.wanted = 0
+        self.forwards: list[_Forward] = []
+        self.wanted = self.fleeting = 0
 
 
 _thread = _Thread()
 
 
 def _defers(head: nn.Module) -> bool:
-    return any(ref is not None and ref() is head for ref, _ in _thread.forwards)
+    return any(f.head is not None and f.head() is head for f in _thread.forwards)
+
+
+def _deferred(
+    hidden_states: Tensor,
+    head: nn.Module,
+    compute: Callable[[Tensor], Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    adapter: HeadAdapter | None = None,
+) -> DeferredLogits:
+    """The head's logits, not computed."""
+    autocast = autocast_dtype(hidden_states.device.type)
+    source = Logits(
+        hidden_states,
+        head,
+        compute,
+        weight,
+        bias,
+        adapter,
+        autocast=autocast,
+        graph=torch.is_grad_enabled(),
+        fleeting=_thread.fleeting > 0,
+        copied=any(f.ddp_looks for f in _thread.forwards),
+    )
+    return DeferredLogits(source, autocast or hidden_states.dtype)
 
 
 class FusedHead(nn.Linear):
@@ -55,17 +91,7 @@ class FusedHead(nn.Linear):
         # A head that FSDP shards by itself has another class, and no weight once this returns.
         if type(self) is not FusedHead or torch.compiler.is_compiling() or not _defers(self):
             return super().forward(hidden_states)
-        autocast = autocast_dtype(hidden_states.device.type)
-        source = Logits(
-            hidden_states,
-            self,
-            self._product,
-            self.weight,
-            self.bias,
-            autocast=autocast,
-            graph=torch.is_grad_enabled(),
-        )
-        return DeferredLogits(source, autocast or hidden_states.dtype)
+        return _deferred(hidden_states, self, self._product, self.weight, self.bias)
 
     def _product(self, hidden_states: Tensor) -> Tensor:
         """The logits, for whoever looks at them after all."""
@@ -83,14 +109,10 @@ class FusedLoraHead(FusedLoraLinear):
         if type(self) is FusedLoraHead and not torch.compiler.is_compiling() and _defers(self):
             parts = self._one_adapter(x, args, kwargs)
             if parts is not None:
-                autocast = autocast_dtype(x.device.type)
                 scaling, dropout = float(parts.scaling), parts.dropout_p()
                 adapter = HeadAdapter(parts.a.weight, parts.b.weight, scaling, dropout)
                 base = parts.base
-                tensors = (base.weight, base.bias, adapter)
-                graph = torch.is_grad_enabled()
-                source = Logits(x, self, self._product, *tensors, autocast=autocast, graph=graph)
-                return DeferredLogits(source, autocast or x.dtype)
+                return _deferred(x, self, self._product, base.weight, base.bias, adapter)
         return super().forward(x, *args, **kwargs)
 
     def _one_adapter(self, x: Any, args: Any, kwargs: Any) -> Parts | None:
@@ -115,25 +137,36 @@ def begin_forward(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
         return
     head = model.get_output_embeddings()
-    trl = bool(kwargs.get("fused_lm_head"))
-    wanted = not trl and (kwargs.get("labels") is not None or _thread.wanted > 0)
-    _thread.forwards.append((weakref.ref(head) if wanted else None, trl))
+    trl, labels = bool(kwargs.get("fused_lm_head")), kwargs.get("labels") is not None
+    wanted = not trl and (labels or _thread.wanted > 0)
+    ddp_looks = _ddp_looks_for_a_graph()
+    if wanted and not labels and ddp_looks:
+        # It would find none, and take every parameter to be unused.
+        count(head, "DDP that finds unused parameters")
+        wanted = False
+    _thread.forwards.append(_Forward(weakref.ref(head) if wanted else None, trl, ddp_looks))
     if trl:
         trl_head.begin(head)
+
+
+def _ddp_looks_for_a_graph() -> bool:
+    """Whether this is inside a DDP forward that walks the graph of what it returns."""
+    active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    return active is not None and (active.find_unused_parameters or active.static_graph)
 
 
 def end_forward(model: Any, *_: Any) -> None:
     """Forward hook of a language model, called on errors too."""
     if torch.compiler.is_compiling() or not _thread.forwards:
         return
-    if _thread.forwards.pop()[1]:
+    if _thread.forwards.pop().trl:
         trl_head.end()
 
 
 @contextmanager
 def deferring(head: nn.Module) -> Iterator[None]:
     """Inside, this head defers its product in this thread."""
-    _thread.forwards.append((weakref.ref(head), False))
+    _thread.forwards.append(_Forward(weakref.ref(head)))
     try:
         yield
     finally:
@@ -144,14 +177,27 @@ def deferring(head: nn.Module) -> Iterator[None]:
 def deferred_logits() -> Iterator[None]:
     """Inside, accelerated language models of this thread defer their logits without labels, too.
 
-    Use them before the step, and not across a wrapper's end: FSDP frees the head's weight there,
-    and DDP looks for a graph in what it returns (call ``model.module``).
+    Use them before the step, and not across the end of FSDP, which frees the head's weight there.
+    Under DDP that finds unused parameters (the Trainer's default: ``ddp_find_unused_parameters``)
+    forwards without labels defer nothing: it looks for a graph in what they return.
     """
     _thread.wanted += 1
     try:
         yield
     finally:
         _thread.wanted -= 1
+
+
+@contextmanager
+def fleeting_logits() -> Iterator[None]:
+    """:func:`deferred_logits` of a trainer that reads logits before the step or never: they stay
+    deferred when detached."""
+    _thread.fleeting += 1
+    try:
+        with deferred_logits():
+            yield
+    finally:
+        _thread.fleeting -= 1
 
 
 def refusal(source: Logits) -> str | None:
@@ -184,7 +230,7 @@ def head_losses(logits: DeferredLogits, labels: Tensor, **options: Any) -> Any:
     if adapter is not None:
         options |= {"lora_a": adapter.lora_a, "lora_b": adapter.lora_b}
         options |= {"scaling": adapter.scaling, "lora_dropout": adapter.dropout}
-    with source.context():
+    with source.context(), source.grad_mode():
         return ops.linear_cross_entropy(
             source.hidden_states,
             source.weight,

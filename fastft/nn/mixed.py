@@ -60,10 +60,11 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
         )
     names = list(adapter_names)
     hook = partial(_pass_names, names=names)
-    handles = []
+    handles, before = [], []
     for module in model.modules():
         if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
             if original_of(module) is not type(module):  # fused: the layer itself asks
+                before.append((module, module.__dict__.get(_ATTRIBUTE)))
                 module.__dict__[_ATTRIBUTE] = names
             else:
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -72,8 +73,11 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
     finally:
         for handle in handles:
             handle.remove()
-        for module in model.modules():
-            module.__dict__.pop(_ATTRIBUTE, None)
+        for module, outer in before:
+            if outer is None:
+                module.__dict__.pop(_ATTRIBUTE, None)
+            else:
+                module.__dict__[_ATTRIBUTE] = outer
 
 
 def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], *, names: list[str]) -> Any:

@@ -170,7 +170,7 @@ def lora_linear_siblings(
     else:
         own = [b if scale is None else None for b, scale in zip(biases, scales, strict=True)]
         ys = [
-            y if scale is None else dora_scale(y, scale, None if b is None else b.to(dtype))
+            y if scale is None else _scaled(y, scale, b, backend)
             for y, scale, b in zip(
                 _products(constants, flat, weights, own, *adapters), scales, biases, strict=True
             )
@@ -178,6 +178,11 @@ def lora_linear_siblings(
     if x.dim() == 2:
         return tuple(ys)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+
+def _scaled(y: Tensor, scale: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
+    own = None if bias is None else bias.to(y.dtype)
+    return dora_scale(y, scale, own, backend=backend)
 
 
 def _scales_along(

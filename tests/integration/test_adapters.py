@@ -49,6 +49,18 @@ def test_several_active_adapters_add_up() -> None:
     assert fused_and_not(fused) == (3 * len(tiny.lora_layers(fused)), {})
 
 
+def test_a_mixed_batch_inside_another_leaves_it_as_it_was() -> None:
+    fused = fastft.accelerate(two_adapters())
+    want = mixed_step(fused)[0]
+    with fastft.mixed_batch(fused, NAMES):
+        with fastft.mixed_batch(fused, ["second"] * len(NAMES)):
+            other = fused(**BATCH).loss
+        got = fused(**BATCH).loss
+    assert torch.equal(got, want)
+    assert not torch.equal(other, want)
+    assert not torch.equal(fused(**BATCH).loss, want)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_mixed_batch_trains_each_adapter_on_its_samples(name: str) -> None:
     plain = two_adapters(name)

@@ -102,6 +102,17 @@ def test_distillation(kind: str, teacher_deferred: bool) -> None:
     assert not call_counts(head).fallback
 
 
+def test_a_teacher_changed_since_is_refused() -> None:
+    _, fused, given, _ = pair("llama")
+    teacher = fastft.accelerate(tiny.peft_model("llama"))
+    with losses.deferred_logits():
+        student, logits = fused(**given).logits, teacher(**given).logits
+    with torch.no_grad():
+        teacher.get_base_model().lm_head.weight.mul_(3)
+    with pytest.raises(errors.ArgumentError, match="in-place change"):
+        losses.distillation_loss(student, logits)
+
+
 def test_an_adapter_on_the_head() -> None:
     config = {"target_modules": ["q_proj", "lm_head"]}
     plain = tiny.peft_model("llama", **config)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from harness import Rejected, assert_as_good_as_torch, assert_rejected, poisoned, relative_error
 from torch import Tensor
 
-from fastft import errors, native, ops
+from fastft import backends, errors, native, ops
 from fastft.cpu import product as launcher
 from fastft.reference import dora_scale, lora_linear
 
@@ -135,10 +136,21 @@ def test_as_good_as_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [t.dtype for t in got] == [t.dtype for t in plain]
 
 
-def test_reference_backend_is_the_formula() -> None:
+def test_reference_backend_is_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody else's: of the pass for the scale, too."""
+    seen: list[str] = []
+    select = backends.select
+
+    def watched(*args: Any, **facts: Any) -> Any:
+        found = select(*args, **facts)
+        seen.append(found[0])
+        return found
+
+    monkeypatch.setattr(backends, "select", watched)
     call = APART["float32"]
     for got, want in zip(call.fused("reference"), call.plain(None), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert set(seen) == {"reference"}
 
 
 @pytest.mark.parametrize("least", [0.0, 1e-35])

@@ -96,15 +96,45 @@ def test_a_trained_head_over_frozen_hidden_states(use: Any) -> None:
     both(use)
 
 
-def test_means_and_detached_logits_make_none() -> None:
+def test_means_make_none_and_in_a_trainer_of_trl_s_detached_logits_neither() -> None:
     _, fused, hidden, labels = heads()
-    z = logits(fused, hidden)
-    assert z.mean().requires_grad
+    assert logits(fused, hidden).mean().requires_grad
+    with head_module.fleeting_logits():
+        z = logits(fused, hidden)
     assert not z.detach().mean().requires_grad
     assert not F.cross_entropy(z.detach().view(-1, 50), labels).requires_grad
     assert not call_counts(fused).fallback
     assert z.mean(-1).shape == (2, 7)
     assert call_counts(fused).fallback == {"logits were read": 1}
+
+
+def test_detached_logits_are_a_picture_of_what_they_were() -> None:
+    _, fused, hidden, _ = heads()
+    z = logits(fused, hidden)
+    kept, want = z.detach(), F.linear(hidden, fused.weight, fused.bias)
+    with torch.no_grad():
+        fused.weight.mul_(2)
+    torch.testing.assert_close(kept, want)
+    assert kept.grad_fn is None
+    assert type(kept) is Tensor
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_logits_made_without_gradients_get_none_later(mode: Any) -> None:
+    _, fused, hidden, labels = heads()
+    with mode():
+        z = logits(fused, hidden)
+    assert not z.mean().requires_grad
+    assert not F.cross_entropy(z.view(-1, 50), labels).requires_grad
+
+
+def test_other_adapters_of_the_head_are_not_taken_for_its_own() -> None:
+    model = fastft.accelerate(tiny.peft_model("llama", target_modules=["lm_head"]))
+    given = tiny.inputs("llama")
+    z = model(**given).logits
+    with model.disable_adapter(), pytest.raises(errors.ArgumentError, match="other adapters"):
+        z.sum()
+    assert z.sum().isfinite()
 
 
 def test_the_mean_over_an_adapter_of_the_head() -> None:

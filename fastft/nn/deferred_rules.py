@@ -1,0 +1,177 @@
+"""What models and trainers do to deferred logits, done to their description instead."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastft.nn.deferred import RULES, DeferredLogits
+
+__all__: list[str] = []
+
+
+def _with(logits: DeferredLogits, **change: Any) -> DeferredLogits:
+    # A choice of the hidden states has its own version: nothing was changed by it.
+    change.setdefault("versions", () if "hidden_states" in change else logits.source.versions)
+    logits.source.check()
+    return DeferredLogits(replace(logits.source, **change), logits.dtype)
+
+
+def _cast(logits: DeferredLogits, dtype: torch.dtype) -> DeferredLogits:
+    return logits if dtype == logits.dtype else DeferredLogits(logits.source, dtype)
+
+
+def _to(logits: DeferredLogits, *args: Any) -> Any:
+    (target,) = args if len(args) == 1 else (None,)
+    if isinstance(target, torch.dtype):
+        return _cast(logits, target)
+    # Models move logits to where their labels are.
+    here = isinstance(target, (str, torch.device)) and torch.device(target) == logits.device
+    return logits if here else NotImplemented
+
+
+def _multiplied(logits: Any, factor: Any) -> Any:
+    # A product that torch would give another dtype, or whose factor needs a gradient, is torch's.
+    if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not factor > 0:
+        return NotImplemented
+    return DeferredLogits(logits.source.times(factor), logits.dtype)
+
+
+def _divided(logits: Any, divisor: Any) -> Any:
+    if not isinstance(divisor, (int, float)) or isinstance(divisor, bool) or not divisor > 0:
+        return NotImplemented
+    return _multiplied(logits, 1.0 / divisor)
+
+
+def _tanh(logits: DeferredLogits) -> Any:
+    source = logits.source
+    if source.softcap:
+        return NotImplemented
+    return _with(logits, softcap=1.0, steps=(*source.steps, torch.tanh))
+
+
+def _added(logits: Any, other: Any) -> Any:
+    source = logits.source if isinstance(logits, DeferredLogits) else None
+    plain = isinstance(other, Tensor) and type(other) in (Tensor, nn.Parameter)
+    if source is None or not plain or other.requires_grad:
+        return NotImplemented
+    if source.scale != 1.0 or source.softcap or other.numel() != logits.shape[-1]:
+        return NotImplemented
+    if other.shape[-1] != logits.shape[-1] or other.dtype != logits.dtype:
+        return NotImplemented
+    if other.dim() > logits.dim():
+        return NotImplemented
+    bias = other.reshape(-1)
+    total = bias if source.bias is None else source.bias + bias
+    return _with(logits, bias=total, steps=(*source.steps, lambda z: z + bias))
+
+
+def _reshaped(logits: DeferredLogits, *shape: Any) -> Any:
+    if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
+        shape = tuple(shape[0])
+    if not shape or not all(isinstance(n, int) for n in shape):
+        return NotImplemented
+    if -1 in shape and logits.numel():
+        rest = -math.prod(shape)
+        shape = tuple(logits.numel() // rest if n == -1 else n for n in shape)
+    if shape[-1] != logits.shape[-1]:
+        return NotImplemented
+    hidden = logits.source.hidden_states
+    found = _with(logits, hidden_states=hidden.reshape(*shape[:-1], hidden.shape[-1]))
+    found.view_of = (logits, lambda z: z.reshape(shape))
+    return found
+
+
+def _chosen(logits: DeferredLogits, index: Any) -> Any:
+    """Positions, whole: ``logits[:, :-1]``, ``logits[..., :-1, :]``, ``logits[mask]``."""
+    items = index if isinstance(index, tuple) else (index,)
+    dims = logits.dim()
+    if any(i is Ellipsis for i in items):
+        at = next(n for n, i in enumerate(items) if i is Ellipsis)
+        items = (*items[:at], *[slice(None)] * (dims - len(items) + 1), *items[at + 1 :])
+    if len(items) == 1 and isinstance(items[0], Tensor):
+        whole = items[0].dtype == torch.bool and items[0].dim() < dims
+    else:
+        whole = all(isinstance(i, slice) for i in items) and len(items) <= dims
+        whole = whole and (len(items) < dims or items[-1] == slice(None))
+    if not whole:
+        return NotImplemented
+    found = _with(logits, hidden_states=logits.source.hidden_states[items])
+    found.view_of = (logits, lambda z: z[items])
+    return found
+
+
+def _cloned(logits: DeferredLogits) -> Any:
+    if torch.is_grad_enabled() or not logits.source.copied:
+        return NotImplemented
+    return DeferredLogits(logits.source, logits.dtype)
+
+
+def _detached(logits: DeferredLogits) -> Any:
+    source = logits.source
+    if not source.fleeting:  # a picture of what they are now, without the graph
+        return NotImplemented
+    bias, adapter = source.bias, source.adapter
+    if adapter is not None:
+        adapter = adapter._replace(lora_a=adapter.lora_a.detach(), lora_b=adapter.lora_b.detach())
+    return _with(
+        logits,
+        hidden_states=source.hidden_states.detach(),
+        weight=source.weight.detach(),
+        bias=None if bias is None else bias.detach(),
+        adapter=adapter,
+        graph=False,
+    )
+
+
+def _mean(logits: DeferredLogits, *dims: Any) -> Any:
+    """Of all elements: the mean hidden state by the mean row of the head."""
+    source = logits.source
+    adapter = source.adapter
+    if dims or source.softcap or (adapter is not None and adapter.dropout):
+        return NotImplemented
+    source.check()
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    with source.grad_mode():
+        row = source.weight.mean(0, dtype=wide)
+        if adapter is not None:
+            b = adapter.lora_b.mean(0, dtype=wide)
+            row = row + adapter.scaling * b @ adapter.lora_a.to(wide)
+        mean = source.hidden_states.reshape(-1, row.numel()).mean(0, dtype=wide).dot(row)
+        if source.bias is not None:
+            mean = mean + source.bias.mean(dtype=wide)
+        return (source.scale * mean).to(logits.dtype)
+
+
+RULES.update(
+    {
+        Tensor.float: lambda logits: _cast(logits, torch.float32),
+        Tensor.to: _to,
+        Tensor.contiguous: lambda logits: logits,
+        Tensor.mul: _multiplied,
+        Tensor.__mul__: _multiplied,
+        Tensor.__rmul__: _multiplied,
+        torch.mul: _multiplied,
+        Tensor.div: _divided,
+        Tensor.__truediv__: _divided,
+        torch.div: _divided,
+        Tensor.tanh: _tanh,
+        torch.tanh: _tanh,
+        Tensor.add: _added,
+        Tensor.__add__: _added,
+        Tensor.__radd__: _added,
+        torch.add: _added,
+        Tensor.view: _reshaped,
+        Tensor.reshape: _reshaped,
+        Tensor.__getitem__: _chosen,
+        Tensor.clone: _cloned,
+        Tensor.detach: _detached,
+        torch.detach: _detached,
+        Tensor.mean: _mean,
+        torch.mean: _mean,
+    }
+)
