@@ -7,6 +7,7 @@ over the frontier of (bytes, cost), bytes to a 4096th of the budget.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import weakref
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves
 
 from fastft.errors import ArgumentError
@@ -32,8 +34,10 @@ __all__ = ["Choice", "Plan", "cheapest", "free_memory", "measure", "reserved_byt
 MIXED = ("none", "lora", "attention", "full")
 # Share of free memory that is used where no budget is given.
 _SHARE = 0.9
-# Gradient and two states, float32.
-_STATE_BYTES = 12
+# Where a container's limits are (version 2; of version 1 those of memory are in a folder).
+_CGROUP = Path("/sys/fs/cgroup")
+# Two states in float32, of a parameter.
+_STATE_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -95,10 +99,13 @@ class Plan:
     """A model under "auto": measures in the first step, under ``full``, and decides before the
     second; and again when a batch has more tokens than any before."""
 
-    def __init__(self, layers: list[nn.Module], budget: int | None, reserved: int = 0) -> None:
+    def __init__(
+        self, layers: list[nn.Module], budget: int | None, model: nn.Module | None = None
+    ) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
+        self._model = None if model is None else weakref.ref(model)
         self._first: int | None = None
-        self._reserved = reserved
+        self._stepped = _Stepped()
         self._kinds = [_kind(layer) for layer in layers]
         self._budget = budget
         self._tokens = 0
@@ -134,11 +141,17 @@ class Plan:
                 self._busy = False
             self._measured[self._kinds[index]] = choices
 
+    def _reserved(self) -> int:
+        """What training will still allocate beside activations."""
+        model = None if self._model is None else self._model()
+        return 0 if model is None else reserved_bytes(model, self._stepped.seen)
+
     def _decide(self, device: torch.device) -> None:
         # Layers that no batch reaches (another tower's) cost nothing under "full".
         unseen = [Choice("full", 0, 0, 0.0)]
         choices = [self._measured.get(kind, unseen) for kind in self._kinds]
-        budget = budget_or_free(self._budget, self._reserved, device)
+        reserved = self._reserved() if self._budget is None else 0
+        budget = budget_or_free(self._budget, reserved, device)
         found = cheapest(choices, budget)
         if found is None:
             least = sum(c[-1].kept for c in choices) + max(c[-1].held for c in choices)
@@ -147,7 +160,8 @@ class Plan:
                 "budget",
                 expected=f"at least {least} bytes: all layers under 'full', {self._tokens} tokens",
                 got=f"{budget} bytes",
-                remedy="Make the batch or the sequence shorter, or use policy 'offload'.",
+                remedy="Make the batch or the sequence shorter"
+                + (", or use policy 'offload'." if device.type == "cuda" else "."),
             )
         # What keeps least goes first: its recompute comes when the others' memory is free again.
         order = {name: place for place, name in enumerate(reversed(MIXED))}
@@ -262,9 +276,33 @@ def _say(size: int) -> str:
     return f"{size} bytes"
 
 
-def reserved_bytes(model: nn.Module) -> int:
-    """What training will allocate beside activations: gradients and states of trained weights."""
-    return sum(_STATE_BYTES * p.numel() for p in model.parameters() if p.requires_grad)
+def reserved_bytes(model: nn.Module, stepped: bool = False) -> int:
+    """What training will allocate beside activations: gradients of trained weights that are not
+    there, and states, unless an optimizer has made a step and with it its own."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.nbytes for p in trained if p.grad is None)
+    return gradients + (0 if stepped else sum(_STATE_BYTES * p.numel() for p in trained))
+
+
+class _Stepped:
+    """Whether any optimizer has made a step since; torch tells whoever asked."""
+
+    _all: weakref.WeakSet[_Stepped] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.seen = False
+        _listen()
+        self._all.add(self)
+
+    @classmethod
+    def tell(cls, *_: Any) -> None:
+        for stepped in list(cls._all):
+            stepped.seen = True
+
+
+@functools.cache
+def _listen() -> None:
+    register_optimizer_step_post_hook(_Stepped.tell)
 
 
 def budget_or_free(budget: int | None, reserved: int, device: torch.device) -> int:
@@ -294,14 +332,24 @@ def _available() -> int:
 def _container_room() -> list[int]:
     """Bytes left below a container's limit, where there is one."""
     found = []
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for folder, limit, used, prefix in (
+        (_CGROUP, "memory.max", "memory.current", ""),
+        (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
         try:
-            folder = Path("/sys/fs/cgroup")
-            total = int((folder / limit).read_text(encoding="ascii"))
-            found.append(max(0, total - int((folder / used).read_text(encoding="ascii"))))
+            text = {n: (folder / n).read_text(encoding="ascii") for n in (limit, used)}
+            room = int(text[limit]) - int(text[used]) + _file_cache(folder, prefix)
+            found.append(max(0, room))
         except (OSError, ValueError):
             continue
     return found
+
+
+def _file_cache(folder: Path, prefix: str) -> int:
+    """Bytes of files that a container is charged for, and that give way to allocations."""
+    try:
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    counts = dict(line.split(maxsplit=1) for line in lines if " " in line)
+    return sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))

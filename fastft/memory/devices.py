@@ -8,6 +8,7 @@ says: on GPUs of the table four fifths of the dense 16-bit rate and nine tenths 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from fastft.errors import ArgumentError, nearest
 
@@ -31,6 +32,7 @@ class Device:
         pcie: 10^9 bytes a second to host memory, one way.
         scores: share of ``tflops`` that attention's products reach.
         source: of the numbers.
+        bfloat16: whether it multiplies bfloat16.
     """
 
     name: str
@@ -43,14 +45,15 @@ class Device:
     pcie: float = 25.0
     scores: float = 0.6
     source: str = "data sheet"
+    bfloat16: bool = True
 
 
 def _gpu(
-    name: str, gib: float, tflops: float, tflops32: float, terabytes: float, pcie: float = 25.0
+    name: str, gib: float, tflops: float, tflops32: float, terabytes: float, **more: Any
 ) -> Device:
     memory = int(gib * 2**30)
     rates = (tflops * _PRODUCTS, tflops32 * _PRODUCTS, terabytes * _COPIES)
-    return Device(name, "cuda", memory, *rates, pcie=pcie)
+    return Device(name, "cuda", memory, *rates, **more)
 
 
 # Published: memory in GiB as torch reports it, dense bfloat16 (T4: float16) and float32 (vector
@@ -67,7 +70,7 @@ DEVICES: dict[str, Device] = {
         _gpu("L4", 22.0, 121, 30, 0.30),
         _gpu("L40S", 44.4, 362, 92, 0.86),
         _gpu("A10", 22.0, 125, 31, 0.60),
-        _gpu("T4", 14.6, 65, 8.1, 0.32, pcie=12.0),
+        _gpu("T4", 14.6, 65, 8.1, 0.32, pcie=12.0, bfloat16=False),
         _gpu("RTX 3090", 23.6, 71, 36, 0.94),
         _gpu("RTX 4090", 23.5, 165, 83, 1.01),
         _gpu("RTX 5090", 31.4, 210, 105, 1.79, pcie=50.0),

@@ -118,7 +118,7 @@ def checkpoint(
     last = len(layers) - _ON_DEVICE
     if native.available() and any(p.device.type == "cpu" for p in model.parameters()):
         native.module().tight_heap()
-    plan = Plan(layers, budget, reserved_bytes(model)) if policy == "auto" else None
+    plan = Plan(layers, budget, model) if policy == "auto" else None
     chosen = "full" if policy == "auto" else policy
     for index, layer in enumerate(layers):
         set_state(layer, LayerState(index, chosen, index >= last, compression, plan))

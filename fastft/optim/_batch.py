@@ -43,6 +43,9 @@ class Batch:
             if view is not p or self.holds_views
         ]
         self._facts = _facts([p for p, _ in members])
+        matrices = [p for p, _ in members if p.dim() > 1]
+        self._contiguous = [p for p in matrices if p.is_contiguous()]
+        self._strided = [(p, p.stride()) for p in matrices if not p.is_contiguous()]
         self._held = {name: [s.get(name) for s in self._states] for name in ("step", *self._names)}
         self._groups = list({id(group): group for _, group in members}.values())
         index = {id(group): i for i, group in enumerate(self._groups)}
@@ -91,9 +94,14 @@ class Batch:
         )
 
     def is_stale(self, optimizer: FusedOptimizer, params: list[Tensor]) -> bool:
-        """Whether parameters have another size or dtype, views of them other memory, or their
-        states were replaced."""
+        """Whether parameters have another size, dtype or layout, views of them other memory, or
+        their states were replaced."""
         if _facts(params) != self._facts:
+            return True
+        # Gradients and states are laid out as the parameters were.
+        if not all(map(Tensor.is_contiguous, self._contiguous)):
+            return True
+        if any(p.stride() != strides for p, strides in self._strided):
             return True
         if any(local(p).data_ptr() != address for p, address in self._views):
             return True
@@ -221,15 +229,19 @@ def _padded(size: int) -> int:
     return -(-size // 16) * 16
 
 
+def taken(state: dict[str, Any]) -> float:
+    """Steps behind a state. torch's SGD counts none; with a buffer, the first lies behind it."""
+    return float(state.get("step", 1.0 if state else 0.0))
+
+
 def _adopt(optimizer: FusedOptimizer, p: Tensor, narrow: torch.dtype) -> None:
     state = optimizer.state_of(p)
     if not state:
         return
     here = local(p)
-    # torch's SGD counts no steps; with a buffer, the first lies behind it.
-    step = state.get("step", 1.0)
+    step = state.get("step")
     if not isinstance(step, Tensor) or step.dim() or step.dtype != torch.float32:
-        state["step"] = torch.tensor(float(step), device=here.device)
+        state["step"] = torch.tensor(taken(state), device=here.device)
     for name, value in list(state.items()):
         if value is None:  # torch's momentum before the first step
             del state[name]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastft.errors import ArgumentError
 from fastft.ops.optimizer_step import STATE_BLOCK
-from fastft.optim._batch import absmax_name, is_eight_bit
+from fastft.optim._batch import absmax_name, is_eight_bit, taken
 from fastft.optim._shards import is_sharded
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Flat:
             for key, (dtype, share) in kinds.items()
         }
         old = [optimizer.state[p] for p in self.params]
-        counts = [float(state["step"]) for state in old if "step" in state]
+        counts = [taken(state) for state in old]
         step = torch.full((), max(counts, default=0.0), device=device)
         for i, (p, state) in enumerate(zip(self.params, old, strict=True)):
             for key, buffer in buffers.items():
@@ -120,7 +120,7 @@ def flatten(optimizer: FusedOptimizer) -> list[Flat]:
                     raise ArgumentError(
                         "fastft.optim", "flat", expected="whole parameters", got="sharded ones"
                     )
-                taken = float(optimizer.state[p].get("step", 0.0))
-                key = (index, p.device, p.dtype, _is_eight_bit(optimizer, p, group), taken)
+                eight = _is_eight_bit(optimizer, p, group)
+                key = (index, p.device, p.dtype, eight, taken(optimizer.state[p]))
                 found.setdefault(key, (group, []))[1].append(p)
     return [Flat(optimizer, group, params) for group, params in found.values()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,11 +14,15 @@ from fastft.optim._shards import local
 
 __all__ = ["SavedState"]
 
+# Names of states, torch's and bitsandbytes' among them.
+_STATES = frozenset(("exp_avg", "exp_avg_sq", "state1", "state2", "z", "momentum_buffer"))
+
 
 class SavedState(torch.optim.Optimizer):
     """The part of ``FusedOptimizer`` that keeps, saves and loads states."""
 
     states: str
+    state_names: ClassVar[tuple[str, ...]]
     flat: bool
     defaults: dict[str, Any]
     _where: str
@@ -27,6 +31,11 @@ class SavedState(torch.optim.Optimizer):
     _keys: dict[int, int]
     _flats: list[Any]
     _rings: dict[torch.device, Ring | None]
+
+    @classmethod
+    def _bits(cls) -> tuple[int, ...]:
+        """What ``state_bits`` may be."""
+        raise NotImplementedError
 
     def _start(self) -> None:
         """Nothing is known yet."""
@@ -71,7 +80,7 @@ class SavedState(torch.optim.Optimizer):
         state_dict = super().state_dict()
         if self.flat:
             state_dict["state"] = {
-                index: {**state, "step": state["step"].clone()}
+                index: {**state, "step": state["step"].clone()} if "step" in state else state
                 for index, state in state_dict["state"].items()
             }
         return state_dict
@@ -80,12 +89,13 @@ class SavedState(torch.optim.Optimizer):
         """As in torch; states keep the dtype they were saved in, whatever the parameters'.
 
         Raises:
-            ArgumentError: the state of an amsgrad optimizer.
+            ArgumentError: the state of an amsgrad optimizer, or of one with other states.
         """
         if any(group.get("amsgrad") for group in state_dict.get("param_groups", [])):
             raise ArgumentError(
                 self._where, "amsgrad", expected="False", got="True", remedy="It is not offered."
             )
+        self._check_loaded(state_dict)
         for group in self.param_groups:
             check_place(self, group["params"])
         # What hooks have made of it; this one is the last.
@@ -113,6 +123,28 @@ class SavedState(torch.optim.Optimizer):
                 elif now.dtype != value.dtype or key == "step":
                     self.state[p][key] = value.to(now.device, copy=True)
         self._batches, self._flats = {}, []
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        """Refuses states that this optimizer would pass over, to begin anew in the middle."""
+        for group in state_dict.get("param_groups", []):
+            bits = group.get("state_bits")
+            if bits is not None and bits not in self._bits():
+                self._refuse_loaded(f"a group with state_bits={bits}")
+        for state in state_dict.get("state", {}).values():
+            found = {name for name, value in state.items() if name in _STATES and value is not None}
+            if found and self.state_names and not found <= set(self.state_names):
+                self._refuse_loaded(", ".join(sorted(found)))
+            if found and len(found) < len(self.state_names):
+                self._refuse_loaded(f"{', '.join(sorted(found))} alone")
+
+    def _refuse_loaded(self, got: str) -> None:
+        raise ArgumentError(
+            self._where,
+            "state_dict",
+            expected=f"that of such an optimizer, with {', '.join(self.state_names)}",
+            got=got,
+            remedy="Load it into the optimizer it was saved from.",
+        )
 
     def wait_for_states(self) -> None:
         """The host goes on when states in host memory are written; ``state_dict`` calls it, and so

@@ -77,13 +77,12 @@ def _swap(made: Path, path: Path) -> None:
         os.replace(made, path)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent)) / path.name
-    os.replace(path, aside)
     try:
+        os.replace(path, aside)
         os.replace(made, path)
-    except OSError:
-        os.replace(aside, path)
-        raise
-    finally:
+    finally:  # also where it is interrupted
+        if not path.exists() and aside.exists():
+            os.replace(aside, path)
         shutil.rmtree(aside.parent, ignore_errors=True)
 
 

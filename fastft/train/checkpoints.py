@@ -50,6 +50,7 @@ FIXED_ON_RESUME = (
     "alpha_pattern",
     "loraplus_lr_ratio",
     "max_length",
+    "padding",
     "overlong",
     "group_by_length",
     "completion_only_loss",
@@ -59,14 +60,24 @@ FIXED_ON_RESUME = (
     "lr_scheduler_type",
     "warmup_steps",
     "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "optim",
     "seed",
     "dtype",
+    "autocast",
     "fused",
 )
 
 
 class MarkComplete(TrainerCallback):
-    """Marks each checkpoint when all of it is on the disk."""
+    """Marks each checkpoint when all of it is on the disk, and then removes those before the last
+    ``limit`` (None: none). Transformers' own limit would remove them before it is known."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
 
     def on_save(
         self,
@@ -77,6 +88,8 @@ class MarkComplete(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and args.output_dir is not None:
             mark(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            for path in checkpoints(args.output_dir)[: -self._limit] if self._limit else ():
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def mark(folder: Path) -> None:
@@ -110,11 +123,12 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def remove_partial(output_dir: str | Path) -> None:
-    """Deletes checkpoints that a failed save left unfinished."""
-    for path in checkpoints(output_dir):
-        if not (path / MARK).exists():
-            shutil.rmtree(path, ignore_errors=True)
+def remove_partial(output_dir: str | Path, step: int) -> None:
+    """Deletes the checkpoint of this step, whose save failed, where it is not whole. Others without
+    a mark are another program's."""
+    path = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    if not is_whole(path):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def resolve_resume(choice: str | None, output_dir: str | Path) -> Path | None:
@@ -198,12 +212,16 @@ def check_history(cfg: TrainConfig, output: Path, resume: Path | None) -> None:
 
 def save_failed(cfg: TrainConfig, error: Exception) -> FastftError:
     """The error for a disk that took no more."""
+    whole = [path.name for path in checkpoints(cfg.output_dir) if is_whole(path)]
+    remedy = "Make room and start again."
+    if whole:
+        remedy = f"{whole[-1]} is whole: make room and set resume_from_checkpoint: last."
     return FastftError(
         "train",
         cfg.output_dir,
         expected="room for a checkpoint on the disk",
         got=str(error),
-        remedy="Earlier checkpoints are whole: make room and set resume_from_checkpoint: last.",
+        remedy=remedy,
     )
 
 

@@ -3,6 +3,7 @@ that keeps the loss on the response, truncation, and the batch collator."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,7 @@ def load_data(cfg: TrainConfig, tokenizer: Any) -> DataSplits:
             "data",
             expected=f"at least one example that fits max_length={cfg.max_length}",
             got=f"{len(train)} examples, none of which fits",
-            remedy="Raise max_length, or set overlong: truncate.",
+            remedy=_room_remedy(cfg),
         )
     eval_rows, kept = _tokenize(held_out, cfg, tokenizer, "eval", cfg.max_eval_samples, notes)
     return DataSplits(_dataset(train_rows), _dataset(eval_rows) if eval_rows else None, kept, notes)
@@ -120,6 +121,25 @@ def _tokenize(
     return rows, kept
 
 
+def _room_remedy(cfg: TrainConfig) -> str:
+    if cfg.overlong == "drop":
+        return "Raise max_length (of the demo: --length), or cut longer ones: overlong: truncate."
+    return "Raise max_length: no response begins within it."
+
+
+def _prefix(example: Example, tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text (Llama's beginning-of-sequence token); a chat template
+    brings its own."""
+    if tokenizer.chat_template and example.text is None:
+        return []
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return list(whole[:start])
+    return []
+
+
 def tokenize_example(
     example: Example, tokenizer: Any, completion_only_loss: bool = True
 ) -> tuple[list[int], list[int]]:
@@ -129,8 +149,8 @@ def tokenize_example(
     model's loss shifts them). With a chat template every assistant turn is learnt, including the
     token that ends it; without one, the completion and the end-of-sequence token.
     """
-    input_ids: list[int] = []
-    labels: list[int] = []
+    input_ids = _prefix(example, tokenizer)
+    labels = [IGNORE_INDEX] * len(input_ids)
     for text, learnt in _segments(example, tokenizer):
         # Segments are tokenised apart, so that the prompt's tokens are those seen at generation.
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -142,16 +162,13 @@ def tokenize_example(
 def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
     """The token ids up to the last thing the model is to write: what generation starts from. Of
     plain text, the first half."""
-    parts = _segments(example, tokenizer)
+    parts, prefix = _segments(example, tokenizer), _prefix(example, tokenizer)
     if example.text is not None:
         ids = tokenizer(example.text, add_special_tokens=False)["input_ids"]
-        return list(ids[: max(1, len(ids) // 2)])
+        return [*prefix, *ids[: max(1, len(ids) // 2)]]
     last = max(i for i, (_, learnt) in enumerate(parts) if learnt)
-    return [
-        token
-        for text, _ in parts[:last]
-        for token in tokenizer(text, add_special_tokens=False)["input_ids"]
-    ]
+    found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in parts[:last]]
+    return [*prefix, *itertools.chain.from_iterable(found)]
 
 
 def _segments(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:

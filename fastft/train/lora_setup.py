@@ -68,7 +68,8 @@ def add_adapters(model: nn.Module, cfgs: Sequence[TrainConfig]) -> PeftModel:
 
 def check_targets(model: nn.Module, cfg: TrainConfig) -> None:
     """Refuses names no module of ``model`` has (PEFT passes over them when another one matches)
-    and a rank above the smallest side of a target."""
+    and a rank above the smaller side of a target that is named, or, where all linear layers are,
+    of every one: the router of a mixture of experts may be small."""
     names = [name for name, _ in model.named_modules() if name]
     last = sorted({name.rpartition(".")[2] for name, module in _matrices(model)})
     for key in ("target_modules", "modules_to_save"):
@@ -93,11 +94,23 @@ def check_targets(model: nn.Module, cfg: TrainConfig) -> None:
                 got=repr(pattern),
                 remedy=nearest(pattern, last) or None,
             )
-    targets = [(min(m.weight.shape), name) for name, m in _matrices(model) if _is_target(name, cfg)]
-    for most, name in sorted(targets):
-        if _rank(name, cfg) > most:
-            expected = f"at most {most}, the smaller side of {name}"
-            raise ConfigError("TrainConfig", "r", expected=expected, got=str(_rank(name, cfg)))
+    every = cfg.target_modules == ALL_LINEAR
+    sides = {
+        name: min(module.weight.shape)
+        for name, module in _matrices(model)
+        if _is_target(name, cfg) and (not every or _is_linear(module))
+    }
+    too_small = [name for name, most in sides.items() if _rank(name, cfg) > most]
+    named = [name for name in too_small if not every or _pattern_of(name, cfg) is not None]
+    if named or (too_small and len(too_small) == len(sides)):
+        name = min(named, key=sides.__getitem__) if named else max(sides, key=sides.__getitem__)
+        raise ConfigError(
+            "TrainConfig",
+            "r",
+            expected=f"at most {sides[name]}, the smaller side of {name}",
+            got=str(_rank(name, cfg)),
+            remedy="Lower r, or its own in rank_pattern, or leave it out of target_modules.",
+        )
 
 
 def _fits(pattern: str, name: str) -> bool:
@@ -105,9 +118,15 @@ def _fits(pattern: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
+def _pattern_of(name: str, cfg: TrainConfig) -> int | None:
+    """The rank that rank_pattern has for a module."""
+    found = (r for pattern, r in (cfg.rank_pattern or {}).items() if _fits(pattern, name))
+    return next(found, None)
+
+
 def _rank(name: str, cfg: TrainConfig) -> int:
-    found = [r for pattern, r in (cfg.rank_pattern or {}).items() if _fits(pattern, name)]
-    return found[0] if found else cfg.r
+    found = _pattern_of(name, cfg)
+    return cfg.r if found is None else found
 
 
 def _matrices(model: nn.Module) -> list[tuple[str, Any]]:
@@ -118,6 +137,14 @@ def _matrices(model: nn.Module) -> list[tuple[str, Any]]:
         if name and weight is not None and weight.dim() == 2 and weight.is_floating_point():
             found.append((name, module))
     return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """What PEFT takes for "all-linear"."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def _matches(target: str, name: str, pattern: bool) -> bool:

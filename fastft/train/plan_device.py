@@ -65,7 +65,7 @@ def device_of(name: str) -> Device:
     import torch
 
     from fastft.memory.devices import DEVICES, find_device
-    from fastft.train.machine import cpu_name, total_memory
+    from fastft.train.machine import cpu_name, native_bfloat16, total_memory
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,5 +81,10 @@ def device_of(name: str) -> Device:
     known = [d for d in DEVICES.values() if d.name.split("-")[0] in properties.name]
     near = min(known, key=lambda d: abs(d.memory - properties.total_memory), default=None)
     if near is None:
-        return Device(properties.name, "cuda", properties.total_memory, 0, 0, 0, source="measured")
-    return replace(near, name=properties.name, memory=properties.total_memory)
+        near = Device(properties.name, "cuda", 0, 0, 0, 0, source="measured")
+    return replace(
+        near,
+        name=properties.name,
+        memory=properties.total_memory,
+        bfloat16=native_bfloat16("cuda"),
+    )

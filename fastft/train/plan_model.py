@@ -136,7 +136,9 @@ def dtype_of(cfg: TrainConfig, device: Device) -> torch.dtype:
         return found
     from fastft.train.machine import resolve_dtype
 
-    return torch.bfloat16 if device.type == "cuda" else resolve_dtype("auto")
+    if device.type == "cuda":
+        return torch.bfloat16 if device.bfloat16 else torch.float32
+    return resolve_dtype("auto")
 
 
 def meta_model(request: Request, config: Any, dtype: torch.dtype, device: Device) -> Any:
@@ -166,10 +168,18 @@ def meta_model(request: Request, config: Any, dtype: torch.dtype, device: Device
         else:
             for cfg in request.cfgs:
                 check_targets(model, cfg)
-            if request.others:
-                model = add_adapters(model, request.cfgs)
-            else:
-                model = get_peft_model(model, lora_config(request.cfg))
+            try:
+                if request.others:
+                    model = add_adapters(model, request.cfgs)
+                else:
+                    model = get_peft_model(model, lora_config(request.cfg))
+            except ValueError as error:  # PEFT adapts no such model
+                raise ConfigError(
+                    "fastft plan",
+                    "model",
+                    expected="a model that PEFT can adapt",
+                    got=str(error).splitlines()[0][:200],
+                ) from error
     model.train()
     fused = {} if request.cfg.fused else {"loss": False, "norm": False, "glu": False, "rope": False}
     # bitsandbytes' layers are PEFT's own business: their adapters are not fused. Attention is

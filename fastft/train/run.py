@@ -73,11 +73,13 @@ class FastftTrainer(Trainer):
         )
         made = create_loraplus_optimizer(
             model,
-            kind,
+            # By the names of 8-bit optimizers PEFT knows bitsandbytes', and asks it.
+            type(f"Fused{kind.__name__}", (kind,), {}) if self.cfg.fused else kind,
             loraplus_lr_ratio=ratio,
             loraplus_weight_decay=self.cfg.weight_decay,
             **options,
         )
+        made.__class__ = kind
         self.optimizer: torch.optim.Optimizer = made
         return made
 
@@ -199,7 +201,7 @@ def prepare(
         eval_dataset=data.eval,
         processing_class=tokenizer,
         data_collator=collator(cfg, tokenizer),
-        callbacks=[interrupt, StopOnNan(), MarkComplete(), *callbacks],
+        callbacks=[interrupt, StopOnNan(), MarkComplete(cfg.save_total_limit), *callbacks],
     )
     _quiet(trainer)
     if cfg.fused:
@@ -220,7 +222,7 @@ def run_trainer(prepared: Prepared) -> Any:
     except Exception as error:
         if not _is_disk_error(error):
             raise
-        remove_partial(cfg.output_dir)
+        remove_partial(cfg.output_dir, trainer.state.global_step)
         raise save_failed(cfg, error) from error
     # A signal during the last step changes nothing: the run is over.
     if prepared.interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
@@ -346,7 +348,6 @@ def training_arguments(cfg: TrainConfig, evaluates: bool) -> TrainingArguments:
         eval_steps=cfg.eval_steps or None,
         save_strategy="steps" if cfg.save_steps else "no",
         save_steps=cfg.save_steps or 1,
-        save_total_limit=cfg.save_total_limit,
         prediction_loss_only=True,
         label_names=["labels"],
         train_sampling_strategy="group_by_length" if cfg.group_by_length else "random",

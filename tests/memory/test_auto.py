@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import pickle
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastft import memory, ops
+from fastft import memory, ops, optim
 from fastft.errors import ArgumentError
+from fastft.memory import _auto
 from fastft.memory._auto import Choice, cheapest
 from fastft.memory._saved import saving
 from tests.memory.models import llama, same, steps
@@ -80,8 +82,45 @@ def test_no_budget_means_free_memory(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_too_small_a_budget_says_what_is_needed() -> None:
     model = memory.checkpoint(llama(), "auto", budget=1000)
-    with pytest.raises(ArgumentError, match="all layers under 'full', 48 tokens"):
+    with pytest.raises(ArgumentError, match="all layers under 'full', 48 tokens") as caught:
         steps(model, 2)
+    assert "offload" not in str(caught.value)  # on a CPU it keeps more
+
+
+def test_states_are_reserved_until_an_optimizer_has_its_own() -> None:
+    model = llama()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trained)
+    stepped = _auto._Stepped()
+    assert _auto.reserved_bytes(model, stepped.seen) == 12 * count
+    optimizer = optim.AdamW(trained, lr=1e-3)
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+    assert _auto.reserved_bytes(model, stepped.seen) == 8 * count
+    optimizer.step()
+    assert _auto.reserved_bytes(model, stepped.seen) == 0
+    optimizer.zero_grad(set_to_none=True)
+    assert _auto.reserved_bytes(model, stepped.seen) == 4 * count
+    del stepped
+    optimizer.step()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_file_cache_in_a_container_is_free(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = tmp_path / "memory" if version == 1 else tmp_path
+    names = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
+    group.mkdir(exist_ok=True)
+    (group / f"memory.{names[0]}").write_text("1000\n")
+    (group / f"memory.{names[1]}").write_text("700\n")
+    monkeypatch.setattr(_auto, "_CGROUP", tmp_path)
+    assert _auto._container_room() == [300]
+    prefix = "total_" if version == 1 else ""
+    (group / "memory.stat").write_text(
+        f"anon 500\n{prefix}inactive_file 150\n{prefix}active_file 50\n"
+    )
+    assert _auto._container_room() == [500]
 
 
 def test_random_numbers_are_as_if_nothing_had_been_measured() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastft import optim
+from fastft import errors, optim
 
 BF16 = torch.bfloat16
 
@@ -30,6 +30,77 @@ def test_size_and_dtype_of_a_parameter() -> None:
     p.grad, p.data = None, p.data.double()
     _step(optimizer, p)
     assert torch.equal(p.detach(), torch.full((10,), -2.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Lion"])
+@pytest.mark.parametrize("change", ["channels last", "transposed"])
+def test_another_layout_of_a_parameter(name: str, change: str) -> None:
+    """Gradients and states follow it; the steps are those of a parameter that stays as it was."""
+    more = {"momentum": 0.9} if name == "SGD" else {}
+    shape = (8, 4, 3, 3) if change == "channels last" else (24, 40)
+    values = torch.randn(shape)
+    p, q = (values.clone().requires_grad_() for _ in range(2))
+    optimizers = [getattr(optim, name)([t], lr=1e-2, **more) for t in (p, q)]
+    for step in range(4):
+        if step == 2 and change == "channels last":
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+        elif step == 2:
+            p.grad, p.data = None, p.data.t().contiguous().t()
+        gradient = torch.randn(shape)
+        for t, optimizer in zip((p, q), optimizers, strict=True):
+            t.grad = torch.empty_like(t).copy_(gradient)
+            optimizer.step()
+    assert torch.equal(p, q)
+
+
+def test_states_of_another_optimizer_are_refused() -> None:
+    def trained(kind: Any, **options: Any) -> Any:
+        p = torch.ones(5000, requires_grad=True)
+        optimizer = kind([p], lr=0.1, **options)
+        _step(optimizer, p)
+        return optimizer
+
+    made = {
+        "AdamW": trained(optim.AdamW),
+        "AdamW8bit": trained(optim.AdamW8bit),
+        "Lion": trained(optim.Lion),
+        "Lion8bit": trained(optim.Lion8bit),
+        "SGD": trained(optim.SGD, momentum=0.9),
+        "torch": trained(torch.optim.AdamW),
+    }
+    for name, taken in {
+        "AdamW": ("AdamW", "torch"),
+        "AdamW8bit": ("AdamW8bit", "AdamW", "torch"),  # float32 states stay so
+        "Lion": ("Lion",),
+        "Lion8bit": ("Lion8bit", "Lion"),
+        "SGD": ("SGD",),
+    }.items():
+        for other, source in made.items():
+            optimizer = trained(
+                getattr(optim, name), **({"momentum": 0.9} if name == "SGD" else {})
+            )
+            before = copy.deepcopy(optimizer.state_dict())
+            if other in taken:
+                optimizer.load_state_dict(source.state_dict())
+                continue
+            with pytest.raises(errors.ArgumentError, match="state_dict"):
+                optimizer.load_state_dict(source.state_dict())
+            assert str(optimizer.state_dict()) == str(before)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_torch_s_momentum_counts_no_steps(flat: bool) -> None:
+    p = torch.ones(300, requires_grad=True)
+    theirs = torch.optim.SGD([p], lr=0.1, momentum=0.9)
+    for _ in range(3):
+        _step(theirs, p)
+    q = p.detach().clone().requires_grad_()
+    ours = optim.SGD([q], lr=0.1, momentum=0.9, flat=flat)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    assert "momentum_buffer" in ours.state_dict()["state"][0]
+    _step(theirs, p)
+    _step(ours, q)
+    torch.testing.assert_close(q, p)
 
 
 def test_groups_that_take_the_place_of_others() -> None:

@@ -69,6 +69,22 @@ class TestRoundTrip:
         assert not torch.equal(logits(other), logits(make_peft()))
         assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
+    @pytest.mark.parametrize("at", [1, 2])
+    def test_interrupted_between_the_renames(self, folder, monkeypatch, at):
+        before, real, calls = contents(folder), os.replace, []
+
+        def interrupted(*args):
+            calls.append(args)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            real(*args)
+
+        monkeypatch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save_adapter(make_peft(seed=1), folder)
+        assert contents(folder) == before
+        assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+
     def test_an_adapter_of_another_name(self, model, tmp_path):
         model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
         path = save_adapter(model, tmp_path / "b", adapter_name="second")

@@ -158,6 +158,46 @@ class TestMask:
         assert "dos" not in tokenizer.decode(asked)
 
 
+class TestPrefix:
+    """A base model's tokenizer that puts a token before every text."""
+
+    @pytest.fixture
+    def beginning(self):
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer = make_tokenizer(chat_template=None)
+        bos = tokenizer.bos_token
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+        )
+        return tokenizer
+
+    @pytest.mark.parametrize(
+        "example",
+        [
+            Example(prompt="Hi ", completion="yo"),
+            Example(text="Hi yo"),
+            Example(messages=CHAT),
+        ],
+    )
+    def test_is_that_of_generation(self, beginning, example):
+        first = beginning("Hi ")["input_ids"]
+        input_ids, labels = tokenize_example(example, beginning)
+        assert input_ids[0] == first[0] == beginning.bos_token_id
+        assert labels[0] == IGNORE_INDEX
+        assert input_ids.count(beginning.bos_token_id) == 1
+        prompt = prompt_ids(example, beginning)
+        assert prompt == input_ids[: len(prompt)]
+        if example.prompt:
+            assert prompt == first
+
+    def test_a_chat_template_brings_its_own(self, beginning):
+        beginning.chat_template = CHAT_TEMPLATE
+        input_ids, _ = tokenize_example(Example(messages=CHAT), beginning)
+        assert input_ids[:2] == beginning.encode("<|im_start|>u", add_special_tokens=False)
+        assert tokenize_example(Example(text="a"), beginning)[0][:2] == beginning("a")["input_ids"]
+
+
 class TestLoad:
     def config(self, data_file, **changes):
         return TrainConfig(data=str(data_file), max_length=128, **changes)

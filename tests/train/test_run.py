@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
+import fastft.optim
 from fastft.errors import AdapterError, ConfigError, FastftError
 from fastft.train import checkpoints
 from fastft.train.adapters import load_adapter
@@ -102,6 +103,9 @@ class TestWholeRun:
         assert losses[1][-1] < losses[1][0]
 
     def test_lora_plus_gives_b_its_own_rate(self, settings):
+        for optim in ("AdamW8bit", "Lion8bit"):  # of names that PEFT takes for another library's
+            made = prepare(TrainConfig(**settings, loraplus_lr_ratio=4.0, optim=optim))
+            assert type(made.trainer.create_optimizer()) is getattr(fastft.optim, optim)
         prepared = prepare(TrainConfig(**settings, loraplus_lr_ratio=4.0))
         optimizer = prepared.trainer.create_optimizer()
         assert type(optimizer).__module__.startswith("fastft.optim")
@@ -264,6 +268,9 @@ class TestInterrupt:
         train(TrainConfig(**settings | {"max_steps": 2}))
         with pytest.raises(ConfigError, match="as in the run that is resumed") as caught:
             prepare(TrainConfig(**settings | {"resume_from_checkpoint": "last", "r": 8}))
+        other = {"resume_from_checkpoint": "last", "optim": "AdamW8bit"}
+        with pytest.raises(ConfigError, match="optim"):
+            prepare(TrainConfig(**settings | other))
         assert caught.value.argument == "r"
 
     def test_resume_for_longer(self, settings):
@@ -297,8 +304,31 @@ class TestRefusedBeforeTraining:
             prepare(TrainConfig(**settings, target_modules="(q_proj"))
 
     def test_rank_above_the_features(self, settings):
-        with pytest.raises(ConfigError, match="at most 16, the smaller side of"):
+        with pytest.raises(ConfigError, match="at most 32, the smaller side of"):
             prepare(TrainConfig(**settings | {"r": 64}))
+        named = {"r": 20, "target_modules": ["k_proj", "down_proj"]}
+        with pytest.raises(ConfigError, match=r"at most 16, the smaller side of.*k_proj"):
+            prepare(TrainConfig(**settings | named))
+
+    def test_rank_above_a_router_s_experts(self):
+        from transformers import MixtralConfig, MixtralForCausalLM
+
+        from fastft.train.lora_setup import check_targets
+
+        config = MixtralConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            num_local_experts=4,
+        )
+        with torch.device("meta"):
+            model = MixtralForCausalLM(config)
+        check_targets(model, TrainConfig(r=8))
+        with pytest.raises(ConfigError, match="smaller side of"):
+            check_targets(model, TrainConfig(r=40))
 
     @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
     def test_read_only_folder(self, settings, monkeypatch, number):
@@ -344,7 +374,7 @@ class TestFailuresDuringTraining:
             real(self, output_dir)
 
         monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
-        with pytest.raises(FastftError, match="Earlier checkpoints are whole"):
+        with pytest.raises(FastftError, match="checkpoint-2 is whole: make room"):
             train(TrainConfig(**settings))
         found = checkpoints.checkpoints(settings["output_dir"])
         assert [path.name for path in found] == ["checkpoint-2"]
@@ -352,6 +382,41 @@ class TestFailuresDuringTraining:
         monkeypatch.undo()
         cfg = TrainConfig(**settings | {"resume_from_checkpoint": "last"})
         assert train(cfg).steps == 6
+
+    def test_the_last_whole_checkpoint_goes_when_the_next_one_is(self, settings, monkeypatch):
+        """The only one that is kept is there until the next is marked; another program's stays."""
+        real = checkpoints.write_text
+
+        def full(path, text):
+            if path.name == checkpoints.MARK and path.parent.name == "checkpoint-4":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(path, text)
+
+        monkeypatch.setattr(checkpoints, "write_text", full)
+        output = Path(settings["output_dir"])
+        with pytest.raises(FastftError, match="checkpoint-2 is whole: make room"):
+            train(TrainConfig(**settings | {"save_total_limit": 1}))
+        assert [path.name for path in checkpoints.checkpoints(output)] == ["checkpoint-2"]
+        monkeypatch.undo()
+        again = {"save_total_limit": 1, "resume_from_checkpoint": "last"}
+        assert train(TrainConfig(**settings | again)).steps == 6
+        assert [path.name for path in checkpoints.checkpoints(output)] == ["checkpoint-6"]
+        foreign = output / "checkpoint-9"
+        foreign.mkdir()
+        checkpoints.remove_partial(output, 6)
+        assert [path.name for path in checkpoints.checkpoints(output)] == [
+            "checkpoint-6",
+            "checkpoint-9",
+        ]
+
+    def test_full_disk_with_nothing_saved_before(self, settings, monkeypatch):
+        def full(self, output_dir):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+        with pytest.raises(FastftError, match="Make room and start again"):
+            train(TrainConfig(**settings))
+        assert not checkpoints.checkpoints(settings["output_dir"])
 
     def test_full_disk_at_the_adapter_keeps_the_previous_one(self, settings, monkeypatch):
         from peft import PeftModel
