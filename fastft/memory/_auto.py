@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -287,7 +287,7 @@ def reserved_bytes(model: nn.Module, stepped: bool = False) -> int:
 class _Stepped:
     """Whether any optimizer has made a step since; torch tells whoever asked."""
 
-    _all: weakref.WeakSet[_Stepped] = weakref.WeakSet()
+    _all: ClassVar[weakref.WeakSet[_Stepped]] = weakref.WeakSet()
 
     def __init__(self) -> None:
         self.seen = False
