@@ -14,8 +14,8 @@ from fastft.cpu.products import scratch
 
 __all__ = ["mask_strides", "run", "serves"]
 
-# Keys up to which the scores of a block of queries stay in the second-level cache.
-_MAX_KEYS = 4096
+# Keys up to which the sums of dK and dV, float32 for a dozen stretches of queries, are no burden.
+_MAX_KEYS = 32768
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, *gradients: Tensor) -> bool:
