@@ -67,8 +67,8 @@ def scaled_dot_product_attention(
         after it keeps as well, and one float32 a query.
 
     In bfloat16 on a CPU the scores are float32 where its vectors multiply bfloat16 (AVX512-BF16
-    without AMX), widths are even, features adjacent and keys at most 32768; else they are rounded to
-    bfloat16 once, as in an unfused product. Their softmax and every sum are float32.
+    without AMX), widths are even, features adjacent and keys at most 32,768; else they are rounded
+    to bfloat16 once, as in an unfused product. Their softmax and every sum are float32.
 
     Raises:
         DtypeError, ShapeError, DeviceError: see ``check``.
