@@ -231,7 +231,8 @@ def _padded(size: int) -> int:
 
 def taken(state: dict[str, Any]) -> float:
     """Steps behind a state. torch's SGD counts none; with a buffer, the first lies behind it."""
-    return float(state.get("step", 1.0 if state else 0.0))
+    begun = any(value is not None for value in state.values())
+    return float(state.get("step", float(begun)))
 
 
 def _adopt(optimizer: FusedOptimizer, p: Tensor, narrow: torch.dtype) -> None:

@@ -103,6 +103,21 @@ def test_torch_s_momentum_counts_no_steps(flat: bool) -> None:
     torch.testing.assert_close(q, p)
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_momentum_that_torch_has_not_begun(flat: bool) -> None:
+    """Its first step takes the gradient whole, whatever the dampening."""
+    p, q = (torch.ones(300, requires_grad=True) for _ in range(2))
+    theirs = torch.optim.SGD([p], lr=0.1, momentum=0.9, dampening=0.5)
+    ours = optim.SGD([q], lr=0.1, momentum=0.9, dampening=0.5, flat=flat)
+    state_dict = copy.deepcopy(theirs.state_dict())
+    state_dict["state"] = {0: {"momentum_buffer": None}}
+    ours.load_state_dict(state_dict)
+    for _ in range(2):
+        _step(theirs, p)
+        _step(ours, q)
+    torch.testing.assert_close(q, p)
+
+
 def test_groups_that_take_the_place_of_others() -> None:
     p = torch.zeros(3, requires_grad=True)
     optimizer = optim.SGD([p], lr=1.0)
