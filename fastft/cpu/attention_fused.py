@@ -16,6 +16,8 @@ __all__ = ["mask_strides", "run", "serves"]
 
 # Keys up to which the sums of dK and dV, float32 for a dozen stretches of queries, are no burden.
 _MAX_KEYS = 32768
+# Of so few queries that packing the keys is half of the work.
+_FEW_QUERIES, _FEW_MAX_KEYS = 16, 4096
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, *gradients: Tensor) -> bool:
@@ -23,7 +25,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor, *gradients: Tensor) -> boo
     return (
         query.dtype == torch.bfloat16
         and vectors_multiply()
-        and key.shape[2] <= _MAX_KEYS
+        and key.shape[2] <= (_MAX_KEYS if query.shape[2] >= _FEW_QUERIES else _FEW_MAX_KEYS)
         and key.shape[3] % 2 == value.shape[3] % 2 == 0
         and all(t.stride(-1) == 1 for t in (query, key, value, *gradients))
     )
@@ -51,7 +53,7 @@ def run(
     sizes = [batch, heads, key.shape[1], queries, key.shape[2], width, value.shape[3]]
     sizes.append(torch.get_num_threads())
     c, places = native.module(), [(t.data_ptr(), *t.stride()[:3]) for t in tensors]
-    room = scratch("attention", (c.attention_scratch(places, sizes),), torch.float32)
+    room = scratch("attention", (c.attention_scratch(places, sizes, causal),), torch.float32)
     at_mask = native.address(mask)
     facts = (causal, scale, at_mask, mask_strides(mask))
     c.attention_fused(places, sizes, lse.data_ptr(), *facts, room.data_ptr())

@@ -63,8 +63,8 @@ def scaled_dot_product_attention(
 
     Returns:
         (batch, heads, queries, value width), laid out so that ``out.transpose(1, 2)`` is
-        contiguous. Saved for backward: query, key, value, attn_mask, the result, which the layer
-        after it keeps as well, and one float32 a query.
+        contiguous. Saved for backward: query, key, value, attn_mask, one float32 a query, and the
+        result, which an adapted or trained layer after it keeps as well.
 
     In bfloat16 on a CPU the scores are float32 where its vectors multiply bfloat16 (AVX512-BF16
     without AMX), widths are even, features adjacent and keys at most 32,768; else they are rounded

@@ -95,13 +95,13 @@ class SavedState(torch.optim.Optimizer):
             raise ArgumentError(
                 self._where, "amsgrad", expected="False", got="True", remedy="It is not offered."
             )
-        self._check_loaded(state_dict)
         for group in self.param_groups:
             check_place(self, group["params"])
         # What hooks have made of it; this one is the last.
         seen = [state_dict]
 
         def last(_: Any, own: dict[str, Any]) -> dict[str, Any] | None:
+            self._check_loaded(own)
             seen.append(own)
             return None if self.states == "device" else _without_tensors(own)
 

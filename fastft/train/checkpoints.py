@@ -87,9 +87,19 @@ class MarkComplete(TrainerCallback):
         **kwargs: object,
     ) -> None:
         if state.is_world_process_zero and args.output_dir is not None:
-            mark(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            for path in checkpoints(args.output_dir)[: -self._limit] if self._limit else ():
-                shutil.rmtree(path, ignore_errors=True)
+            saved = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            mark(saved)
+            if self._limit:
+                _remove_older(saved, self._limit - 1)
+
+
+def _remove_older(saved: Path, keep: int) -> None:
+    """Removes the whole checkpoints beside ``saved`` but the ``keep`` that were marked last. A run
+    that goes on from an earlier one may have later steps beside it."""
+    whole = [path for path in checkpoints(saved.parent) if path != saved and is_whole(path)]
+    whole.sort(key=lambda path: (path / MARK).stat().st_mtime_ns)
+    for path in whole[: max(0, len(whole) - keep)]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def mark(folder: Path) -> None:

@@ -3,6 +3,7 @@ that keeps the loss on the response, truncation, and the batch collator."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from dataclasses import dataclass, field
@@ -127,17 +128,23 @@ def _room_remedy(cfg: TrainConfig) -> str:
     return "Raise max_length: no response begins within it."
 
 
-def _prefix(example: Example, tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text (Llama's beginning-of-sequence token); a chat template
-    brings its own."""
+def _prefix(example: Example, tokenizer: Any, ids: list[int]) -> list[int]:
+    """What the tokenizer puts before a text (Llama's beginning-of-sequence token), unless the ids
+    begin with it; a chat template brings its own."""
     if tokenizer.chat_template and example.text is None:
         return []
+    found = list(_prefix_of(tokenizer))
+    return [] if ids[: len(found)] == found else found
+
+
+@functools.lru_cache(maxsize=8)
+def _prefix_of(tokenizer: Any) -> tuple[int, ...]:
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
-            return list(whole[:start])
-    return []
+            return tuple(whole[:start])
+    return ()
 
 
 def tokenize_example(
@@ -149,26 +156,29 @@ def tokenize_example(
     model's loss shifts them). With a chat template every assistant turn is learnt, including the
     token that ends it; without one, the completion and the end-of-sequence token.
     """
-    input_ids = _prefix(example, tokenizer)
-    labels = [IGNORE_INDEX] * len(input_ids)
+    input_ids: list[int] = []
+    labels: list[int] = []
     for text, learnt in _segments(example, tokenizer):
         # Segments are tokenised apart, so that the prompt's tokens are those seen at generation.
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         input_ids += ids
         labels += ids if learnt or not completion_only_loss else [IGNORE_INDEX] * len(ids)
-    return input_ids, labels
+    prefix = _prefix(example, tokenizer, input_ids)
+    return [*prefix, *input_ids], [*([IGNORE_INDEX] * len(prefix)), *labels]
 
 
 def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
     """The token ids up to the last thing the model is to write: what generation starts from. Of
     plain text, the first half."""
-    parts, prefix = _segments(example, tokenizer), _prefix(example, tokenizer)
+    parts = _segments(example, tokenizer)
     if example.text is not None:
         ids = tokenizer(example.text, add_special_tokens=False)["input_ids"]
-        return [*prefix, *ids[: max(1, len(ids) // 2)]]
-    last = max(i for i, (_, learnt) in enumerate(parts) if learnt)
-    found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in parts[:last]]
-    return [*prefix, *itertools.chain.from_iterable(found)]
+        ids = ids[: max(1, len(ids) // 2)]
+    else:
+        last = max(i for i, (_, learnt) in enumerate(parts) if learnt)
+        own = [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in parts[:last]]
+        ids = list(itertools.chain.from_iterable(own))
+    return [*_prefix(example, tokenizer, ids), *ids]
 
 
 def _segments(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:

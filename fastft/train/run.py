@@ -80,6 +80,7 @@ class FastftTrainer(Trainer):
             **options,
         )
         made.__class__ = kind
+        made._patch_step_function()  # as torch does for a class it has not seen: hooks of steps
         self.optimizer: torch.optim.Optimizer = made
         return made
 

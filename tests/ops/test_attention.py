@@ -201,7 +201,7 @@ def test_the_kernel_with_its_products_of_every_instruction_set(case: Case) -> No
             got_lse = held[4][1]
             for tensors in ([q, k, v, out], [q, k, v, out, dy, *gradients]):
                 places = [(t.data_ptr(), *t.stride()[:3]) for t in tensors]
-                words = c.attention_scratch(places, [*sizes, threads], isa=isa)
+                words = c.attention_scratch(places, [*sizes, threads], case.causal, isa=isa)
                 room = torch.full((words + 8,), float("nan"))
                 room[-8:] = 7
                 call = (places, [*sizes, threads], got_lse.data_ptr(), *facts, room.data_ptr())
@@ -231,7 +231,7 @@ def test_what_the_kernel_refuses() -> None:
         ([1, 1, 1, 0, 1, 2, 2, 1], "below"),
     ):
         with pytest.raises(ValueError, match=words):
-            native.module().attention_scratch([(0, 0, 0, 0)] * 4, sizes)
+            native.module().attention_scratch([(0, 0, 0, 0)] * 4, sizes, False)
 
 
 @pytest.mark.parametrize("case", FUSED[:9], ids=str)
@@ -268,6 +268,8 @@ def test_who_the_kernel_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fused.serves(q, q, q, q.transpose(2, 3))
     long = torch.empty(1, 1, 1, 2, dtype=BF16).expand(1, 2, 33000, 2)
     assert not fused.serves(long, long, long)
+    assert fused.serves(long, long[:, :, :32768], long[:, :, :32768])
+    assert not fused.serves(long[:, :, :1], long[:, :, :32768], long[:, :, :32768])
     monkeypatch.setattr(fused, "vectors_multiply", lambda: False)
     assert not fused.serves(q, q, q)
 

@@ -191,6 +191,12 @@ class TestPrefix:
         if example.prompt:
             assert prompt == first
 
+    def test_is_not_put_before_a_text_that_has_it(self, beginning):
+        bos = beginning.bos_token
+        for example in (Example(text=f"{bos}Hi yo"), Example(prompt=f"{bos}Hi ", completion="yo")):
+            assert tokenize_example(example, beginning)[0].count(beginning.bos_token_id) == 1
+            assert prompt_ids(example, beginning).count(beginning.bos_token_id) == 1
+
     def test_a_chat_template_brings_its_own(self, beginning):
         beginning.chat_template = CHAT_TEMPLATE
         input_ids, _ = tokenize_example(Example(messages=CHAT), beginning)

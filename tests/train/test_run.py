@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import fastft.optim
 from fastft.errors import AdapterError, ConfigError, FastftError
@@ -105,7 +111,13 @@ class TestWholeRun:
     def test_lora_plus_gives_b_its_own_rate(self, settings):
         for optim in ("AdamW8bit", "Lion8bit"):  # of names that PEFT takes for another library's
             made = prepare(TrainConfig(**settings, loraplus_lr_ratio=4.0, optim=optim))
-            assert type(made.trainer.create_optimizer()) is getattr(fastft.optim, optim)
+            optimizer, seen = made.trainer.create_optimizer(), []
+            assert type(optimizer) is getattr(fastft.optim, optim)
+            optimizer.register_step_post_hook(lambda *_, seen=seen: seen.append(1))
+            for p in made.model.parameters():
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+            optimizer.step()
+            assert seen == [1]
         prepared = prepare(TrainConfig(**settings, loraplus_lr_ratio=4.0))
         optimizer = prepared.trainer.create_optimizer()
         assert type(optimizer).__module__.startswith("fastft.optim")
@@ -408,6 +420,33 @@ class TestFailuresDuringTraining:
             "checkpoint-6",
             "checkpoint-9",
         ]
+
+    def test_what_was_just_saved_is_never_the_one_that_goes(self, tmp_path):
+        """A run that goes on from an earlier step; the newest folders are no steps of it."""
+
+        def saved(step, whole=True):
+            folder = tmp_path / f"checkpoint-{step}"
+            folder.mkdir()
+            (folder / "weights").write_text(str(step))
+            if whole:
+                checkpoints.mark(folder)
+
+        def on_save(step, limit):
+            state = TrainerState(global_step=step)
+            folder = tmp_path / f"checkpoint-{step}"
+            folder.mkdir()
+            (folder / "weights").write_text("new")
+            arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+            checkpoints.MarkComplete(limit).on_save(arguments, state, TrainerControl())
+            return {path.name for path in checkpoints.checkpoints(tmp_path)}
+
+        saved(10)
+        saved(20, whole=False)
+        assert on_save(15, 1) == {"checkpoint-15", "checkpoint-20"}
+        assert checkpoints.resolve_resume("last", tmp_path).name == "checkpoint-15"
+        saved(30)
+        assert on_save(16, 2) == {"checkpoint-16", "checkpoint-20", "checkpoint-30"}
+        assert on_save(17, 2) == {"checkpoint-16", "checkpoint-17", "checkpoint-20"}
 
     def test_full_disk_with_nothing_saved_before(self, settings, monkeypatch):
         def full(self, output_dir):
