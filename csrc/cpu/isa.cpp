@@ -58,6 +58,7 @@ static inline int64_t thread_index() {
 #include "thin.inc"
 #include "product_tiles.inc"
 #include "product.inc"
+#include "attention_blocks.inc"
 #include "attention_fused.inc"
 
 }  // namespace FASTFT_ISA
