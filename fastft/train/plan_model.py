@@ -4,7 +4,8 @@ as it would be trained."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,6 +142,17 @@ def dtype_of(cfg: TrainConfig, device: Device) -> torch.dtype:
     return resolve_dtype("auto")
 
 
+@contextmanager
+def _refusing(expected: str, *errors: type[Exception]) -> Iterator[None]:
+    """What the libraries say against a model, in the words of this project."""
+    try:
+        yield
+    except errors as error:
+        raise ConfigError(
+            "fastft plan", "model", expected=expected, got=str(error).splitlines()[0][:200]
+        ) from error
+
+
 def meta_model(request: Request, config: Any, dtype: torch.dtype, device: Device) -> Any:
     """The model as it would be trained, without a byte of it."""
     import torch
@@ -153,33 +165,19 @@ def meta_model(request: Request, config: Any, dtype: torch.dtype, device: Device
     from fastft.train.lora_setup import add_adapters, check_targets, lora_config
 
     with torch.device("meta"):
-        try:
+        with _refusing("the configuration of a causal language model", ValueError, KeyError):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except (ValueError, KeyError) as error:
-            raise ConfigError(
-                "fastft plan",
-                "model",
-                expected="the configuration of a causal language model",
-                got=str(error).splitlines()[0][:200],
-            ) from error
         model.config.use_cache = False
         if request.method == "full":
             model.requires_grad_(True)
         else:
             for cfg in request.cfgs:
                 check_targets(model, cfg)
-            try:
+            with _refusing("a model that PEFT can adapt", ValueError):
                 if request.others:
                     model = add_adapters(model, request.cfgs)
                 else:
                     model = get_peft_model(model, lora_config(request.cfg))
-            except ValueError as error:  # PEFT adapts no such model
-                raise ConfigError(
-                    "fastft plan",
-                    "model",
-                    expected="a model that PEFT can adapt",
-                    got=str(error).splitlines()[0][:200],
-                ) from error
     model.train()
     fused = {} if request.cfg.fused else {"loss": False, "norm": False, "glu": False, "rope": False}
     # bitsandbytes' layers are PEFT's own business: their adapters are not fused. Attention is

@@ -26,25 +26,45 @@ def head_of(model: nn.Module) -> Any:
     return model.get_base_model().get_output_embeddings()
 
 
-def dpo(model: Any, folder: Path, tokenizer: PreTrainedTokenizerFast, **changed: Any) -> Any:  # noqa: F811
-    from trl import DPOConfig, DPOTrainer
-
+def trained(
+    trainer: Any,
+    config: Any,
+    model: Any,
+    folder: Path,
+    tokenizer: Any,  # noqa: F811
+    **changed: Any,
+) -> Any:
+    """A trainer of TRL's that has run over preferences between sequences of colours and numbers."""
     words = ["red", "green", "blue", "one", "two", "three"]
     rows = [
         {"prompt": f"{a} {b}", "chosen": f" {b} {a} {a}", "rejected": f" {a}"}
         for a in words
         for b in words
     ]
-    options = {"bf16": False, "gradient_checkpointing": False, "max_length": 16, "max_steps": 20}
+    options = {"bf16": False, "gradient_checkpointing": False, "max_length": 16, **changed}
     torch.manual_seed(5)
-    trainer = DPOTrainer(
+    made = trainer(
         model=model,
-        args=DPOConfig(**arguments(folder, **{**options, **changed})),
+        args=config(**arguments(folder, **options)),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-    trainer.train()
-    return trainer
+    made.train()
+    return made
+
+
+def assert_as_exact(got: Tensor, theirs: Tensor, truth: Tensor) -> None:
+    """Losses no further from the truth than TRL's over plain PEFT, but for rounding."""
+    assert len(got) == len(theirs)
+    plain_error = (theirs - truth).norm()
+    bound = tiny.ERROR_FACTOR * max(plain_error, torch.finfo(torch.float32).eps * truth.norm())
+    assert (got - truth).norm() <= bound, (got, theirs, truth)
+
+
+def dpo(model: Any, folder: Path, tokenizer: PreTrainedTokenizerFast, **changed: Any) -> Any:  # noqa: F811
+    from trl import DPOConfig, DPOTrainer
+
+    return trained(DPOTrainer, DPOConfig, model, folder, tokenizer, max_steps=20, **changed)
 
 
 @pytest.mark.parametrize(
@@ -67,11 +87,7 @@ def test_dpo_is_trls_own(
     assert utils._use_triton.__module__.startswith("trl")
     theirs = losses(dpo(plain, tmp_path / "b", tokenizer, **changed))
     truth = losses(dpo(exact, tmp_path / "c", tokenizer, **{**changed, "bf16": False}))
-    got = losses(ours)
-    assert len(got) == len(theirs)
-    plain_error = (theirs - truth).norm()
-    bound = tiny.ERROR_FACTOR * max(plain_error, torch.finfo(torch.float32).eps * truth.norm())
-    assert (got - truth).norm() <= bound, (got, theirs, truth)
+    assert_as_exact(losses(ours), theirs, truth)
     counts = call_counts(head_of(fused))
     assert counts.fused >= 20
     assert not counts.fallback
@@ -80,23 +96,8 @@ def test_dpo_is_trls_own(
 def by_logits(trainer: str, model: Any, folder: Path, tokenizer: Any, **changed: Any) -> Any:  # noqa: F811
     """A trainer of TRL's that asks the model for logits."""
     module = pytest.importorskip(f"trl.experimental.{trainer.lower()}")
-    words = ["red", "green", "blue", "one", "two", "three"]
-    rows = [
-        {"prompt": f"{a} {b}", "chosen": f" {b} {a} {a}", "rejected": f" {a}"}
-        for a in words
-        for b in words
-    ]
-    options = {"bf16": False, "gradient_checkpointing": False, "max_length": 16, "max_steps": 6}
-    torch.manual_seed(5)
-    config = getattr(module, f"{trainer}Config")(**arguments(folder, **{**options, **changed}))
-    made = getattr(module, f"{trainer}Trainer")(
-        model=model,
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-    made.train()
-    return made
+    kinds = getattr(module, f"{trainer}Trainer"), getattr(module, f"{trainer}Config")
+    return trained(*kinds, model, folder, tokenizer, max_steps=6, **changed)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -124,20 +125,15 @@ def test_trainers_that_ask_for_logits_get_none(
     with fastft.losses.deferred_in_trl():
         ours = by_logits(trainer, fused, tmp_path / "a", tokenizer, **changed)
     assert utils.selective_log_softmax is original
-    theirs = losses(by_logits(trainer, plain, tmp_path / "b", tokenizer, **changed))
+    theirs = by_logits(trainer, plain, tmp_path / "b", tokenizer, **changed)
     wide = {**changed, "bf16": False}
     truth = losses(by_logits(trainer, exact, tmp_path / "c", tokenizer, **wide))
-    got = losses(ours)
-    assert len(got) == len(theirs) == 6
-    plain_error = (theirs - truth).norm()
-    bound = tiny.ERROR_FACTOR * max(plain_error, torch.finfo(torch.float32).eps * truth.norm())
-    assert (got - truth).norm() <= bound, (got, theirs, truth)
+    assert len(losses(ours)) == 6
+    assert_as_exact(losses(ours), losses(theirs), truth)
     counts = call_counts(head_of(fused))
     assert counts.fused >= 6
     assert not counts.fallback
-    logged, wanted = (t.state.log_history[0] for t in (ours, by_logits(
-        trainer, tiny.peft_model("llama"), tmp_path / "d", tokenizer, **{**changed, "max_steps": 1}
-    )))  # fmt: skip
+    logged, wanted = (t.state.log_history[0] for t in (ours, theirs))
     for name in ("logits/chosen", "logits/rejected", "logps/chosen", "nll_loss"):
         assert logged[name] == pytest.approx(wanted[name], rel=0.02, abs=2e-3)
 
