@@ -123,7 +123,7 @@ def _reason(op: str, name: str, facts: tuple[tuple[str, Hashable], ...]) -> str 
 
 def explain_op(op: str, **facts: Any) -> list[tuple[str, str | None]]:
     """For each backend in order of preference: None if it can run ``op``, else the reason."""
-    key = tuple(sorted(facts.items()))
+    key = tuple(facts.items())  # in its caller's order: sorted, two orders would be one entry
     return [(name, _reason(op, name, key)) for name in ORDER]
 
 

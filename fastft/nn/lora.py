@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastft import backends, ops
-from fastft.nn import packing, siblings
+from fastft.nn import few, packing, siblings
 from fastft.nn.calls import count
 from fastft.nn.dora import dropped, forget_norms, scale_of
 from fastft.nn.mixed import adapter_names_of
@@ -254,6 +254,9 @@ class FusedLoraLinear(PeftLinear):
             if names is not None:
                 kwargs["adapter_names"] = names
             return super().forward(x, *args, **kwargs)
+        if few.takes(self, plan, x):
+            siblings.see(self, x)
+            return few.lora_linear(plan, x)
         if torch.compiler.is_compiling() or kwargs.get("adapter_names") is not None:
             return self.fused_call([plan], x)[0]
         return siblings.forward(self, x, plan)

@@ -13,6 +13,7 @@ from transformers import activations
 
 from fastft import ops
 from fastft.nn.calls import count
+from fastft.nn.few import few_rows
 from fastft.nn.lora import FusedLoraLinear
 from fastft.nn.mixed import adapter_names_of
 from fastft.nn.rules import hooked
@@ -116,7 +117,7 @@ class FusedGatedMLP(Swapped):
         reason = call_refusal("glu", gate, up)
         self._count(reason)
         unit = functools.partial(ops.glu, activation=str(activation_of(self, layout)))
-        if reason is None:
+        if reason is None and not few_rows(self, gate):
             product = unit(gate, up)
         else:
             product = getattr(self, layout.activation)(gate) * up

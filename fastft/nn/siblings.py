@@ -22,7 +22,7 @@ from fastft.ops._checks import autocast_dtype
 if TYPE_CHECKING:
     from fastft.nn.lora import FusedLoraLinear, Plan
 
-__all__ = ["begin_forward", "end_forward", "forget", "forward", "group_of"]
+__all__ = ["begin_forward", "end_forward", "forget", "forward", "group_of", "see"]
 
 
 class Group:
@@ -152,6 +152,13 @@ def forward(layer: FusedLoraLinear, x: Tensor, plan: Plan) -> Tensor:
     if y.requires_grad:
         y.register_hook(lambda _: _note_backward(watch))
     return y
+
+
+def see(layer: FusedLoraLinear, x: Tensor) -> None:
+    """Notes a call that computes its output alone, where the forward is watched."""
+    watch: _Watch | None = getattr(_thread, "watch", None)
+    if watch is not None:
+        watch.see(layer, x)
 
 
 def _note_backward(watch: _Watch) -> None:

@@ -19,6 +19,7 @@ from fastft import backends
 from fastft.errors import ArgumentError, nearest
 from fastft.ops import _glu_pair
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
+from fastft.ops._eager import call
 from fastft.ops._library import register
 from fastft.ops._room import new_empty
 from fastft.ops._saving import note
@@ -53,7 +54,7 @@ def glu(
     name = backend or _AUTO
     if torch.compiler.is_compiling():
         return torch.ops.fastft.glu_fwd(gate, up, activation, name)
-    return Glu.apply(gate, up, activation, _choose(name, gate)[0])
+    return call(Glu, gate, up, activation, _choose(name, gate)[0])
 
 
 def check(gate: Tensor, up: Tensor, activation: str) -> None:

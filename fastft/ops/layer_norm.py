@@ -17,6 +17,7 @@ from torch import Tensor
 from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
+from fastft.ops._eager import call
 from fastft.ops._library import register
 from fastft.ops._room import new_empty
 from fastft.ops._saving import note
@@ -62,7 +63,7 @@ def layer_norm(
     name = backend or _AUTO
     if torch.compiler.is_compiling():
         return torch.ops.fastft.layer_norm_fwd(x, weight, bias, *arguments, name)[0]
-    return LayerNorm.apply(x, weight, bias, *arguments, _choose(name, x)[0])
+    return call(LayerNorm, x, weight, bias, *arguments, _choose(name, x)[0])
 
 
 def check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:

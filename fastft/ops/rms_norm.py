@@ -17,6 +17,7 @@ from torch import Tensor
 from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
+from fastft.ops._eager import call
 from fastft.ops._library import register
 from fastft.ops._room import new_empty
 from fastft.ops._saving import note
@@ -67,10 +68,10 @@ def rms_norm(
         if torch.compiler.is_compiling():
             found = torch.ops.fastft.add_rms_norm_fwd(x, residual, weight, *arguments, name)
             return found[0], found[1]
-        return AddRMSNorm.apply(x, residual, weight, *arguments, _choose(name, x)[0])
+        return call(AddRMSNorm, x, residual, weight, *arguments, _choose(name, x)[0])
     if torch.compiler.is_compiling():
         return torch.ops.fastft.rms_norm_fwd(x, weight, *arguments, name)[0]
-    return RMSNorm.apply(x, weight, *arguments, _choose(name, x)[0])
+    return call(RMSNorm, x, weight, *arguments, _choose(name, x)[0])
 
 
 def check(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> None:

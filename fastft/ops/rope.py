@@ -16,6 +16,7 @@ from torch import Tensor
 from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
+from fastft.ops._eager import call
 from fastft.ops._library import register
 from fastft.ops._room import empty_like, new_empty
 from fastft.reference import rope as reference
@@ -73,7 +74,7 @@ def rope(
     arguments = (interleaved, half_tables, False, dtype, name)
     if torch.compiler.is_compiling():
         return torch.ops.fastft.rope_fwd(query, key, cos, sin, *arguments)
-    return Rope.apply(query, key, cos, sin, *arguments[:-1], _choose(name, query)[0])
+    return call(Rope, query, key, cos, sin, *arguments[:-1], _choose(name, query)[0])
 
 
 def check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, half_tables: bool) -> None:

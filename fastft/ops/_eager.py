@@ -1,0 +1,24 @@
+"""Eager calls of the operations: recorded by autograd where it records, else the forward alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["call"]
+
+
+class _Unrecorded:
+    """The context of a forward that has no backward."""
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        """Nothing is saved."""
+
+
+def call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply``, which costs 5 us, or the function's forward where no gradients are
+    recorded, as in generation."""
+    if torch.is_grad_enabled():
+        return function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return function.forward(_Unrecorded(), *arguments)
