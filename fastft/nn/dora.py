@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastft import ops
 
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["dropped", "forget_norms", "scale_of"]
 
-# By base layer: what tells the weight its norms were taken of, and the norms.
-_norms: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Tensor]] = (
+# By base layer: what tells the weight its norms were taken of, its storage (which, referred to, is
+# the only one with its address, freed or not), and the norms.
+_norms: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], StorageWeakRef, Tensor]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -36,12 +38,14 @@ def _frozen_norms(plan: Plan) -> Tensor | None:
     weight = plan.parts[0].tensors()[0]
     if weight.requires_grad or torch.compiler.is_compiling() or weight.is_inference():
         return None
-    key = (id(weight), weight.data_ptr(), weight._version, weight.dtype, weight.device)
+    storage = weight.untyped_storage()
+    key = (storage._cdata, weight.storage_offset(), weight._version, weight.dtype, weight.shape)
     known = _norms.get(plan.base)
     if known is None or known[0] != key:
         with torch.inference_mode(False):
-            known = _norms[plan.base] = (key, ops.squared_row_norms(plan.weight()))
-    return known[1]
+            norms = ops.squared_row_norms(plan.weight())
+        known = _norms[plan.base] = (key, StorageWeakRef(storage), norms)
+    return known[2]
 
 
 def scale_of(plan: Plan) -> Tensor | None:

@@ -18,6 +18,8 @@ from fastft.nn.calls import count
 from fastft.nn.dora import dropped, forget_norms, scale_of
 from fastft.nn.mixed import adapter_names_of
 from fastft.nn.rules import ADAPTER_STATE, LAYER_STATE, Rule, first, hooked
+from fastft.nn.swap import transformed
+from fastft.nn.unmerged import Unmerged
 from fastft.ops._checks import autocast_dtype
 
 __all__ = [
@@ -63,6 +65,10 @@ class Parts:
         return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
+def _identity(tensor: Tensor) -> tuple[int, int]:
+    return id(tensor), 0 if tensor.is_inference() else tensor._version
+
+
 class Plan:
     """One call of a layer: its adapters and, in a mixed batch, the rows of each.
 
@@ -104,6 +110,17 @@ class Plan:
     def magnitude(self) -> nn.Module | None:
         """DoRA's, whose layer has this one adapter."""
         return self.parts[0].magnitude
+
+    def facts(self) -> list[Any]:
+        """What tells the call's result from another's with the same x: between two siblings' calls
+        hooks may alter it."""
+        found: list[Any] = [*self.names]
+        for p in self.parts:
+            magnitude = None if p.magnitude is None else p.magnitude.weight
+            held = (*p.tensors(), self.base.bias, p.b.bias, magnitude, p.scaling)
+            found += [_identity(t) if isinstance(t, Tensor) else t for t in held]
+            found.append(p.dropout_p())
+        return found
 
     def drops_all(self) -> bool:
         """Whether the adapter's dropout is also the frozen product's (DoRA)."""
@@ -181,12 +198,6 @@ def _foreign_tensors(p: Parts, x: Any) -> bool:
     return not all(type(t) in (Tensor, nn.Parameter) for t in (x, *p.tensors(), *magnitude))
 
 
-def _transformed(p: Parts, x: Any) -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def _several_devices(p: Parts, x: Tensor) -> bool:
     weight, a, b = p.tensors()
     return not x.device == weight.device == a.device == b.device
@@ -203,7 +214,7 @@ def _mixed_dtypes(p: Parts, x: Tensor) -> bool:
 
 # What the call is.
 CALL_RULES: tuple[Rule, ...] = (
-    Rule("torch.func transform", _transformed),
+    Rule("torch.func transform or a trace", lambda p, x: transformed()),
     Rule("tensor subclass", _foreign_tensors),
     Rule("input has no dimension", lambda p, x: x.dim() == 0),
     Rule("several devices", _several_devices),
@@ -309,28 +320,28 @@ class FusedLoraLinear(PeftLinear):
         """PEFT's merge, which also keeps the weights as they were, in host memory."""
         packing.unpack([self])
         forget_norms([self])
+        before = self.__dict__.pop(UNMERGED, None)
         if not self.merged:
-            self.__dict__[UNMERGED] = [t.detach().to("cpu", copy=True) for t in self._merged_into()]
-        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        if not self.merged:
-            self.__dict__.pop(UNMERGED, None)
+            before = Unmerged(self._merged_into())
+        elif before is not None and not before.follows(self._merged_into()):
+            before = None
+        try:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        finally:
+            if before is not None and self.merged:
+                before.merged(self._merged_into())
+                self.__dict__[UNMERGED] = before
 
     def unmerge(self) -> None:
-        """PEFT's unmerge, then the very bits from before the merge: a sum in 16 bits and its
-        difference do not cancel, and each round trip of PEFT's would leave another rounding."""
+        """PEFT's unmerge, then the very bits from before the merge, if nobody has changed what it
+        made: a sum in 16 bits and its difference do not cancel, and each round trip of PEFT's would
+        leave another rounding."""
         forget_norms([self])
-        kept = self.__dict__.pop(UNMERGED, [])
-        largest = [t.abs().max() for t in self._merged_into()]
+        before = self.__dict__.pop(UNMERGED, None)
+        unchanged = before is not None and before.follows(self._merged_into())
         super().unmerge()
-        tensors = self._merged_into()
-        if len(kept) != len(tensors):
-            return
-        for tensor, old, scale in zip(tensors, kept, largest, strict=True):
-            old = old.to(tensor.device)
-            # A weight that was changed while it was merged differs by more than rounding.
-            bound = 8 * torch.finfo(tensor.dtype).eps * torch.maximum(scale, old.abs().max())
-            if old.shape == tensor.shape and bool((tensor - old).abs().max() <= bound):
-                tensor.copy_(old)
+        if unchanged:
+            before.put_back(self._merged_into())
 
     def _merged_into(self) -> list[Tensor]:
         base = self.base_layer

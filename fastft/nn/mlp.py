@@ -16,7 +16,7 @@ from fastft.nn.calls import count
 from fastft.nn.few import few_rows
 from fastft.nn.lora import FusedLoraLinear
 from fastft.nn.mixed import adapter_names_of
-from fastft.nn.rules import hooked
+from fastft.nn.rules import hooked, hooked_everywhere
 from fastft.nn.swap import Swapped, call_refusal
 from fastft.nn.tiled import tiled
 from fastft.ops._remade import remaking
@@ -66,8 +66,10 @@ def layout_of(module: nn.Module) -> Layout | None:
 
 
 def activation_of(module: nn.Module, layout: Layout) -> str | None:
-    """The activation's name in ``fastft.ops.glu``, or None."""
+    """The activation's name in ``fastft.ops.glu``, or None, also where hooks look at it."""
     function = getattr(module, layout.activation)
+    if hooked(function) or hooked_everywhere(function):
+        return None
     if type(function) is nn.GELU:
         return "gelu_tanh" if function.approximate == "tanh" else "gelu"
     return _ACTIVATIONS.get(type(function))
@@ -89,7 +91,7 @@ class FusedGatedMLP(Swapped):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         activation = activation_of(self, self.fastft_layout)
         if activation is None:
-            self._count("activation is neither SiLU nor GELU")
+            self._count("activation is hooked, or neither SiLU nor GELU")
             return super().forward(*args)  # type: ignore[misc]
         x, tile = args[0], self.__dict__.get(TILE)
         if tile is not None and self._tiles(x, tile):

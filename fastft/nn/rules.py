@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["ADAPTER_STATE", "LAYER_STATE", "Rule", "first", "hooked", "odd_scaling", "refusal"]
@@ -55,9 +56,15 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def hooked_everywhere(_: Any) -> bool:
+    """Whether hooks of all modules are registered: they look at modules that a fused call skips."""
+    return bool(torch.nn.modules.module._has_any_global_hook())
+
+
 # Of the layer, whatever its adapters.
 LAYER_STATE: tuple[Rule, ...] = (
     Rule("forward replaced on the layer itself", lambda m: "forward" in vars(m)),
+    Rule("hooks of all modules", hooked_everywhere),
     Rule("adapters disabled", lambda m: m.disable_adapters),
     Rule("adapter merged into the base", lambda m: m.merged),
 )
@@ -65,20 +72,22 @@ LAYER_STATE: tuple[Rule, ...] = (
 
 def _odd_dropout(p: Any) -> bool:
     if type(p.dropout) is nn.Dropout:
-        return p.dropout.p >= 1.0 or hooked(p.dropout)
+        return p.dropout.p >= 1.0
     return type(p.dropout) is not nn.Identity
 
 
 def odd_scaling(p: Any) -> bool:
-    """Whether an adapter's scaling is anything but one number that is not trained."""
+    """Whether an adapter's scaling is anything but one number that is not trained. PEFT's hot swap
+    makes it a tensor, which a compiled graph must go on reading."""
     if isinstance(p.scaling, Tensor):
-        return p.scaling.numel() != 1 or p.scaling.requires_grad
+        trained = p.scaling.numel() != 1 or p.scaling.requires_grad
+        return trained or torch.compiler.is_compiling()
     return not isinstance(p.scaling, (int, float))
 
 
 # Of an adapter with modules a and b and a dropout between.
 ADAPTER_STATE: tuple[Rule, ...] = (
-    Rule("hooks on the adapter", lambda p: hooked(p.a) or hooked(p.b)),
+    Rule("hooks on the adapter", lambda p: hooked(p.a) or hooked(p.b) or hooked(p.dropout)),
     Rule("dropout of another kind", _odd_dropout),
     Rule("scaling is not a plain number", odd_scaling),
 )

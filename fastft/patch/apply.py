@@ -169,7 +169,9 @@ def _joined(site: Site) -> type[nn.Module]:
     stays in force."""
     present: Any = type(site.module)
     fused: Any = site.fused or present
-    if issubclass(fused, Swapped) and issubclass(present, Swapped) and present is not fused:
+    if issubclass(present, fused):  # of a base that was accelerated before it got its adapters
+        return present  # type: ignore[no-any-return]
+    if issubclass(fused, Swapped) and issubclass(present, Swapped):
         return combined_class(present, fused)
     return fused  # type: ignore[no-any-return]
 
@@ -196,12 +198,13 @@ def _attach_head(owner: Any) -> None:
 def restore(model: nn.Module) -> nn.Module:
     """Undoes :func:`accelerate`: classes and hooks are what they were, bit for bit.
 
-    It reads the model, not a record of it, so a deep copy of an accelerated model restores too.
+    It reads the model, not a record of it, so a deep copy of an accelerated model restores too, and
+    what PEFT's ``unload`` or ``merge_and_unload`` left of one.
 
     Raises:
         ArgumentError: the model is not accelerated.
     """
-    if not is_accelerated(model):
+    if not any(_touched(module) for module in model.modules()):
         raise ArgumentError(
             "fastft.restore",
             "model",
@@ -222,6 +225,12 @@ def restore(model: nn.Module) -> nn.Module:
         _remove_hooks(module)
     _room.trim()
     return model
+
+
+def _touched(module: nn.Module) -> bool:
+    """Whether a module has a fused class, or a hook of ours."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return type(module) is not original_of(module) or any(hook in _HOOKS for hook in hooks)
 
 
 def _remove_hooks(module: nn.Module) -> None:
