@@ -3,14 +3,25 @@ kind of layer shares."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ADAPTER_STATE", "LAYER_STATE", "Rule", "first", "hooked", "odd_scaling", "refusal"]
+__all__ = [
+    "ADAPTER_STATE",
+    "LAYER_STATE",
+    "Rule",
+    "first",
+    "hooked",
+    "hooked_everywhere",
+    "odd_scaling",
+    "refusal",
+    "unhooked",
+]
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,20 @@ def hooked(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+@contextmanager
+def unhooked(module: nn.Module) -> Iterator[None]:
+    """Inside, calls of the module and of those in it run no hooks: what is tried is no training."""
+    names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    held = [(m, name, m.__dict__[name]) for m in module.modules() for name in names]
+    for m, name, hooks in held:
+        m.__dict__[name] = type(hooks)()
+    try:
+        yield
+    finally:
+        for m, name, hooks in held:
+            m.__dict__[name] = hooks
 
 
 def hooked_everywhere(_: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastft import backends
 from fastft.ops._checks import without_autocast
+from fastft.ops._eager import differentiably, gradients_of
 from fastft.ops._remade import keeping
 from fastft.ops._room import empty_like, new_empty
 from fastft.ops._saving import Late, note, saves_first
@@ -323,7 +324,7 @@ class LoraLinear(torch.autograd.Function):
         left = _take(ctx, dys)
         x, tensors = saved_of(ctx) if left is None else left.saved
         weights, biases, lora_as, lora_bs, masks, scales, ss, results = constants.split(tensors)
-        if torch.is_grad_enabled():
+        if differentiably(*dys):
             needs = ctx.needs_input_grad[2:]
             return None, None, *_differentiable_backward(constants, x, tensors, dys, needs)
         needs = constants.split(ctx.needs_input_grad[3:])
@@ -366,30 +367,33 @@ def _differentiable_backward(
     dys: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The backward as torch operations, for a second derivative (create_graph=True): of x and the
-    first of the saved tensors, as ``needs`` has them."""
-    weights, biases, lora_as, lora_bs, masks, scales, *_ = constants.split(tensors)
+    """The backward as torch operations: of x and the first of the saved tensors, as ``needs`` has
+    them."""
     inputs = [x, *tensors][: len(needs)]
-    with torch.enable_grad():
-        ys = [
-            torch.nn.functional.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
-            for w, bias in zip(weights, biases, strict=True)
-        ]
-        for i, owner in enumerate(constants.owners):
-            rows = constants.rows(i)
-            term = lora_term(
-                x[rows],
-                lora_as[i],
-                lora_bs[i],
-                constants.scalings[i],
-                masks[i],
-                constants.dropout_ps[i],
-            )
-            above, below = rows.start, x.shape[0] - rows.stop
-            ys[owner] = ys[owner] + torch.nn.functional.pad(term, (0, 0, above, below))
-        for i, scale in enumerate(scales):
-            if scale is not None:
-                ys[i] = (ys[i] * scale).to(x.dtype)
-        wanted = [t for t, need in zip(inputs, needs) if need and t is not None]
-        grads = iter(torch.autograd.grad(ys, wanted, list(dys), create_graph=True))
-    return [next(grads) if need and t is not None else None for t, need in zip(inputs, needs)]
+    given = [t is not None and need for t, need in zip(inputs, needs)]
+    return gradients_of(functools.partial(_again, constants), inputs, given, dys)
+
+
+def _again(constants: Constants, x: Tensor, *tensors: Any) -> list[Tensor]:
+    """The results as torch operations."""
+    weights, biases, lora_as, lora_bs, masks, scales, *_ = constants.split(tensors)
+    ys = [
+        torch.nn.functional.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        for w, bias in zip(weights, biases, strict=True)
+    ]
+    for i, owner in enumerate(constants.owners):
+        rows = constants.rows(i)
+        term = lora_term(
+            x[rows],
+            lora_as[i],
+            lora_bs[i],
+            constants.scalings[i],
+            masks[i],
+            constants.dropout_ps[i],
+        )
+        above, below = rows.start, x.shape[0] - rows.stop
+        ys[owner] = ys[owner] + torch.nn.functional.pad(term, (0, 0, above, below))
+    for i, scale in enumerate(scales):
+        if scale is not None:
+            ys[i] = (ys[i] * scale).to(x.dtype)
+    return ys

@@ -10,6 +10,7 @@ their logsumexp (Dao et al. 2022, FlashAttention). With D_i = sum_j p_ij dp_ij =
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from fastft.ops._checks import (
     check_tensor,
     without_autocast,
 )
+from fastft.ops._eager import differentiably, gradients_of
 from fastft.ops._library import register
 from fastft.ops._room import empty_like, new_empty
 from fastft.ops._saving import registered
@@ -250,12 +252,14 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Any:
         query, key, value, mask, result, lse = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
-            with torch.enable_grad():
-                out = reference.attention(query, key, value, mask, ctx.scale, ctx.is_causal)[0]
-            leaves = [t for t in (query, key, value) if t.requires_grad]
-            found = iter(torch.autograd.grad(out, leaves, d_out, create_graph=True))
-            gradients = tuple(next(found) if t.requires_grad else None for t in (query, key, value))
+        gradients: Sequence[Tensor | None]
+        if differentiably(d_out):
+
+            def again(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                return reference.attention(query, key, value, mask, ctx.scale, ctx.is_causal)[0]
+
+            needs = ctx.needs_input_grad[:3]
+            gradients = gradients_of(again, (query, key, value), needs, [d_out])
         else:
             gradients = _bwd_kernel(
                 d_out, query, key, value, mask, result, lse, ctx.scale, ctx.is_causal, ctx.backend

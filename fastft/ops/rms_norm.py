@@ -9,6 +9,7 @@ and with a residual the same of the sum x + residual, which is kept for the next
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
-from fastft.ops._eager import call
+from fastft.ops._eager import call, differentiably, gradients_of
 from fastft.ops._library import register
 from fastft.ops._room import new_empty
 from fastft.ops._saving import note
@@ -201,15 +202,18 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, rstd = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():  # create_graph=True
-            y, _ = reference.rms_norm(x, weight, ctx.eps, ctx.offset, ctx.round_first)
-            leaves = [t for t, need in zip((x, weight), needs, strict=True) if need]
-            found = iter(torch.autograd.grad(y, leaves, dy, create_graph=True))
-            gradients = [next(found) if need else None for need in needs]
+        if differentiably(dy):
+            gradients = gradients_of(_again(ctx), (x, weight), needs, [dy])
         else:
             dx, dw = _bwd_kernel(dy, x, weight, rstd, ctx.offset, needs[1], ctx.backend)
             gradients = [dx, dw if needs[1] else None]
         return (*gradients, *[None] * 4)
+
+
+def _again(ctx: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """The norm as torch operations."""
+    facts = (ctx.eps, ctx.offset, ctx.round_first)
+    return lambda x, weight: reference.rms_norm(x, weight, *facts)[0]
 
 
 def _add_fwd_kernel(
@@ -263,16 +267,19 @@ class AddRMSNorm(torch.autograd.Function):
         return found[0], found[1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, d_sum: Tensor) -> Any:
         summed, weight, rstd = ctx.saved_tensors
         need = ctx.needs_input_grad[2]
+        if differentiably(dy, d_sum):
+            d_norm, dw = gradients_of(_again(ctx), (summed, weight), (True, need), [dy])
+            dx = d_sum if d_norm is None else d_norm + d_sum
+            return dx, dx, dw, *[None] * 4
         dx, dw = _bwd_kernel(dy, summed, weight, rstd, ctx.offset, need, ctx.backend, d_sum)
         return dx, dx, dw if need else None, *[None] * 4
 
 
 def _add_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, weight, _, ctx.offset, _, ctx.backend = inputs
+    _, _, weight, ctx.eps, ctx.offset, ctx.round_first, ctx.backend = inputs
     ctx.save_for_backward(output[1], weight, output[2])
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
-from fastft.ops._eager import call
+from fastft.ops._eager import call, differentiably
 from fastft.ops._library import register
 from fastft.ops._room import empty_like, new_empty
 from fastft.reference import rope as reference
@@ -62,6 +62,8 @@ def rope(
     """
     check(query, key, cos, sin, half_tables)
     dtype = out_dtype or torch.promote_types(query.dtype, cos.dtype)
+    # What the kernels write; torch rounds it to any other.
+    written = dtype if dtype in (query.dtype, torch.float64) else torch.float32
     name = backend or _AUTO
     if inplace:
         wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
@@ -70,11 +72,15 @@ def rope(
             got = "a gradient" if wanted else f"{query.dtype} for {dtype}"
             raise ArgumentError(_WHERE, "inplace", expected=expected, got=got)
         found = _run(query, key, cos, sin, interleaved, half_tables, False, (query, key), name)
+        torch.autograd.graph.increment_version(found)  # so that a graph that holds them can tell
         return found[0], found[1]
-    arguments = (interleaved, half_tables, False, dtype, name)
+    arguments = (interleaved, half_tables, False, written)
     if torch.compiler.is_compiling():
-        return torch.ops.fastft.rope_fwd(query, key, cos, sin, *arguments)
-    return call(Rope, query, key, cos, sin, *arguments[:-1], _choose(name, query)[0])
+        found = torch.ops.fastft.rope_fwd(query, key, cos, sin, *arguments, name)
+    else:
+        chosen = _choose(name, query, cos.dtype, written)[0]
+        found = call(Rope, query, key, cos, sin, *arguments, chosen)
+    return found if written == dtype else (found[0].to(dtype), found[1].to(dtype))
 
 
 def check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, half_tables: bool) -> None:
@@ -108,13 +114,15 @@ def check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, half_tables: boo
         raise ArgumentError(_WHERE, "cos", expected=expected, got=got)
 
 
-def _choose(backend: str, query: Tensor) -> tuple[str, Any]:
-    """The backend for a call and its launcher; a compiled graph asks when it runs."""
+def _choose(backend: str, query: Tensor, *others: torch.dtype) -> tuple[str, Any]:
+    """The backend for a call and its launcher; a compiled graph asks when it runs. others: the
+    dtypes of tables and results."""
+    double = torch.float64 in others
     return backends.select(
         "rope",
         None if backend == _AUTO else backend,
         device_type=query.device.type,
-        dtype=query.dtype,
+        dtype=torch.float64 if double else query.dtype,
     )
 
 
@@ -134,13 +142,13 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if query.numel() or key.numel():
-        if cos.dtype not in (torch.float32, query.dtype):
-            cos, sin = cos.to(query.dtype), sin.to(query.dtype)
+        if cos.dtype not in (torch.float32, torch.float64, query.dtype):
+            cos, sin = cos.float(), sin.float()
         table = [_features(t) for t in (cos, sin)]
         if table[1].stride() != table[0].stride():
             table = [t.contiguous() for t in table]
         targets = [_features(t) for t in outs]
-        _choose(backend, query)[1].fwd(
+        _choose(backend, query, cos.dtype, outs[0].dtype)[1].fwd(
             targets,
             [_features(t) for t in (query, key)],
             *table,
@@ -204,7 +212,7 @@ class Rope(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Any) -> Any:
         cos, sin = ctx.saved_tensors
         interleaved, half_tables, backward, _, backend = ctx.facts
-        if torch.is_grad_enabled():  # create_graph=True
+        if differentiably(*upstream):
             options = {"interleaved": interleaved, "half_tables": half_tables}
             found = [reference.rope(d, cos, sin, **options, backward=True) for d in upstream]
             return (*(t.to(ctx.dtype) for t in found), *[None] * 7)

@@ -18,6 +18,7 @@ from fastft.nn.experts import experts_of
 from fastft.nn.head import FusedHead, FusedLoraHead, deferring
 from fastft.nn.mlp import layout_of
 from fastft.nn.rope import FusedRope, fused_rope, rope_facts
+from fastft.nn.rules import unhooked
 from fastft.nn.swap import become, original_of
 
 __all__ = [
@@ -75,7 +76,7 @@ def difference(
     # Verification draws random numbers; the model's own random state must not notice.
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
     try:
-        with uncounted(), torch.random.fork_rng(devices), torch.enable_grad():
+        with uncounted(), unhooked(module), torch.random.fork_rng(devices), torch.enable_grad():
             torch.manual_seed(0)
             expected = run(module, original_of(module))
             torch.manual_seed(0)

@@ -38,6 +38,7 @@ from fastft.nn.norm import (
     norm_facts,
 )
 from fastft.nn.rope import FusedRope, rope_facts, rotary_function
+from fastft.nn.rules import unhooked
 from fastft.nn.swap import Swapped, original_of, site_refusal, swapped_class
 from fastft.patch import proofs
 
@@ -248,7 +249,8 @@ def _norm_sites(model: nn.Module) -> Iterator[Site]:
         key = (type(module), weight.shape, weight.dtype, weight.device, epsilon(module))
         if key not in known:
             try:
-                known[key] = norm_facts(module)
+                with unhooked(module):
+                    known[key] = norm_facts(module)
             except Exception:  # it takes more than one tensor: a gated norm
                 known[key] = None
         facts = known[key]
@@ -263,7 +265,8 @@ def _layer_norm_site(name: str, module: nn.LayerNorm) -> Iterator[Site]:
     if not proofs.verifiable(module) or len(module.normalized_shape) != 1:
         return
     refusal = site_refusal("layer_norm", module.weight)
-    offset = layer_norm_offset(module) if refusal is None else None
+    with unhooked(module):
+        offset = layer_norm_offset(module) if refusal is None else None
     if refusal is None and offset is None:
         refusal = f"{type(module).__name__} computes no layer norm we know"
     yield _swapped_site(name, module, FusedLayerNorm, (("fastft_offset", offset or 0.0),), refusal)

@@ -33,13 +33,13 @@ def rope(
         tables = [t.repeat_interleave(2, -1) if interleaved else torch.cat([t, t], -1)
                   for t in tables]  # fmt: skip
     rotary = tables[0].shape[-1]
+    turning, staying = x.to(wide).split([rotary, x.shape[-1] - rotary], -1)
     (a, b), (ca, cb), (sa, sb) = (
-        (t[..., 0::2], t[..., 1::2]) if interleaved else t.chunk(2, -1)
-        for t in (x[..., :rotary].to(wide), *tables)
+        (t[..., 0::2], t[..., 1::2]) if interleaved else t.chunk(2, -1) for t in (turning, *tables)
     )
     pair = (a * ca + b * sb, b * cb - a * sa) if backward else (a * ca - b * sa, b * cb + a * sb)
     turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-    return torch.cat([turned, x[..., rotary:].to(wide)], -1)
+    return torch.cat([turned, staying], -1)
 
 
 def fwd(

@@ -69,6 +69,37 @@ def test_it_keeps_strides_and_writes_in_place_only_where_no_gradient_is_lost() -
     assert half[0].dtype == BF16
 
 
+def test_written_in_place_says_so() -> None:
+    q, k, cos, sin = (t.detach() for t in _heads())
+    w = torch.ones_like(q).requires_grad_()
+    y = (q * w).sum()
+    ops.rope(q, k, cos, sin, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@pytest.mark.parametrize("table", [F32, BF16, torch.float16, F64], ids=str)
+@pytest.mark.parametrize("out", [F32, BF16, torch.float16, F64, None], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_dtypes(dtype: torch.dtype, out: torch.dtype | None, table: torch.dtype) -> None:
+    q, k, cos, sin = (t.detach() for t in _heads())
+    heads = [t.to(dtype).requires_grad_() for t in (q, k)]
+    tables = [t.to(table) for t in (cos, sin)]
+    found = ops.rope(*heads, *tables, out_dtype=out)
+    expected = [
+        reference.rope(t.double(), *(t.double() for t in tables), interleaved=False,
+                       half_tables=False)
+        for t in heads
+    ]  # fmt: skip
+    into = out or torch.promote_types(dtype, table)
+    eps = max(torch.finfo(t).eps for t in (into, F64 if table == F64 else F32))
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == into
+        assert ((got.double() - want).abs() <= 4 * eps * want.abs().clamp(min=1)).all()
+    gradients = torch.autograd.grad(found, heads, [torch.ones_like(t) for t in found])
+    assert [g.dtype for g in gradients] == [dtype, dtype]
+
+
 def test_empty() -> None:
     q, k, cos, sin = _heads()
     got = ops.rope(q[:, :, :0], k[:, :, :0], cos[:, :0], sin[:, :0])
