@@ -39,9 +39,9 @@ _ROUNDED = 1 << 20
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
-def _unpin(address: int) -> None:
-    """Before memory goes; a copy may still be on its way."""
-    torch.cuda.synchronize()
+def _unpin(address: int, device: torch.device) -> None:
+    """Before memory goes; a copy of the engine's device may still be on its way."""
+    torch.cuda.synchronize(device)
     torch.cuda.cudart().cudaHostUnregister(address)
 
 
@@ -64,7 +64,8 @@ class CudaEngine:
                 got=f"CUDA error {status}",
                 remedy="Free host memory, or raise the limit on locked memory (ulimit -l).",
             )  # fmt: skip
-        ends = weakref.finalize(buffer.untyped_storage(), _unpin, buffer.data_ptr())
+        storage = buffer.untyped_storage()
+        ends = weakref.finalize(storage, _unpin, buffer.data_ptr(), self._device)
         ends.atexit = False
         return buffer
 
