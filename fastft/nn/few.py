@@ -1,5 +1,6 @@
 """Few rows without gradients, as in generation. A fused call saves passes over its tensors, of
-which there is little here, and costs its host more than a few calls of the library."""
+which there is little here, and costs its host more than a few calls of the library; what runs those
+counts as fused."""
 
 from __future__ import annotations
 

@@ -74,14 +74,14 @@ class Plan:
 
     parts: the adapters that take part. names: theirs. spans: None where each takes all rows, else
     (adapter, first row, past the last row) for each run of samples with one adapter.
-    adapter_names: that of each sample, in a mixed batch.
+    adapter_names: that of each sample, in a mixed batch. few: whether ``few.lora_linear`` runs it.
     """
 
-    __slots__ = ("adapter_names", "base", "names", "parts", "spans")
+    __slots__ = ("adapter_names", "base", "few", "names", "parts", "spans")
 
     def __init__(self, layer: PeftLinear, adapter_names: Sequence[str] | None) -> None:
         held = layer._modules["lora_A"]._modules
-        self.adapter_names = adapter_names
+        self.adapter_names, self.few = adapter_names, False
         wanted = layer.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
         self.names = [name for name in wanted if name in held]
         self.parts = [Parts(layer, name) for name in self.names]
@@ -265,7 +265,7 @@ class FusedLoraLinear(PeftLinear):
             if names is not None:
                 kwargs["adapter_names"] = names
             return super().forward(x, *args, **kwargs)
-        if few.takes(self, plan, x):
+        if plan.few:
             siblings.see(self, x)
             return few.lora_linear(plan, x)
         if torch.compiler.is_compiling() or kwargs.get("adapter_names") is not None:
@@ -293,6 +293,9 @@ class FusedLoraLinear(PeftLinear):
             return reason
         if torch.compiler.is_compiling():
             return plan  # compiled, the operation chooses when the graph runs
+        plan.few = few.takes(self, plan, x)
+        if plan.few:
+            return plan  # the library runs it on any device
         chosen, _ = backends.select(
             "lora_linear",
             device_type=x.device.type,

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from fastft import ops
 from fastft.nn.calls import count
+from fastft.nn.few import few_rows
 from fastft.nn.swap import Swapped, call_refusal
 from fastft.ops._checks import autocast_dtype
 
@@ -51,6 +52,10 @@ class FusedRMSNorm(Swapped):
         """The operation, or the original's forward, counted with its reason."""
         x, reason = _only_tensor(args, kwargs)
         dtype = None
+        # On a GPU its own code is a launch an operation.
+        if reason is None and x.device.type == "cpu" and few_rows(self, x):
+            count(self, None)
+            return super().forward(x)  # type: ignore[misc]
         if reason is None and self.fastft_narrow is not None and _is_narrow(x, self.weight):
             dtype = x.dtype if self.fastft_narrow == "input" else self.weight.dtype
             x = x.to(self.weight.dtype)
@@ -86,6 +91,9 @@ class FusedLayerNorm(Swapped):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         """:func:`fastft.ops.layer_norm`, or the original's forward, counted with its reason."""
         x, reason = _only_tensor(args, kwargs)
+        if reason is None and few_rows(self, x):
+            count(self, None)
+            return super().forward(x)  # type: ignore[misc]
         affine = [t for t in (self.weight, self.bias) if t is not None]
         dtype = None
         if reason is None and autocast_dtype(x.device.type) is not None:
