@@ -17,6 +17,7 @@ from torch import Tensor
 from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
+from fastft.ops._differentiable import plain_gradients, wanted
 from fastft.ops._library import register
 from fastft.ops._room import new_empty
 from fastft.ops._saving import note
@@ -262,16 +263,23 @@ class AddRMSNorm(torch.autograd.Function):
         return found[0], found[1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, d_sum: Tensor) -> Any:
         summed, weight, rstd = ctx.saved_tensors
         need = ctx.needs_input_grad[2]
+        if wanted(dy, d_sum):
+
+            def function(summed: Tensor, weight: Tensor) -> Any:
+                return reference.rms_norm(summed, weight, *ctx.facts)[:1]
+
+            dx, dw = plain_gradients(function, (summed, weight), (True, need), (dy,))
+            return dx + d_sum, dx + d_sum, dw, *[None] * 4
         dx, dw = _bwd_kernel(dy, summed, weight, rstd, ctx.offset, need, ctx.backend, d_sum)
         return dx, dx, dw if need else None, *[None] * 4
 
 
 def _add_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, weight, _, ctx.offset, _, ctx.backend = inputs
+    _, _, weight, *ctx.facts, ctx.backend = inputs
+    ctx.offset = ctx.facts[1]
     ctx.save_for_backward(output[1], weight, output[2])
 
 
