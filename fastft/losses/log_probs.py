@@ -158,7 +158,7 @@ def distillation_loss(
     given: Tensor | Teacher = teacher
     if teacher_of is not None:
         of = teacher_of
-        given = Teacher(of.hidden_states, of.weight, of.bias, of.scale, of.softcap or None)
+        given = Teacher(of.hidden_states, of.weight, of.total_bias(), of.scale, of.softcap or None)
     elif isinstance(teacher, DeferredLogits):
         given = teacher.value()
     own = _source(student)
@@ -175,12 +175,12 @@ def distillation_loss(
     own.check()
     if teacher_of is not None:
         teacher_of.check()
-    with own.context(), own.grad_mode():
+    with own.context(), own.without_logits():
         return linear_divergence(
             own.hidden_states,
             own.weight,
             given,
-            bias=own.bias,
+            bias=own.total_bias(),
             logit_scale=own.scale,
             softcap=own.softcap or None,
             mask=mask,

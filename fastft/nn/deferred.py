@@ -10,9 +10,9 @@ forward and no loss function is rewritten, and ``outputs.logits`` stays true.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastft.errors import ArgumentError
+from fastft.nn.calls import count
 from fastft.ops._checks import autocast_as
 
 __all__ = ["CALLS", "RULES", "DeferredLogits", "HeadAdapter", "Logits"]
 
 # Reading these needs no logits.
 _METADATA = {
-    Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
     Tensor.shape.__get__,  # type: ignore[attr-defined]
     Tensor.dtype.__get__,  # type: ignore[attr-defined]
     Tensor.device.__get__,  # type: ignore[attr-defined]
@@ -35,6 +35,7 @@ _METADATA = {
     Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
     Tensor.is_sparse.__get__,  # type: ignore[attr-defined]
     Tensor.is_meta.__get__,  # type: ignore[attr-defined]
+    Tensor._base.__get__,  # type: ignore[union-attr]
     Tensor.size,
     Tensor.dim,
     Tensor.numel,
@@ -51,7 +52,9 @@ _METADATA = {
 }
 
 
+# A new wrapper object at each access: compared by ==, as a dictionary does.
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_IS_LEAF = Tensor.is_leaf.__get__  # type: ignore[attr-defined]
 _GRAD_FN = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 
 
@@ -63,12 +66,12 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 class HeadAdapter(NamedTuple):
-    """A and B of a head's adapter, and what its layer would do with them now."""
+    """A head's adapter in its forward: lora_s (..., r), the scaled A of the hidden states with
+    their dropout, and a copy of B, both connected to the graph. Neither changes when A, B, the
+    scaling or the mode of the head does."""
 
-    lora_a: Tensor
+    lora_s: Tensor
     lora_b: Tensor
-    scaling: float
-    dropout: float
 
 
 @dataclass(frozen=True)
@@ -78,24 +81,25 @@ class Logits:
     Attributes:
         hidden_states: (..., hidden), connected to the graph.
         head: the language-model head.
-        compute: head(hidden_states), for whoever looks.
         weight, bias: (vocabulary, hidden) and (vocabulary,) or None.
         adapter: the head's.
+        added: what the model has added to the bias, (vocabulary,) or None.
         autocast, graph: whether the head ran under autocast (its dtype) and with gradients; whoever
             looks may be elsewhere.
         steps: what the model did to the logits, one function after the other: ``scale``,
-            ``softcap`` (0: none) and ``bias`` say the same to the fused loss.
+            ``softcap`` (0: none) and ``added`` say the same to the fused loss.
         fleeting: read before the step, or never: ``detach`` then defers, too.
         copied: by a wrapper that throws the copy away: DDP where it finds unused parameters.
-        state: which adapters the head had.
+        fused: one entry for each result with a gradient that was computed without them; one list
+            for all that is made of one forward's.
     """
 
     hidden_states: Tensor
     head: nn.Module
-    compute: Callable[[Tensor], Tensor]
     weight: Tensor
     bias: Tensor | None = None
     adapter: HeadAdapter | None = None
+    added: Tensor | None = None
     scale: float = 1.0
     softcap: float = 0.0
     autocast: torch.dtype | None = None
@@ -103,24 +107,17 @@ class Logits:
     steps: tuple[Callable[[Tensor], Tensor], ...] = ()
     fleeting: bool = False
     copied: bool = False
+    fused: list[bool] = field(default_factory=list)
     versions: tuple[int, ...] = ()
-    state: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.versions:
             object.__setattr__(self, "versions", self._versions())
-        if not self.state:
-            object.__setattr__(self, "state", self._state())
-
-    def _state(self) -> tuple[Any, ...]:
-        head: Any = self.head
-        names = tuple(getattr(head, "active_adapters", ()))
-        return names, getattr(head, "disable_adapters", False), getattr(head, "merged", False)
 
     def _versions(self) -> tuple[int, ...]:
-        adapter = () if self.adapter is None else (self.adapter.lora_a, self.adapter.lora_b)
-        tensors = (self.hidden_states, self.weight, *adapter)
-        return tuple(-1 if t.is_inference() else t._version for t in tensors)
+        tensors = (self.hidden_states, self.weight, self.bias, self.added)
+        given = [t for t in tensors if t is not None]
+        return tuple(-1 if t.is_inference() else t._version for t in given)
 
     def check(self) -> None:
         """Refuses logits that can no longer be what they were.
@@ -134,8 +131,8 @@ class Logits:
             changed = "the head's weight is freed (FSDP)"
         elif self._versions() != self.versions:
             changed = "an in-place change since"
-        elif self._state() != self.state:
-            changed = "other adapters are active since"
+        elif getattr(self.head, "merged", False):  # into weight.data, which has another version
+            changed = "a merge of the head's adapter since"
         if changed is None:
             return
         raise ArgumentError(
@@ -150,7 +147,11 @@ class Logits:
         """The logits, with the graph they would have had."""
         self.check()
         with self.context(), torch.set_grad_enabled(self.graph):
-            logits = self.compute(self.hidden_states)
+            count(self.head, "logits were read")
+            logits = nn.functional.linear(self.hidden_states, self.weight, self.bias)
+            if self.adapter is not None:
+                lora_s, lora_b = self.adapter
+                logits = logits + nn.functional.linear(lora_s, lora_b.to(lora_s.dtype))
             for step in self.steps:
                 logits = step(logits)
             return logits.to(dtype)
@@ -159,15 +160,37 @@ class Logits:
         """Autocast as it was for the head."""
         return autocast_as(self.hidden_states.device.type, self.autocast)
 
-    def grad_mode(self) -> AbstractContextManager[object]:
-        """Gradients where they were enabled for the head, and are."""
-        return torch.set_grad_enabled(self.graph and torch.is_grad_enabled())
+    def without_logits(self) -> AbstractContextManager[object]:
+        """For a result that is computed without the logits: gradients where they were enabled for
+        the head, and are."""
+        graph = self.graph and torch.is_grad_enabled()
+        if graph:
+            self.fused.append(True)
+        return torch.set_grad_enabled(graph)
+
+    def total_bias(self) -> Tensor | None:
+        """The head's bias and what the model has added."""
+        if self.bias is None or self.added is None:
+            return self.added if self.bias is None else self.bias
+        return self.bias + self.added
 
     def trained(self) -> bool:
         """Whether the loss of each token apart would take the logits twice: the head, its bias or
         its adapter is trained."""
         trained = [t.requires_grad for t in (self.weight, self.bias) if t is not None]
         return self.adapter is not None or any(trained)
+
+    def requires_grad(self) -> bool:
+        """What the logits' would be."""
+        tensors = (self.hidden_states, self.weight, self.bias, *(self.adapter or ()))
+        return self.graph and any(t is not None and t.requires_grad for t in tensors)
+
+    def at(self, pick: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """What changes where other positions, or the same in another shape, are taken."""
+        adapter = self.adapter
+        if adapter is not None:
+            adapter = adapter._replace(lora_s=pick(adapter.lora_s))
+        return {"hidden_states": pick(self.hidden_states), "adapter": adapter}
 
     def times(self, factor: float) -> Logits:
         """factor times these: the cap grows with them."""
@@ -180,7 +203,7 @@ class DeferredLogits(Tensor):
 
     Attributes:
         source: what it is made of, where and if it is.
-        view_of: the deferred logits that these are a view of, and which.
+        view_of: the deferred logits that torch's would be a view of, and which.
     """
 
     source: Logits
@@ -188,19 +211,22 @@ class DeferredLogits(Tensor):
     _value: Tensor | None
 
     @staticmethod
-    def __new__(cls, source: Logits, dtype: torch.dtype) -> DeferredLogits:
+    def __new__(
+        cls, source: Logits, dtype: torch.dtype, strides: Sequence[int] | None = None
+    ) -> DeferredLogits:
         hidden = source.hidden_states
         shape = (*hidden.shape[:-1], source.weight.shape[0])
         self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=dtype, device=hidden.device, requires_grad=False
+            cls, shape, strides=strides, dtype=dtype, device=hidden.device, requires_grad=False
         )
         self.source, self.view_of, self._value = source, None, None
         return self
 
     def value(self) -> Tensor:
-        """The logits, computed at the first call; a view of what has been computed is a view."""
+        """The logits, computed at the first call; a view is one of what it is a view of, which is
+        computed for it: a change in place is seen in both."""
         if self._value is None:
-            if self.view_of is not None and self.view_of[0].known():
+            if self.view_of is not None:
                 base, view = self.view_of
                 self._value = view(base.value())
             else:
@@ -225,11 +251,16 @@ class DeferredLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else kwargs.get("input")
-        if func == _REQUIRES_GRAD:  # a new wrapper object at each access
-            # In no graph until somebody looks: FSDP would hang a hook on them, and so compute them.
-            return first.known() and first.value().requires_grad  # type: ignore[union-attr]
+        if func in (_REQUIRES_GRAD, _IS_LEAF) and not first.known():  # type: ignore[union-attr]
+            requires_grad = first.source.requires_grad()  # type: ignore[union-attr]
+            return requires_grad if func == _REQUIRES_GRAD else not requires_grad
         if func == _GRAD_FN:  # DDP asks
             return first.value().grad_fn if first.known() else None  # type: ignore[union-attr]
+        if func == Tensor.register_hook and not first.known() and _of_fsdp(args[1]):  # type: ignore[union-attr]
+            return None  # it waits for the backward of any output: the loss is one
+        for tensor in _watched(func, args, kwargs):
+            if isinstance(tensor, DeferredLogits):
+                _refuse_to_watch(tensor, func)
         if isinstance(first, DeferredLogits) and not first.known():
             rule = CALLS.get(func) if kwargs else RULES.get(func) or CALLS.get(func)
             found = NotImplemented if rule is None else rule(*args, **kwargs)
@@ -242,6 +273,32 @@ class DeferredLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         return func(*_computed(args), **_computed(kwargs or {}))
+
+
+def _watched(func: Any, args: Any, kwargs: Any) -> Sequence[Any]:
+    """Tensors whose gradients the call asks for."""
+    if func in (Tensor.register_hook, Tensor.retain_grad):
+        return args[:1]  # type: ignore[no-any-return]
+    if func is torch.autograd.grad:
+        return args[1]  # type: ignore[no-any-return]
+    return kwargs.get("inputs") or () if func is torch.autograd.backward else ()
+
+
+def _of_fsdp(hook: Any) -> bool:
+    module = getattr(getattr(hook, "func", hook), "__module__", None) or ""
+    return module.startswith("torch.distributed.fsdp")
+
+
+def _refuse_to_watch(logits: DeferredLogits, func: Any) -> None:
+    if not logits.source.fused:
+        return
+    raise ArgumentError(
+        "fastft (deferred logits)",
+        "logits",
+        expected="a loss computed from the logits, where their gradient is asked for",
+        got=f"{func.__name__} after their loss was computed without them",
+        remedy="Call the model without labels for that loss, or use accelerate(loss=False).",
+    )
 
 
 def _computed(tree: Any) -> Any:

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastft.nn.deferred import RULES, DeferredLogits
+from fastft.nn.deferred import RULES, DeferredLogits, HeadAdapter
 
 __all__: list[str] = []
 
 
 def _with(logits: DeferredLogits, **change: Any) -> DeferredLogits:
-    # A choice of the hidden states has its own version: nothing was changed by it.
-    change.setdefault("versions", () if "hidden_states" in change else logits.source.versions)
     logits.source.check()
-    return DeferredLogits(replace(logits.source, **change), logits.dtype)
+    # Other tensors have other versions: nothing was changed by taking them.
+    return DeferredLogits(replace(logits.source, versions=(), **change), logits.dtype)
+
+
+def _taken(
+    logits: DeferredLogits, shape_of: Callable[[Tensor], Tensor], pick: Callable[[Tensor], Tensor]
+) -> DeferredLogits:
+    """Other positions, or the same in another shape, and a view where torch's would be one.
+
+    shape_of: does to the logits what ``pick`` does to tensors with another last dimension.
+    """
+    logits.source.check()
+    like = torch.empty_strided(logits.shape, logits.stride(), device="meta")
+    found = shape_of(like)
+    source = replace(logits.source, versions=(), **logits.source.at(pick))
+    taken = DeferredLogits(source, logits.dtype, found.stride())
+    if found.untyped_storage()._cdata == like.untyped_storage()._cdata:
+        taken.view_of = (logits, shape_of)
+    return taken
 
 
 def _cast(logits: DeferredLogits, dtype: torch.dtype) -> DeferredLogits:
@@ -66,8 +83,8 @@ def _added(logits: Any, other: Any) -> Any:
     if other.dim() > logits.dim():
         return NotImplemented
     bias = other.reshape(-1)
-    total = bias if source.bias is None else source.bias + bias
-    return _with(logits, bias=total, steps=(*source.steps, lambda z: z + bias))
+    added = bias if source.added is None else source.added + bias
+    return _with(logits, added=added, steps=(*source.steps, lambda z: z + bias))
 
 
 def _reshaped(logits: DeferredLogits, *shape: Any) -> Any:
@@ -80,10 +97,8 @@ def _reshaped(logits: DeferredLogits, *shape: Any) -> Any:
         shape = tuple(logits.numel() // rest if n == -1 else n for n in shape)
     if shape[-1] != logits.shape[-1]:
         return NotImplemented
-    hidden = logits.source.hidden_states
-    found = _with(logits, hidden_states=hidden.reshape(*shape[:-1], hidden.shape[-1]))
-    found.view_of = (logits, lambda z: z.reshape(shape))
-    return found
+    leading = shape[:-1]
+    return _taken(logits, lambda z: z.reshape(shape), lambda t: t.reshape(*leading, t.shape[-1]))
 
 
 def _chosen(logits: DeferredLogits, index: Any) -> Any:
@@ -100,9 +115,13 @@ def _chosen(logits: DeferredLogits, index: Any) -> Any:
         whole = whole and (len(items) < dims or items[-1] == slice(None))
     if not whole:
         return NotImplemented
-    found = _with(logits, hidden_states=logits.source.hidden_states[items])
-    found.view_of = (logits, lambda z: z[items])
-    return found
+    if isinstance(items[0], Tensor):  # a copy
+        return _with(logits, **logits.source.at(lambda t: t[items]))
+    return _taken(logits, lambda z: z[items], lambda t: t[items])
+
+
+def _contiguous(logits: DeferredLogits) -> DeferredLogits:
+    return logits if logits.is_contiguous() else DeferredLogits(logits.source, logits.dtype)
 
 
 def _cloned(logits: DeferredLogits) -> Any:
@@ -117,7 +136,7 @@ def _detached(logits: DeferredLogits) -> Any:
         return NotImplemented
     bias, adapter = source.bias, source.adapter
     if adapter is not None:
-        adapter = adapter._replace(lora_a=adapter.lora_a.detach(), lora_b=adapter.lora_b.detach())
+        adapter = HeadAdapter(*(t.detach() for t in adapter))
     return _with(
         logits,
         hidden_states=source.hidden_states.detach(),
@@ -131,19 +150,19 @@ def _detached(logits: DeferredLogits) -> Any:
 def _mean(logits: DeferredLogits, *dims: Any) -> Any:
     """Of all elements: the mean hidden state by the mean row of the head."""
     source = logits.source
-    adapter = source.adapter
-    if dims or source.softcap or (adapter is not None and adapter.dropout):
+    if dims or source.softcap:
         return NotImplemented
     source.check()
     wide = torch.promote_types(logits.dtype, torch.float32)
-    with source.grad_mode():
-        row = source.weight.mean(0, dtype=wide)
-        if adapter is not None:
-            b = adapter.lora_b.mean(0, dtype=wide)
-            row = row + adapter.scaling * b @ adapter.lora_a.to(wide)
-        mean = source.hidden_states.reshape(-1, row.numel()).mean(0, dtype=wide).dot(row)
-        if source.bias is not None:
-            mean = mean + source.bias.mean(dtype=wide)
+    pairs = [(source.hidden_states, source.weight), *([source.adapter] if source.adapter else [])]
+    with source.without_logits():
+        mean = torch.zeros((), dtype=wide, device=logits.device)
+        for rows, of_classes in pairs:
+            row = of_classes.mean(0, dtype=wide)
+            mean = mean + rows.reshape(-1, row.numel()).mean(0, dtype=wide).dot(row)
+        bias = source.total_bias()
+        if bias is not None:
+            mean = mean + bias.mean(dtype=wide)
         return (source.scale * mean).to(logits.dtype)
 
 
@@ -151,7 +170,7 @@ RULES.update(
     {
         Tensor.float: lambda logits: _cast(logits, torch.float32),
         Tensor.to: _to,
-        Tensor.contiguous: lambda logits: logits,
+        Tensor.contiguous: _contiguous,
         Tensor.mul: _multiplied,
         Tensor.__mul__: _multiplied,
         Tensor.__rmul__: _multiplied,

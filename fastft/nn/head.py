@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,7 +17,9 @@ from fastft.nn import trl_head
 from fastft.nn.calls import count
 from fastft.nn.deferred import CALLS, DeferredLogits, HeadAdapter, Logits
 from fastft.nn.lora import FusedLoraLinear, Parts
+from fastft.nn.rules import hooked
 from fastft.ops._checks import autocast_dtype
+from fastft.ops._differentiable import transform
 
 __all__ = [
     "FusedHead",
@@ -54,13 +56,18 @@ _thread = _Thread()
 
 
 def _defers(head: nn.Module) -> bool:
-    return any(f.head is not None and f.head() is head for f in _thread.forwards)
+    """Whether the head is to defer its product, and can."""
+    if not any(f.head is not None and f.head() is head for f in _thread.forwards):
+        return False
+    reason = "hooks on the head" if hooked(head) else transform()
+    if reason is not None:
+        count(head, reason)
+    return reason is None
 
 
 def _deferred(
     hidden_states: Tensor,
     head: nn.Module,
-    compute: Callable[[Tensor], Tensor],
     weight: Tensor,
     bias: Tensor | None,
     adapter: HeadAdapter | None = None,
@@ -70,7 +77,6 @@ def _deferred(
     source = Logits(
         hidden_states,
         head,
-        compute,
         weight,
         bias,
         adapter,
@@ -91,12 +97,7 @@ class FusedHead(nn.Linear):
         # A head that FSDP shards by itself has another class, and no weight once this returns.
         if type(self) is not FusedHead or torch.compiler.is_compiling() or not _defers(self):
             return super().forward(hidden_states)
-        return _deferred(hidden_states, self, self._product, self.weight, self.bias)
-
-    def _product(self, hidden_states: Tensor) -> Tensor:
-        """The logits, for whoever looks at them after all."""
-        count(self, "logits were read")
-        return nn.functional.linear(hidden_states, self.weight, self.bias)
+        return _deferred(hidden_states, self, self.weight, self.bias)
 
 
 FusedHead.__name__ = "Linear"
@@ -109,10 +110,7 @@ class FusedLoraHead(FusedLoraLinear):
         if type(self) is FusedLoraHead and not torch.compiler.is_compiling() and _defers(self):
             parts = self._one_adapter(x, args, kwargs)
             if parts is not None:
-                scaling, dropout = float(parts.scaling), parts.dropout_p()
-                adapter = HeadAdapter(parts.a.weight, parts.b.weight, scaling, dropout)
-                base = parts.base
-                return _deferred(x, self, self._product, base.weight, base.bias, adapter)
+                return _deferred(x, self, parts.base.weight, parts.base.bias, _adapter(parts, x))
         return super().forward(x, *args, **kwargs)
 
     def _one_adapter(self, x: Any, args: Any, kwargs: Any) -> Parts | None:
@@ -123,9 +121,15 @@ class FusedLoraHead(FusedLoraLinear):
         plain = parts.variant is None and parts.b.bias is None
         return parts if plain and isinstance(parts.base, nn.Linear) else None
 
-    def _product(self, x: Tensor) -> Tensor:
-        count(self, "logits were read")
-        return super().forward(x)
+
+def _adapter(parts: Parts, x: Tensor) -> HeadAdapter:
+    """What the adapter does in this forward: its mask, too, is drawn now."""
+    p = parts.dropout_p()
+    dropped = nn.functional.dropout(x, p) if p else x
+    dtype = autocast_dtype(x.device.type) or x.dtype
+    a, b = parts.a.weight, parts.b.weight
+    lora_s = nn.functional.linear(dropped.to(dtype), a.to(dtype)) * float(parts.scaling)
+    return HeadAdapter(lora_s, b.clone())
 
 
 FusedLoraHead.fastft_original = FusedLoraLinear.fastft_original
@@ -203,6 +207,8 @@ def fleeting_logits() -> Iterator[None]:
 def refusal(source: Logits) -> str | None:
     """Why the loss over these logits cannot be fused; None when it can."""
     weight, hidden = source.weight, source.hidden_states
+    if transform() is not None:
+        return transform()
     if type(weight) not in (Tensor, nn.Parameter) or type(hidden) is not Tensor:
         return "tensor subclass"
     if weight.device != hidden.device:
@@ -228,14 +234,13 @@ def head_losses(logits: DeferredLogits, labels: Tensor, **options: Any) -> Any:
         return NotImplemented
     adapter = source.adapter
     if adapter is not None:
-        options |= {"lora_a": adapter.lora_a, "lora_b": adapter.lora_b}
-        options |= {"scaling": adapter.scaling, "lora_dropout": adapter.dropout}
-    with source.context(), source.grad_mode():
+        options |= adapter._asdict()
+    with source.context(), source.without_logits():
         return ops.linear_cross_entropy(
             source.hidden_states,
             source.weight,
             labels,
-            bias=source.bias,
+            bias=source.total_bias(),
             logit_scale=source.scale,
             softcap=source.softcap or None,
             **options,

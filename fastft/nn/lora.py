@@ -18,9 +18,9 @@ from fastft.nn.calls import count
 from fastft.nn.dora import dropped, forget_norms, scale_of
 from fastft.nn.mixed import adapter_names_of
 from fastft.nn.rules import ADAPTER_STATE, LAYER_STATE, Rule, first, hooked
-from fastft.nn.swap import transformed
 from fastft.nn.unmerged import Unmerged
 from fastft.ops._checks import autocast_dtype
+from fastft.ops._differentiable import transform
 
 __all__ = [
     "ADAPTER_RULES",
@@ -214,7 +214,7 @@ def _mixed_dtypes(p: Parts, x: Tensor) -> bool:
 
 # What the call is.
 CALL_RULES: tuple[Rule, ...] = (
-    Rule("torch.func transform or a trace", lambda p, x: transformed()),
+    Rule("torch.func, forward-mode AD or a trace", lambda p, x: transform() is not None),
     Rule("tensor subclass", _foreign_tensors),
     Rule("input has no dimension", lambda p, x: x.dim() == 0),
     Rule("several devices", _several_devices),

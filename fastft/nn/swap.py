@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from fastft import backends
+from fastft.ops._differentiable import transform
 
 __all__ = [
     "Swapped",
@@ -25,7 +25,6 @@ __all__ = [
     "original_of",
     "site_refusal",
     "swapped_class",
-    "transformed",
 ]
 
 
@@ -102,17 +101,6 @@ def _revive(recipe: tuple[Any, ...]) -> nn.Module:
     return cls.__new__(cls)  # type: ignore[no-any-return]
 
 
-def transformed() -> bool:
-    """Whether torch follows each of its operations: torch.func, forward-mode AD, make_fx, tracing.
-    Compiled graphs see registered operations."""
-    return not torch.compiler.is_compiling() and (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-        or torch._C._get_tracing_state() is not None
-    )
-
-
 def call_refusal(op: str, *tensors: Any, dtype: torch.dtype | None = None) -> str | None:
     """Why ``op`` cannot run on these tensors; None when it can.
 
@@ -121,8 +109,9 @@ def call_refusal(op: str, *tensors: Any, dtype: torch.dtype | None = None) -> st
     mixed = dtype is None and any(t.dtype != tensors[0].dtype for t in tensors)
     if torch.compiler.is_compiling():  # the operation chooses when the graph runs
         return "mixed dtypes" if mixed else None
-    if transformed():
-        return "torch.func transform or a trace"
+    followed = transform()
+    if followed is not None:
+        return followed
     if not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
         return "tensor subclass"
     first = tensors[0]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastft import ops
 from fastft.nn.calls import count
 from fastft.ops._checks import autocast_dtype
+from fastft.ops._differentiable import transform
 
 __all__ = ["begin", "end"]
 
@@ -56,6 +57,8 @@ class _Stand:
 def _refusal(arguments: tuple[Any, ...]) -> str | None:
     if len(arguments) != 9:
         return "this version of TRL calls its fused head otherwise"
+    if transform() is not None:
+        return transform()
     hidden, weight, _, labels, *_, outputs = arguments
     if not set(outputs) <= set(_OUTPUTS):
         return "a result of each token that fastft does not know"

@@ -129,14 +129,17 @@ def kept_tokens(ignored: Tensor, flops: float) -> Tokens:
     if ignored.device.type == "cpu":
         kept = (~ignored).nonzero().flatten()
         return Tokens() if kept.numel() == ignored.numel() else Tokens(kept)
-    capturing = ignored.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not ignored.is_cuda or flops < _COMPACT_FLOPS or capturing:
+    if not ignored.is_cuda or flops < _COMPACT_FLOPS:
         return Tokens()
-    order = torch.argsort(ignored.to(torch.uint8), stable=True)
-    pinned = torch.empty(1, dtype=torch.int64, pin_memory=True)
-    pinned.copy_((~ignored).sum().view(1), non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
+    # Asked of the head's device: another may be current.
+    with torch.cuda.device(ignored.device):
+        if torch.cuda.is_current_stream_capturing():
+            return Tokens()
+        order = torch.argsort(ignored.to(torch.uint8), stable=True)
+        pinned = torch.empty(1, dtype=torch.int64, pin_memory=True)
+        pinned.copy_((~ignored).sum().view(1), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
 
     def count() -> int:
         event.synchronize()

@@ -3,7 +3,8 @@
 Two ways to the gradients. Where every token's loss has the same gradient (a sum, a mean), or where
 only per-token gradients are wanted (a frozen head), the forward makes those of the summed loss
 while it has the logits, and the backward scales them. Else (weighted tokens over a trained head)
-the forward keeps two numbers a token and the backward makes the logits again.
+the forward keeps two numbers a token and the backward makes the logits again. Second derivatives,
+and gradients of a batch of upstream ones, go through the reference, over all logits.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.errors import ArgumentError
 from fastft.ops._checks import without_autocast
+from fastft.ops._differentiable import plain_gradients, wanted
 from fastft.ops._head_loop import NO_GRADIENTS, Needs, empty_gradients
 from fastft.ops._library import register
-from fastft.ops._linear_cross_entropy_run import Again, Given, Shard, run
+from fastft.ops._linear_cross_entropy_run import WHERE, Again, Given, Shard, run
+from fastft.reference import linear_cross_entropy as reference
 
 __all__ = ["LinearCrossEntropy"]
 
@@ -140,8 +144,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         return found[:7]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: Any) -> Any:
+        if wanted(upstream[0], upstream[4]):
+            return None, *_plain_backward(ctx, upstream[0], upstream[4]), *[None] * 8
+
         def again(*arguments: Any) -> Any:
             return _bwd_kernel(*arguments, shard=ctx.shard)
 
@@ -153,14 +159,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.likes, ctx.rest = _likes(call), call[7:]
     ctx.moments = call[11]
     kept = () if ctx.recompute else output[7:]
-    # The entropy's gradient, too, takes the logits again.
-    inputs_again = (*output[2:5], *call[:7]) if ctx.recompute or ctx.moments else ()
-    ctx.save_for_backward(*kept, *inputs_again)
+    # The inputs are for whoever makes the logits again: the backward of token losses apart and of
+    # the entropy, and second derivatives.
+    ctx.save_for_backward(*kept, *output[2:5], *call[:7])
     ctx.n_kept = len(kept)
 
 
 def _backward(ctx: Any, d_losses: Any, d_entropy: Any, again: Any) -> list[Tensor | None]:
-    kept, rest = ctx.saved_tensors[: ctx.n_kept], ctx.saved_tensors[ctx.n_kept :]
+    saved = ctx.saved_tensors  # once: a checkpoint gives them a single time
+    kept, rest = saved[: ctx.n_kept], saved[ctx.n_kept :]
     none: list[Tensor | None] = [None] * 6
     if not ctx.moments:
         d_entropy = None
@@ -176,6 +183,37 @@ def _backward(ctx: Any, d_losses: Any, d_entropy: Any, again: Any) -> list[Tenso
     more = again(d_losses, d_entropy, top, log_sum, entropy, *inputs, *ctx.rest)
     found = zip(made, _to_inputs(more, ctx.likes, None), strict=True)
     return [b if a is None else a if b is None else a + b for a, b in found]
+
+
+def _plain_backward(ctx: Any, d_losses: Any, d_entropy: Any) -> list[Tensor | None]:
+    if ctx.shard is not None:
+        raise ArgumentError(
+            WHERE,
+            "shard",
+            expected="first derivatives, of one upstream gradient at a time, of a part of a head",
+            got="create_graph=True or is_grads_batched=True",
+            remedy="Take them of the whole head.",
+        )
+    d_entropy = d_entropy if ctx.moments else None
+    if d_losses is None and d_entropy is None:
+        return [None] * 6
+    *inputs, labels = ctx.saved_tensors[-7:]
+
+    def function(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        given = _given((*tensors, labels, *ctx.rest[:-1]))
+        head = given.head()
+        logits = torch.nn.functional.linear(head.hidden, head.weight)
+        if head.lora_s is not None and head.lora_b is not None:
+            logits = logits + torch.nn.functional.linear(head.lora_s, head.lora_b)
+        z = reference.transform(logits, given.bias, given.scale, given.softcap)
+        ignored = labels == given.ignore_index
+        options = given.class_weight, given.smoothing, given.z_loss
+        losses = reference.cross_entropy(z, labels, given.ignore_index, *options)
+        return losses, reference.entropy(z, ignored)
+
+    with without_autocast(labels.device.type):
+        needs = ctx.needs_input_grad[1:7]
+        return plain_gradients(function, inputs, needs, (d_losses, d_entropy))
 
 
 def _registered_backward(ctx: Any, *upstream: Any) -> Any:

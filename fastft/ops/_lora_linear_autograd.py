@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastft import backends
 from fastft.ops._checks import without_autocast
-from fastft.ops._eager import differentiably, gradients_of
+from fastft.ops._differentiable import plain_gradients, wanted
 from fastft.ops._remade import keeping
 from fastft.ops._room import empty_like, new_empty
 from fastft.ops._saving import Late, note, saves_first
@@ -324,7 +324,7 @@ class LoraLinear(torch.autograd.Function):
         left = _take(ctx, dys)
         x, tensors = saved_of(ctx) if left is None else left.saved
         weights, biases, lora_as, lora_bs, masks, scales, ss, results = constants.split(tensors)
-        if differentiably(*dys):
+        if wanted(*dys):
             needs = ctx.needs_input_grad[2:]
             return None, None, *_differentiable_backward(constants, x, tensors, dys, needs)
         needs = constants.split(ctx.needs_input_grad[3:])
@@ -371,7 +371,7 @@ def _differentiable_backward(
     them."""
     inputs = [x, *tensors][: len(needs)]
     given = [t is not None and need for t, need in zip(inputs, needs)]
-    return gradients_of(functools.partial(_again, constants), inputs, given, dys)
+    return plain_gradients(functools.partial(_again, constants), inputs, given, dys)
 
 
 def _again(constants: Constants, x: Tensor, *tensors: Any) -> list[Tensor]:

@@ -27,7 +27,7 @@ from fastft.ops._checks import (
     check_tensor,
     without_autocast,
 )
-from fastft.ops._eager import differentiably, gradients_of
+from fastft.ops._differentiable import plain_gradients, wanted
 from fastft.ops._library import register
 from fastft.ops._room import empty_like, new_empty
 from fastft.ops._saving import registered
@@ -253,13 +253,13 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> Any:
         query, key, value, mask, result, lse = ctx.saved_tensors
         gradients: Sequence[Tensor | None]
-        if differentiably(d_out):
+        if wanted(d_out):
 
             def again(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
                 return reference.attention(query, key, value, mask, ctx.scale, ctx.is_causal)[0]
 
             needs = ctx.needs_input_grad[:3]
-            gradients = gradients_of(again, (query, key, value), needs, [d_out])
+            gradients = plain_gradients(again, (query, key, value), needs, [d_out])
         else:
             gradients = _bwd_kernel(
                 d_out, query, key, value, mask, result, lse, ctx.scale, ctx.is_causal, ctx.backend

@@ -29,7 +29,7 @@ from fastft.ops._checks import (
     check_tensor,
     without_autocast,
 )
-from fastft.ops._eager import differentiably, gradients_of
+from fastft.ops._differentiable import plain_gradients, wanted
 from fastft.ops._library import register
 from fastft.ops._room import new_empty
 from fastft.reference import dora_scale as reference
@@ -211,8 +211,8 @@ class DoraScale(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         z, scale, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        if differentiably(dy):
-            return (*gradients_of(reference.dora_scale, (z, scale, bias), needs, [dy]), None)
+        if wanted(dy):
+            return (*plain_gradients(reference.dora_scale, (z, scale, bias), needs, [dy]), None)
         dz, d_scale = _bwd_kernel(dy, z, scale, needs[1], ctx.backend)
         d_bias = _rows(dy).sum(0) if needs[2] else None
         return dz, d_scale if needs[1] else None, d_bias, None

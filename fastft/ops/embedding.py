@@ -19,7 +19,7 @@ from torch.nn import functional
 from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_tensor
-from fastft.ops._eager import differentiably
+from fastft.ops._differentiable import wanted
 from fastft.ops._library import register
 
 __all__ = ["check", "embedding"]
@@ -134,7 +134,7 @@ class Embedding(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         (ids,) = ctx.saved_tensors
         rows, padding, _ = ctx.facts
-        if differentiably(dy):
+        if wanted(dy):
             d_weight = torch.ops.aten.embedding_dense_backward(dy, ids, rows, padding, False)
         else:
             d_weight = _bwd_kernel(dy, ids, *ctx.facts)

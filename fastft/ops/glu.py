@@ -19,7 +19,8 @@ from fastft import backends
 from fastft.errors import ArgumentError, nearest
 from fastft.ops import _glu_pair
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
-from fastft.ops._eager import call, differentiably, gradients_of
+from fastft.ops._differentiable import plain_gradients, wanted
+from fastft.ops._eager import call
 from fastft.ops._library import register
 from fastft.ops._room import new_empty
 from fastft.ops._saving import note
@@ -148,13 +149,13 @@ class Glu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Any:
         gate, up = ctx.saved_tensors
-        if differentiably(d_out):
+        if wanted(d_out):
 
             def again(gate: Tensor, up: Tensor) -> Tensor:
                 return reference.glu(gate, up, ctx.facts[0])
 
             needs = ctx.needs_input_grad[:2]
-            return (*gradients_of(again, (gate, up), needs, [d_out]), None, None)
+            return (*plain_gradients(again, (gate, up), needs, [d_out]), None, None)
         if ctx.producer is not None:
             made = _glu_pair.backward(ctx.producer, d_out, gate, up, ctx.facts[0])
             if made is not None:

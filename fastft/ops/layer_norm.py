@@ -17,7 +17,8 @@ from torch import Tensor
 from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
-from fastft.ops._eager import call, differentiably, gradients_of
+from fastft.ops._differentiable import plain_gradients, wanted
+from fastft.ops._eager import call
 from fastft.ops._library import register
 from fastft.ops._room import new_empty
 from fastft.ops._saving import note
@@ -197,12 +198,12 @@ class LayerNorm(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         eps, offset, round_first, backend = ctx.facts
         needs: list[bool] = list(ctx.needs_input_grad[:3])
-        if differentiably(dy):
+        if wanted(dy):
 
             def again(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
                 return reference.layer_norm(x, weight, bias, eps, offset, round_first)[0]
 
-            gradients = gradients_of(again, (x, weight, bias), needs, [dy])
+            gradients = plain_gradients(again, (x, weight, bias), needs, [dy])
         else:
             made = _bwd_kernel(dy, x, weight, mean, rstd, offset, needs[1], needs[2], backend)
             gradients = [t if need else None for t, need in zip(made, (True, *needs[1:]))]

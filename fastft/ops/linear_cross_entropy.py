@@ -71,6 +71,7 @@ def linear_cross_entropy(
     lora_b: Tensor | None = None,
     scaling: float = 1.0,
     lora_dropout: float = 0.0,
+    lora_s: Tensor | None = None,
     shift: bool = False,
     reduction: str = "mean",
     num_items_in_batch: Tensor | int | None = None,
@@ -103,6 +104,7 @@ def linear_cross_entropy(
             dtype.
         scaling: s, its lora_alpha / r.
         lora_dropout: the probability with which elements of h are dropped before A.
+        lora_s: (..., r), what these make of ``hidden_states``, s A h, in their place.
         shift: position t predicts label t + 1 along the last dimension of ``labels``.
         reduction: "mean" over the tokens that count, "sum", or "none": a loss for each token, 0
             where it does not count (the log-probability of the label is its negative). With "none"
@@ -131,13 +133,13 @@ def linear_cross_entropy(
     """
     soft = isinstance(labels, Tensor) and labels.is_floating_point()
     check(
-        hidden_states, weight, labels, bias, class_weight, lora_a, lora_b,
+        hidden_states, weight, labels, bias, class_weight, lora_a, lora_b, lora_s,
         label_smoothing=label_smoothing, softcap=softcap, reduction=reduction, chunk=chunk,
         shard=shard, whole=soft or return_statistics,
     )  # fmt: skip
     transform: dict[str, Any] = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
     if soft:
-        if return_accuracy or return_statistics or shift or z_loss or lora_a is not None:
+        if return_accuracy or return_statistics or shift or z_loss or lora_b is not None:
             raise ArgumentError(
                 WHERE,
                 "labels",
@@ -163,8 +165,9 @@ def linear_cross_entropy(
     dtype = autocast_dtype(device_type) or hidden_states.dtype
     flat = hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype).contiguous()
     target = labels.reshape(-1).contiguous()
-    lora_s = None
-    if lora_a is not None:
+    if lora_s is not None:
+        lora_s = lora_s.reshape(-1, lora_s.shape[-1]).to(dtype).contiguous()
+    elif lora_a is not None:
         dropped = torch.nn.functional.dropout(flat, lora_dropout) if lora_dropout else flat
         lora_s = torch.nn.functional.linear(dropped, lora_a.to(dtype)) * scaling
     tensors = [flat, weight, bias, class_weight, lora_s, lora_b]
@@ -232,6 +235,7 @@ def check(
     class_weight: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
+    lora_s: Tensor | None,
     *,
     label_smoothing: float,
     softcap: float | None,
@@ -282,9 +286,10 @@ def check(
         "bias": (bias, (vocabulary,), "(vocabulary,)"),
         "class_weight": (class_weight, (total,), "(vocabulary,)"),
     }
-    if lora_a is not None and lora_b is not None:
-        rank = lora_a.shape[0] if isinstance(lora_a, Tensor) and lora_a.dim() == 2 else 0
+    if lora_b is not None:
+        rank = lora_b.shape[1] if isinstance(lora_b, Tensor) and lora_b.dim() == 2 else 0
         shapes["lora_a"] = (lora_a, (rank, hidden), "(r, hidden)")
+        shapes["lora_s"] = (lora_s, (*leading, rank), "(hidden_states[:-1], r)")
         shapes["lora_b"] = (lora_b, (vocabulary, rank), "(vocabulary, r)")
     for name, (tensor, shape, what) in shapes.items():
         if tensor is not None:
@@ -292,7 +297,8 @@ def check(
             check_device(WHERE, name, tensor, device)
             check_shape(WHERE, name, tensor, shape, what)
     refusals = (
-        ("lora_b", (lora_a is None) == (lora_b is None), "lora_a and lora_b together", "one"),
+        ("lora_b", (lora_a is None) + (lora_s is None) == 1 + (lora_b is None),
+         "lora_b together with lora_a or lora_s", "one alone"),
         ("class_weight", class_weight is None or not class_weight.requires_grad,
          "constant class weights", "some that require a gradient"),
         ("label_smoothing", 0.0 <= label_smoothing <= 1.0, "0 to 1", label_smoothing),

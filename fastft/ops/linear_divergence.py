@@ -29,6 +29,7 @@ from fastft.ops._checks import (
     check_tensor,
     without_autocast,
 )
+from fastft.ops._differentiable import batched
 from fastft.ops._head_loop import (
     Gradients,
     Head,
@@ -295,8 +296,15 @@ class LinearDivergence(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_losses: Tensor) -> Any:
+        if torch.is_grad_enabled():  # a second would take the teacher's logits: they are not kept
+            raise ArgumentError(
+                _WHERE,
+                "hidden_states",
+                expected="first derivatives",
+                got="create_graph=True",
+                remedy="Take them of logits: fastft.ops.divergence, or accelerate(loss=False).",
+            )
         hidden, weight, bias = ctx.saved_tensors
         one = d_losses[:1] if d_losses.numel() else d_losses.new_zeros(1)
         scaled: list[Tensor | None] = []
@@ -306,6 +314,9 @@ class LinearDivergence(torch.autograd.Function):
         ):  # fmt: skip
             if not need:
                 scaled.append(None)
+                continue
+            if batched(d_losses):  # which out= does not take
+                scaled.append((gradient * scale).to(dtype))
                 continue
             target = torch.empty_like(gradient, dtype=dtype)
             scaled.append(torch.mul(gradient, scale, out=target))

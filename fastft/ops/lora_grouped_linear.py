@@ -23,7 +23,7 @@ from fastft.ops._checks import (
     check_tensor,
     without_autocast,
 )
-from fastft.ops._eager import differentiably, gradients_of
+from fastft.ops._differentiable import plain_gradients, wanted
 from fastft.ops._library import register
 from fastft.reference.lora_grouped_linear import lora_grouped_linear as reference
 
@@ -214,14 +214,14 @@ class GroupedLora(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, s, weight, lora_a, lora_b, ends = ctx.saved_tensors
-        if differentiably(dy):
+        if wanted(dy):
 
             def again(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
                 return reference(x, weight, lora_a, lora_b, ends, ctx.facts[0])
 
             need_x, _, *need_adapter = ctx.needs_input_grad[:4]
             needs = (need_x, *need_adapter)
-            dx, da, db = gradients_of(again, (x, lora_a, lora_b), needs, [dy])
+            dx, da, db = plain_gradients(again, (x, lora_a, lora_b), needs, [dy])
         else:
             dx, da, db = _bwd_kernel(dy, x, s, weight, lora_a, lora_b, ends, *ctx.facts)
         return dx, None, da, db, None, None, None

@@ -18,7 +18,8 @@ from torch import Tensor
 from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
-from fastft.ops._eager import call, differentiably, gradients_of
+from fastft.ops._differentiable import plain_gradients, wanted
+from fastft.ops._eager import call
 from fastft.ops._library import register
 from fastft.ops._room import new_empty
 from fastft.ops._saving import note
@@ -202,8 +203,8 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, rstd = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
-        if differentiably(dy):
-            gradients = gradients_of(_again(ctx), (x, weight), needs, [dy])
+        if wanted(dy):
+            gradients = plain_gradients(_again(ctx), (x, weight), needs, [dy])
         else:
             dx, dw = _bwd_kernel(dy, x, weight, rstd, ctx.offset, needs[1], ctx.backend)
             gradients = [dx, dw if needs[1] else None]
@@ -270,8 +271,8 @@ class AddRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, d_sum: Tensor) -> Any:
         summed, weight, rstd = ctx.saved_tensors
         need = ctx.needs_input_grad[2]
-        if differentiably(dy, d_sum):
-            d_norm, dw = gradients_of(_again(ctx), (summed, weight), (True, need), [dy])
+        if wanted(dy, d_sum):
+            d_norm, dw = plain_gradients(_again(ctx), (summed, weight), (True, need), [dy])
             dx = d_sum if d_norm is None else d_norm + d_sum
             return dx, dx, dw, *[None] * 4
         dx, dw = _bwd_kernel(dy, summed, weight, rstd, ctx.offset, need, ctx.backend, d_sum)

@@ -16,7 +16,8 @@ from torch import Tensor
 from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
-from fastft.ops._eager import call, differentiably
+from fastft.ops._differentiable import wanted
+from fastft.ops._eager import call
 from fastft.ops._library import register
 from fastft.ops._room import empty_like, new_empty
 from fastft.reference import rope as reference
@@ -212,7 +213,7 @@ class Rope(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Any) -> Any:
         cos, sin = ctx.saved_tensors
         interleaved, half_tables, backward, _, backend = ctx.facts
-        if differentiably(*upstream):
+        if wanted(*upstream):
             options = {"interleaved": interleaved, "half_tables": half_tables}
             found = [reference.rope(d, cos, sin, **options, backward=True) for d in upstream]
             return (*(t.to(ctx.dtype) for t in found), *[None] * 7)

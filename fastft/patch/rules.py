@@ -38,7 +38,7 @@ from fastft.nn.norm import (
     norm_facts,
 )
 from fastft.nn.rope import FusedRope, rope_facts, rotary_function
-from fastft.nn.rules import unhooked
+from fastft.nn.rules import hooked, unhooked
 from fastft.nn.swap import Swapped, original_of, site_refusal, swapped_class
 from fastft.patch import proofs
 
@@ -178,12 +178,12 @@ def language_model_of(model: Any) -> Any:
 
 def _head_refusal(head: nn.Module) -> str | None:
     if original_of(head) is PeftLinear:
-        return module_refusal(head)  # type: ignore[arg-type]
-    if type(head) not in (nn.Linear, FusedHead):
-        return f"the head is a {type(head).__name__}, not nn.Linear"
-    if head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
-        return "hooks on the head"
-    return None
+        refusal = module_refusal(head)  # type: ignore[arg-type]
+    elif type(head) not in (nn.Linear, FusedHead):
+        refusal = f"the head is a {type(head).__name__}, not nn.Linear"
+    else:
+        refusal = None
+    return refusal or ("hooks on the head" if hooked(head) else None)
 
 
 def _loss_sites(model: nn.Module) -> Iterator[Site]:

@@ -8,9 +8,11 @@ from torch import Tensor
 
 __all__ = [
     "add_d_weight",
+    "cross_entropy",
     "d_hidden",
     "divergence",
     "divergence_rows",
+    "entropy",
     "linear_cross_entropy",
     "new_slab",
     "project",
@@ -49,6 +51,18 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The loss of each token, of all logits at once; differentiable."""
     z = transform(torch.nn.functional.linear(hidden, weight), bias, scale, softcap)
+    return cross_entropy(z, labels, ignore_index, class_weight, label_smoothing, z_loss)
+
+
+def cross_entropy(
+    z: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """The loss of each row of logits; differentiable."""
     losses = torch.nn.functional.cross_entropy(
         z,
         labels,
@@ -59,6 +73,14 @@ def linear_cross_entropy(
     )
     squares = torch.logsumexp(z, -1).square()
     return losses + z_loss * torch.where(labels == ignore_index, 0.0, squares)
+
+
+def entropy(z: Tensor, ignored: Tensor) -> Tensor:
+    """The entropy of each row of logits, 0 where it is ignored; differentiable."""
+    log_p = torch.log_softmax(z, -1)
+    # 0 log 0 is 0, and so is its gradient.
+    each = log_p.exp() * log_p.clamp(min=torch.finfo(z.dtype).min)
+    return torch.where(ignored, 0.0, -each.sum(-1))
 
 
 def divergence(kind: int, student: Tensor, teacher: Tensor, beta: float) -> Tensor:
