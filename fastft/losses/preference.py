@@ -259,7 +259,9 @@ def grpo_loss(
     if advantages.dim() == 1:
         advantages = advantages[:, None]
     kept = mask.to(log_probs.dtype)
+    # Where the mask is 0 log-probabilities may be anything.
     difference = log_probs - (log_probs.detach() if old is None else old)
+    difference = torch.where(mask != 0, difference, 0.0)
     lengths = kept.sum(-1).clamp(min=1)
     if importance_sampling_level == "sequence":
         difference = ((difference * kept).sum(-1) / lengths)[:, None]
@@ -268,7 +270,7 @@ def grpo_loss(
     clipped = weight.clamp(1 - epsilon, 1 + high)
     losses = -torch.minimum(weight * advantages, clipped * advantages)
     if reference is not None and beta != 0:
-        d = reference - log_probs
+        d = torch.where(mask != 0, reference - log_probs, 0.0)
         losses = losses + beta * (d.exp() - d - 1)
     losses = losses * kept
     if loss_type == "grpo":

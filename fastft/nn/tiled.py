@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from fastft.errors import ArgumentError
 from fastft.ops._checks import autocast_as, autocast_dtype
+from fastft.ops._differentiable import wanted
 from fastft.ops._saving import Late, noting, saves_first
 
 __all__ = ["tiled"]
@@ -68,8 +70,15 @@ class _Tiled(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
+        if wanted(dy):
+            raise ArgumentError(
+                "fastft.memory (mlp_tile)",
+                "input",
+                expected="first derivatives, one at a time",
+                got="create_graph=True or is_grads_batched=True",
+                remedy="Leave mlp_tile out.",
+            )
         (rows,) = ctx.saved_tensors
         need = ctx.needs_input_grad[3]
         d_rows = torch.empty_like(rows) if need else None

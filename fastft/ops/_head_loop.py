@@ -23,6 +23,7 @@ __all__ = [
     "default_chunk",
     "empty_gradients",
     "kept_tokens",
+    "over",
     "slabs",
 ]
 
@@ -254,3 +255,11 @@ def _row_gradient(
     product(rows, slab, factor)
     out.index_copy_(0, places, rows)
     return None
+
+
+def over(total: Tensor, count: Tensor | float) -> Tensor:
+    """total / count: over no token NaN, with gradients of 0, as torch's own losses."""
+    if not isinstance(count, Tensor):
+        return total / count if count else total * 0 + torch.nan
+    nothing = count == 0
+    return torch.where(nothing, torch.nan, total / torch.where(nothing, 1, count))

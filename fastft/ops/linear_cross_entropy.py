@@ -28,7 +28,7 @@ from fastft.ops._checks import (
     check_shape,
     check_tensor,
 )
-from fastft.ops._head_loop import default_chunk, free_bytes
+from fastft.ops._head_loop import default_chunk, free_bytes, over
 from fastft.ops._linear_cross_entropy_autograd import LinearCrossEntropy
 from fastft.ops._linear_cross_entropy_run import AUTO, WHERE, Shard, choose
 
@@ -160,7 +160,9 @@ def linear_cross_entropy(
         )  # fmt: skip
         return _reduced(losses, losses.numel(), reduction, num_items_in_batch)
     if shift:
-        labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        following = labels[..., 1:]
+        labels = torch.full_like(labels, ignore_index)
+        labels[..., :-1] = following
     device_type = hidden_states.device.type
     dtype = autocast_dtype(device_type) or hidden_states.dtype
     flat = hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype).contiguous()
@@ -219,12 +221,10 @@ def _reduced(
     reduction: str,
     num_items_in_batch: Tensor | int | None,
 ) -> Tensor:
-    if reduction == "none":
-        return losses if num_items_in_batch is None else losses / num_items_in_batch
-    loss = losses.sum(dtype=torch.float64).to(losses.dtype)
+    loss = losses if reduction == "none" else losses.sum(dtype=torch.float64).to(losses.dtype)
     if num_items_in_batch is not None:
-        return loss / num_items_in_batch
-    return loss / divisor if reduction == "mean" else loss
+        return over(loss, num_items_in_batch)
+    return over(loss, divisor) if reduction == "mean" else loss
 
 
 def check(

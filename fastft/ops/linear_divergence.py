@@ -19,17 +19,10 @@ import torch
 from torch import Tensor
 
 from fastft import backends
-from fastft.errors import ArgumentError, ShapeError
-from fastft.ops._checks import (
-    FLOATS,
-    autocast_dtype,
-    check_device,
-    check_dtype,
-    check_shape,
-    check_tensor,
-    without_autocast,
-)
+from fastft.errors import ArgumentError
+from fastft.ops._checks import autocast_dtype, without_autocast
 from fastft.ops._differentiable import batched
+from fastft.ops._divergence_checks import KINDS, WHERE, Teacher, check
 from fastft.ops._head_loop import (
     Gradients,
     Head,
@@ -38,27 +31,12 @@ from fastft.ops._head_loop import (
     default_chunk,
     empty_gradients,
     free_bytes,
+    over,
     slabs,
 )
 from fastft.reference import linear_cross_entropy as reference
 
 __all__ = ["KINDS", "Teacher", "check", "divergence", "linear_divergence", "soft_cross_entropy"]
-
-_WHERE = "fastft.ops.linear_divergence"
-KINDS = {"forward_kl": 0, "reverse_kl": 1, "jensen_shannon": 2}
-
-
-class Teacher(NamedTuple):
-    """A teacher as hidden states and head, whose logits then exist a slab at a time, too.
-
-    hidden_states (..., its hidden), weight (vocabulary, its hidden), bias (vocabulary,).
-    """
-
-    hidden_states: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
-    logit_scale: float = 1.0
-    softcap: float | None = None
 
 
 def linear_divergence(
@@ -126,6 +104,8 @@ def divergence(
     check(student, head, teacher, kind, temperature, beta, None, mask, reduction, None)
     wide = torch.promote_types(student.dtype, torch.float32)
     z, t = student.to(wide) / temperature, teacher.detach().to(wide) / temperature
+    if mask is not None:  # what does not count may be anything
+        z, t = (torch.where(mask[..., None], logits, 0.0) for logits in (z, t))
     losses = reference.divergence(KINDS[kind], z, t, beta) * temperature**2
     losses = losses if mask is None else torch.where(mask, losses, 0.0)
     return _reduced(losses, mask, reduction)
@@ -136,7 +116,7 @@ def _reduced(losses: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
         return losses
     total = losses.sum(dtype=torch.float64).to(losses.dtype)
     count = losses.numel() if mask is None else mask.sum()
-    return total / count if reduction == "mean" else total
+    return over(total, count) if reduction == "mean" else total
 
 
 def soft_cross_entropy(
@@ -299,7 +279,7 @@ class LinearDivergence(torch.autograd.Function):
     def backward(ctx: Any, d_losses: Tensor) -> Any:
         if torch.is_grad_enabled():  # a second would take the teacher's logits: they are not kept
             raise ArgumentError(
-                _WHERE,
+                WHERE,
                 "hidden_states",
                 expected="first derivatives",
                 got="create_graph=True",
@@ -321,78 +301,3 @@ class LinearDivergence(torch.autograd.Function):
             target = torch.empty_like(gradient, dtype=dtype)
             scaled.append(torch.mul(gradient, scale, out=target))
         return *scaled, *[None] * 6
-
-
-def check(
-    hidden_states: Tensor,
-    weight: Tensor,
-    teacher: Tensor | Teacher,
-    kind: str,
-    temperature: float,
-    beta: float,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    reduction: str,
-    chunk: int | None,
-) -> None:
-    """Refuses what the operation is not defined for.
-
-    Raises:
-        DtypeError: no tensor, no floating dtype, or weight in another dtype than hidden_states
-            outside autocast.
-        ShapeError: shapes that do not fit.
-        DeviceError: tensors on different devices.
-        ArgumentError: an unknown kind or reduction, a temperature not above 0, a beta not between 0
-            and 1, a head that is trained with reduction="none", or torch.compile.
-    """
-    check_tensor(_WHERE, "hidden_states", hidden_states)
-    check_dtype(_WHERE, "hidden_states", hidden_states, FLOATS)
-    device = hidden_states.device
-    autocast = autocast_dtype(device.type) is not None
-    check_tensor(_WHERE, "weight", weight)
-    check_device(_WHERE, "weight", weight, device)
-    check_dtype(_WHERE, "weight", weight, FLOATS if autocast else (hidden_states.dtype,))
-    if weight.dim() != 2 or weight.shape[1] != hidden_states.shape[-1]:
-        expected = f"(vocabulary, {hidden_states.shape[-1]})"
-        raise ShapeError(_WHERE, "weight", expected=expected, got=str(tuple(weight.shape)))
-    leading, vocabulary = tuple(hidden_states.shape[:-1]), weight.shape[0]
-    if isinstance(teacher, Teacher):
-        for name, tensor in (("teacher.hidden_states", teacher.hidden_states),
-                             ("teacher.weight", teacher.weight)):  # fmt: skip
-            check_tensor(_WHERE, name, tensor)
-            check_device(_WHERE, name, tensor, device)
-        width = teacher.weight.shape[-1]
-        what = "hidden_states[:-1], the teacher's width"
-        check_shape(_WHERE, "teacher.hidden_states", teacher.hidden_states, (*leading, width), what)
-        what = "vocabulary, the teacher's width"
-        check_shape(_WHERE, "teacher.weight", teacher.weight, (vocabulary, width), what)
-    else:
-        check_tensor(_WHERE, "teacher", teacher)
-        check_device(_WHERE, "teacher", teacher, device)
-        check_dtype(_WHERE, "teacher", teacher, FLOATS)
-        what = "hidden_states[:-1], vocabulary"
-        check_shape(_WHERE, "teacher", teacher, (*leading, vocabulary), what)
-    if bias is not None:
-        check_shape(_WHERE, "bias", bias, (vocabulary,), "(vocabulary,)")
-    if mask is not None:
-        check_tensor(_WHERE, "mask", mask)
-        check_dtype(_WHERE, "mask", mask, (torch.bool,))
-        check_shape(_WHERE, "mask", mask, leading, "hidden_states[:-1]")
-    trained = torch.is_grad_enabled() and (
-        weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    refusals = (
-        ("kind", kind in KINDS, " or ".join(map(repr, KINDS)), repr(kind)),
-        ("temperature", temperature > 0, "a number above 0", temperature),
-        ("beta", 0 < beta < 1, "a number between 0 and 1", beta),
-        ("reduction", reduction in ("mean", "sum", "none"), "'mean', 'sum' or 'none'",
-         repr(reduction)),
-        ("reduction", reduction != "none" or not trained, "'mean' or 'sum' over a trained head",
-         "'none'"),
-        ("chunk", chunk is None or chunk >= 1, "at least 1 token", chunk),
-        ("hidden_states", not torch.compiler.is_compiling(), "a call outside torch.compile",
-         "one under it"),
-    )  # fmt: skip
-    for name, fine, expected, got in refusals:
-        if not fine:
-            raise ArgumentError(_WHERE, name, expected=expected, got=str(got))

@@ -92,7 +92,9 @@ def divergence(kind: int, student: Tensor, teacher: Tensor, beta: float) -> Tens
     if kind == 1:
         return _relative_entropy(lp, lq)
     log_beta = torch.tensor([beta, 1 - beta], dtype=lp.dtype, device=lp.device).log()
-    log_m = torch.logaddexp(lq + log_beta[0], lp + log_beta[1])
+    gone = (lq == -torch.inf) & (lp == -torch.inf)  # a class of neither: logaddexp gives NaN
+    of_q, of_p = (torch.where(gone, 0.0, t) for t in (lq, lp))
+    log_m = torch.logaddexp(of_q + log_beta[0], of_p + log_beta[1])
     return beta * _relative_entropy(lq, log_m) + (1 - beta) * _relative_entropy(lp, log_m)
 
 

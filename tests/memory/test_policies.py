@@ -224,6 +224,13 @@ def test_tiled_mlp_draws_the_same_dropout_again() -> None:
     torch.testing.assert_close(dx, expected)
 
 
+def test_a_tiled_mlp_refuses_second_derivatives() -> None:
+    mlp = find_layers(memory.checkpoint(llama(dropout=0.0), "none", mlp_tile=20))[0].mlp
+    x = torch.randn(1, 48, 64, requires_grad=True)
+    with pytest.raises(ArgumentError, match="first derivatives"):
+        torch.autograd.grad(mlp(x).sum(), x, create_graph=True)
+
+
 def test_a_tile_from_the_budget() -> None:
     per_token = 6 * 128 * 4  # gate, up, product and their gradients, in float32
     for tokens, tile in ((100, 256), (600, 512), (5000, 4864)):

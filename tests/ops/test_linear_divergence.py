@@ -104,6 +104,8 @@ def _rejected() -> list[Rejected]:
         ("dtype", {"weight": w.bfloat16()}, errors.DtypeError, ["weight", "float32"]),
         ("vocabulary", {"teacher": teacher[:, :8]}, errors.ShapeError, ["teacher", "(4, 9)"]),
         ("tokens", {"teacher": smaller}, errors.ShapeError, ["teacher.hidden_states", "(4, 5)"]),
+        ("bias", {"teacher": ops.Teacher(h, w, torch.zeros(3))}, errors.ShapeError,
+         ["teacher.bias", "(9,)"]),
         ("device", {"teacher": teacher.to("meta")}, errors.DeviceError, ["teacher", "meta"]),
         ("mask", {"mask": torch.ones(4)}, errors.DtypeError, ["mask", "bool"]),
         ("kind", {"kind": "kl"}, errors.ArgumentError, ["kind", "forward_kl"]),
