@@ -1,6 +1,7 @@
 // A step of an optimizer over all tensors in one launch, two where gradients are summed first. What
 // comes after all blocks of a launch, the last of them to end does. A warp takes 256 elements,
-// eight a lane: the block of 8-bit states. See fastft/cuda_api.h.
+// eight a lane: the block of 8-bit states. Tensors whose codes are kUsualCodes have a kernel of
+// their own, a launch before the rest's. See fastft/cuda_api.h.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -15,12 +16,23 @@ namespace {
 using namespace fastft;
 
 constexpr int kThreads = 128;
-// Of a multiprocessor: 96 registers, of which two or three spill. Blackwell's code needs more.
-constexpr int update_blocks(int major) { return major < 10 ? 5 : 3; }
+// bfloat16 weights and gradients, 8-bit states, stochastic rounding: what large models are trained
+// with. Knowing that, the compiler leaves out a third of the instructions and 24 registers.
+constexpr int kUsualCodes =
+    static_cast<int>(DType::kBFloat16) + 4 * static_cast<int>(DType::kBFloat16) +
+    16 * static_cast<int>(StateKind::kEightBit) + 64 * static_cast<int>(Rounding::kStochastic);
+constexpr int kAnyCodes = -1;
+
+// Of a multiprocessor: 96 registers, of which two or three spill; where codes are known 72 on
+// Hopper and 80 before, of which none does. Blackwell's code needs more.
+constexpr int update_blocks(int codes, int major) {
+  if (codes == kAnyCodes) return major < 10 ? 5 : 3;
+  return major < 9 ? 6 : (major < 10 ? 7 : 4);
+}
 #if defined(__CUDA_ARCH__)
-constexpr int kUpdateBlocks = update_blocks(__CUDA_ARCH__ / 100);
+constexpr int kMajor = __CUDA_ARCH__ / 100;
 #else
-constexpr int kUpdateBlocks = update_blocks(0);  // the host only declares the kernel
+constexpr int kMajor = 0;  // the host only declares the kernel
 #endif
 static_assert(kLane * 32 == kStateBlock, "a warp holds the block of an 8-bit state");
 
@@ -156,6 +168,18 @@ __device__ void store_state(const float (&in)[kLane], const SharedCodes& codes, 
   if (threadIdx.x % 32 == 0) *absmax = inverse > 0.0f ? top : 0.0f;
 }
 
+// A tensor in shared memory, itself or, where its codes are known, with a constant in their place.
+template <int kCodes>
+__device__ decltype(auto) known(const StepTensor& t) {
+  if constexpr (kCodes == kAnyCodes) {
+    return (t);
+  } else {
+    StepTensor own = t;
+    own.codes = kCodes;
+    return own;
+  }
+}
+
 // What a chunk's tiles share.
 struct ChunkCall {
   const StepTensor& t;
@@ -167,9 +191,9 @@ struct ChunkCall {
 };
 
 // 256 elements of a chunk, eight a lane; kWhole: all are there, on borders of 16 bytes.
-template <typename Rule, bool kWhole>
+template <typename Rule, int kCodes, bool kWhole>
 __device__ void update_tile(const ChunkCall& c, int64_t begin, int tile, int64_t left) {
-  const StepTensor& t = c.t;
+  const StepTensor& t = known<kCodes>(c.t);
   const StateKind kind = state_kind(t);
   const int lane = static_cast<int>(threadIdx.x % 32) * kLane;
   const int count =
@@ -225,7 +249,9 @@ __device__ void ask_for(int64_t address, int64_t start, int64_t size) {
 #endif
 }
 
-__device__ void ask_for_all(const StepTensor& t, int64_t start) {
+template <int kCodes>
+__device__ void ask_for_all(const StepTensor& shared, int64_t start) {
+  const StepTensor& t = known<kCodes>(shared);
   const auto bytes = [](DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; };
   const StateKind kind = state_kind(t);
   const int state = kind == StateKind::kEightBit ? 1 : (kind == StateKind::kBFloat16 ? 2 : 4);
@@ -243,7 +269,7 @@ struct Shared {
 };
 
 // A chunk of one tensor.
-template <typename Rule>
+template <typename Rule, int kCodes>
 __device__ void update_chunk(const Tables& tables, int64_t number, Shared& shared,
                              const StepHyper* hyper, float coefficient, uint64_t seed) {
   const int64_t index = tables.chunk_tensor[number];
@@ -275,46 +301,93 @@ __device__ void update_chunk(const Tables& tables, int64_t number, Shared& share
        at += kThreads / 32 * kStateBlock) {
     const int tile = static_cast<int>(at / kStateBlock);
     const int64_t next = at + kThreads / 32 * kStateBlock + threadIdx.x % 32 * kLane;
-    if (next < chunk.size) ask_for_all(t, chunk.start + next);
+    if (next < chunk.size) ask_for_all<kCodes>(t, chunk.start + next);
     if (vectors && at + kStateBlock <= chunk.size)
-      update_tile<Rule, true>(call, chunk.start + at, tile, kStateBlock);
+      update_tile<Rule, kCodes, true>(call, chunk.start + at, tile, kStateBlock);
     else
-      update_tile<Rule, false>(call, chunk.start + at, tile, chunk.size - at);
+      update_tile<Rule, kCodes, false>(call, chunk.start + at, tile, chunk.size - at);
   }
 }
 
 // A block takes every so-manieth chunk: no more blocks than run at a time have the codes to read.
-template <typename Rule>
-__global__ void __launch_bounds__(kThreads, kUpdateBlocks)
+// ends: no launch of this step comes after.
+template <typename Rule, int kCodes>
+__global__ void __launch_bounds__(kThreads, update_blocks(kCodes, kMajor))
     update_kernel(Tables tables, const uint4* codes, Scratch scratch, const StepHyper* hyper,
-                  int64_t n_tensors, float* stats, int needs_norm, uint64_t seed) {
+                  int64_t n_tensors, float* stats, int needs_norm, uint64_t seed, bool ends) {
   __shared__ Shared shared;
   const StepDecision d = decision_of(stats, needs_norm);
   if (d.run) {
     if (codes) shared.codes.fill(codes);
     for (int64_t i = blockIdx.x; i < tables.n_chunks; i += tables.blocks)
-      update_chunk<Rule>(tables, i, shared, hyper, d.coefficient * stats[3], seed);
+      update_chunk<Rule, kCodes>(tables, i, shared, hyper, d.coefficient * stats[3], seed);
   }
-  if (!is_last_block(&scratch.tickets[1], tables.blocks)) return;
+  if (!ends || !is_last_block(&scratch.tickets[1], tables.blocks)) return;
   if (threadIdx.x == 0 && !needs_norm) note_decision(stats, d);
   for (int64_t i = threadIdx.x; d.run && i < n_tensors; i += kThreads)
     *reinterpret_cast<float*>(tables.tensors[i].step) += 1.0f;
 }
 
+// Rules whose states may be in 8 bits.
 template <typename Rule>
-cudaError_t launch(Tables tables, const uint4* codes, const Scratch& scratch,
-                   const StepHyper* hyper, int64_t n_tensors, float* stats, float max_norm,
-                   int needs_norm, uint64_t seed, unsigned resident, cudaStream_t queue) {
-  unsigned blocks = tables.blocks;
-  if (needs_norm) {
-    norm_kernel<<<blocks, kThreads, 0, queue>>>(tables, scratch, stats, max_norm);
-    const cudaError_t status = cudaGetLastError();
-    if (status != cudaSuccess) return status;
+constexpr bool kHasUsual = false;
+template <>
+constexpr bool kHasUsual<AdamWRule> = true;
+template <>
+constexpr bool kHasUsual<LionRule> = true;
+
+struct Device {
+  int processors = 0, major = 0;
+  cudaStream_t queue;
+
+  unsigned blocks(int codes, const Tables& tables) const {
+    const unsigned resident = static_cast<unsigned>(processors * update_blocks(codes, major));
+    return tables.blocks < resident ? tables.blocks : resident;
   }
-  blocks = tables.blocks = blocks < resident ? blocks : resident;
-  update_kernel<Rule><<<blocks, kThreads, 0, queue>>>(tables, codes, scratch, hyper, n_tensors,
-                                                      stats, needs_norm, seed);
+};
+
+Tables part_of(Tables all, int64_t first, int64_t count) {
+  all.chunk_tensor += first;
+  all.chunk_part += first;
+  all.n_chunks = count;
+  all.blocks = count > 0 ? static_cast<unsigned>(count) : 1;
+  return all;
+}
+
+template <typename Rule, int kCodes>
+cudaError_t update(Tables tables, const uint4* codes, const Scratch& scratch,
+                   const StepHyper* hyper, int64_t n_tensors, float* stats, int needs_norm,
+                   uint64_t seed, const Device& device, bool ends) {
+  const unsigned blocks = tables.blocks = device.blocks(kCodes, tables);
+  const cudaStream_t queue = device.queue;
+  update_kernel<Rule, kCodes><<<blocks, kThreads, 0, queue>>>(
+      tables, codes, scratch, hyper, n_tensors, stats, needs_norm, seed, ends);
   return cudaGetLastError();
+}
+
+template <typename Rule>
+cudaError_t launch(const Tables& tables, int64_t n_usual, const uint4* codes,
+                   const Scratch& scratch, const StepHyper* hyper, int64_t n_tensors, float* stats,
+                   float max_norm, int needs_norm, uint64_t seed, const Device& device) {
+  cudaError_t status = cudaSuccess;
+  if (needs_norm) {
+    const unsigned blocks = tables.blocks;
+    const cudaStream_t queue = device.queue;
+    norm_kernel<<<blocks, kThreads, 0, queue>>>(tables, scratch, stats, max_norm);
+    status = cudaGetLastError();
+  }
+  if constexpr (kHasUsual<Rule>) {
+    const bool ends = n_usual == tables.n_chunks;
+    if (n_usual > 0 && status == cudaSuccess)
+      status = update<Rule, kUsualCodes>(part_of(tables, 0, n_usual), codes, scratch, hyper,
+                                         n_tensors, stats, needs_norm, seed, device, ends);
+    if (n_usual > 0 && ends) return status;
+  } else if (n_usual > 0) {
+    return cudaErrorInvalidValue;
+  }
+  if (status != cudaSuccess) return status;
+  return update<Rule, kAnyCodes>(part_of(tables, n_usual, tables.n_chunks - n_usual), codes,
+                                 scratch, hyper, n_tensors, stats, needs_norm, seed, device, true);
 }
 
 }  // namespace
@@ -327,27 +400,27 @@ const char* fastft_cuda_error_string(int status) {
 
 int fastft_optimizer_step_cuda(int device, int rule, const StepTensor* tensors, int64_t n_tensors,
                                const int32_t* chunk_tensor, const int32_t* chunk_part,
-                               int64_t n_chunks, int64_t chunk, const uint32_t* codes,
-                               float* partials, uint32_t* tickets, const float* hyper, float* stats,
-                               float max_norm, int needs_norm, uint64_t seed, void* stream) {
+                               int64_t n_chunks, int64_t n_usual, int64_t chunk,
+                               const uint32_t* codes, float* partials, uint32_t* tickets,
+                               const float* hyper, float* stats, float max_norm, int needs_norm,
+                               uint64_t seed, void* stream) {
   if (n_chunks > 0x7fffffff) return cudaErrorInvalidValue;  // the grid's first axis
+  if (n_usual < 0 || n_usual > n_chunks) return cudaErrorInvalidValue;
   if (chunk % kStateBlock || chunk > 32 * kStateBlock) return cudaErrorInvalidValue;
+  Device where{};
+  where.queue = static_cast<cudaStream_t>(stream);
   cudaError_t status = cudaSetDevice(device);
-  int processors = 0, major = 0;
   if (status == cudaSuccess)
-    status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    status = cudaDeviceGetAttribute(&where.processors, cudaDevAttrMultiProcessorCount, device);
   if (status == cudaSuccess)
-    status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    status = cudaDeviceGetAttribute(&where.major, cudaDevAttrComputeCapabilityMajor, device);
   if (status != cudaSuccess) return status;
-  const unsigned blocks = n_chunks > 0 ? static_cast<unsigned>(n_chunks) : 1;
-  const Tables tables{tensors, chunk_tensor, chunk_part, chunk, n_chunks, blocks};
+  const Tables tables = part_of({tensors, chunk_tensor, chunk_part, chunk, 0, 1}, 0, n_chunks);
   const Scratch scratch{partials, tickets};
   const auto run = [&](auto which) {
-    return launch<decltype(which)>(tables, reinterpret_cast<const uint4*>(codes), scratch,
+    return launch<decltype(which)>(tables, n_usual, reinterpret_cast<const uint4*>(codes), scratch,
                                    reinterpret_cast<const StepHyper*>(hyper), n_tensors, stats,
-                                   max_norm, needs_norm, seed,
-                                   static_cast<unsigned>(processors * update_blocks(major)),
-                                   static_cast<cudaStream_t>(stream));
+                                   max_norm, needs_norm, seed, where);
   };
   switch (static_cast<OptimizerRule>(rule)) {
     case OptimizerRule::kAdamW:

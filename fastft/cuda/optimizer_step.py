@@ -1,19 +1,22 @@
-"""CUDA launcher of ``optimizer_step``: one launch for all tensors, one more for their norm."""
+"""CUDA launcher of ``optimizer_step``: one launch for all tensors, one more for their norm and one
+for those whose codes the kernel knows beforehand."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from fastft_kernels.multi_tensor import chunks_for, table_for
+from fastft_kernels.multi_tensor import Chunks, chunks_for, table_for, to_device
 from torch import Tensor
 
 from fastft import native
 
-__all__ = ["step", "supports"]
+__all__ = ["step", "supports", "usual_first"]
 
 # Elements of one thread block; a multiple of 256.
 _CHUNK = 8192
+# kUsualCodes of csrc/cuda/optimizer_step.cu, and the rules that have a kernel for them.
+_USUAL_CODES, _WITH_USUAL = 1 + 4 * 1 + 16 * 1 + 64 * 1, ("adamw", "lion")
 
 
 def supports(*, device_type: str, dtype: torch.dtype, **facts: object) -> str | None:
@@ -45,14 +48,17 @@ def step(
     """
     with torch.cuda.device(tensors.device):
         chunks = chunks_for(tensors, grads, _CHUNK, 0)
+        table = table_for(tensors, grads)
+        tensor, part, usual = _ordered(tensors, chunks, table)
         native.module().optimizer_step_cuda(
             torch.cuda.current_device(),
             tensors.rule_code,
-            table_for(tensors, grads).data_ptr(),
+            table.data_ptr(),
             len(grads),
-            chunks.tensor.data_ptr(),
-            chunks.part.data_ptr(),
+            tensor.data_ptr(),
+            part.data_ptr(),
             chunks.count,
+            usual,
             _CHUNK,
             _codes(tensors).data_ptr() if tensors.state_bits == 8 else 0,
             chunks.partials.data_ptr(),
@@ -64,6 +70,33 @@ def step(
             seed=seed,
             stream=torch.cuda.current_stream().cuda_stream,
         )
+
+
+def _ordered(tensors: Any, chunks: Chunks, table: Tensor) -> tuple[Tensor, Tensor, int]:
+    """``usual_first``, once for as long as chunks and codes are the same."""
+    known = tensors.launcher_tables.get("usual")
+    if known is None or known[0] is not chunks or known[1] is not table:
+        known = (chunks, table, usual_first(tensors, chunks, _CHUNK))
+        tensors.launcher_tables["usual"] = known
+        if torch.cuda.is_current_stream_capturing():  # the graph reads them at each replay
+            tensors.launcher_tables.setdefault("captured", []).append(known)
+    return known[2]  # type: ignore[no-any-return]
+
+
+def usual_first(tensors: Any, chunks: Chunks, chunk: int) -> tuple[Tensor, Tensor, int]:
+    """The tensor of each chunk and its part of that, and how many of them, which come first, belong
+    to tensors of usual codes."""
+    codes: list[int] = tensors.codes.tolist() if tensors.rule in _WITH_USUAL else []
+    usual = [i for i, code in enumerate(codes) if code == _USUAL_CODES]
+    parts = [-(-p.numel() // chunk) for p in tensors.params]
+    first = sum(parts[i] for i in usual)
+    if first in (0, chunks.count):
+        return chunks.tensor, chunks.part, first
+    others = [i for i, code in enumerate(codes) if code != _USUAL_CODES]
+    order = [(i, part) for i in (*usual, *others) for part in range(parts[i])]
+    tensor, part = zip(*order, strict=True)
+    device = tensors.device
+    return to_device(tensor, torch.int32, device), to_device(part, torch.int32, device), first
 
 
 _held: dict[torch.device, Tensor] = {}

@@ -176,6 +176,11 @@ class StepTensors:
         self._table[:, _CODES] = torch.tensor(codes)
         return self._table, True
 
+    @property
+    def codes(self) -> Tensor:
+        """Dtypes, state kind and rounding of each row, as ``table`` last made them."""
+        return self._table[:, _CODES]
+
     def forget(self) -> None:
         """The next call of ``table`` says that it has changed."""
         self._seen = None

@@ -26,7 +26,7 @@ def build(name: str, folder: Path, launches: int) -> ctypes.CDLL:
     text = text.replace("#include <cuda_runtime.h>", '#include "cuda_on_host.h"')
     # kernel<<<blocks, threads, 0, queue>>>(args) is no C++.
     text, found = re.subn(
-        r"([\w<>]+?)\s*<<<(\w+), (\w+), 0, queue>>>\(", r"host::launch(\1, \2, \3, ", text
+        r"([\w<>, ]+?)\s*<<<(\w+), (\w+), 0, queue>>>\(", r"host::launch(\1, \2, \3, ", text
     )
     assert found == launches
     source, out = folder / f"{name}.cpp", folder / f"{name}.so"

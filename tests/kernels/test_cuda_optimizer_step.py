@@ -17,6 +17,7 @@ from fastft_kernels.multi_tensor import chunks_for
 from torch import Tensor
 
 from fastft import native, ops
+from fastft.cuda.optimizer_step import usual_first
 from tests.kernels.cuda_on_host import build
 from tests.kernels.step_cases import BF16, F16, F32, SEED, STEP_CASES, assert_step
 
@@ -43,6 +44,7 @@ def step(library: ctypes.CDLL) -> Callable[..., None]:
     ) -> None:
         chunks = chunks_for(tensors, grads, CHUNK, 0)
         table, _ = tensors.table(grads)
+        tensor, part, usual = usual_first(tensors, chunks, CHUNK)
 
         def pointer(tensor: Tensor) -> ctypes.c_void_p:
             return ctypes.c_void_p(tensor.data_ptr())
@@ -51,7 +53,7 @@ def step(library: ctypes.CDLL) -> Callable[..., None]:
         codes = np.array(native.module().dynamic8_words(), np.uint32)
         status = library.fastft_optimizer_step_cuda(
             ctypes.c_int(0), ctypes.c_int(tensors.rule_code), pointer(table), integer(len(grads)),
-            pointer(chunks.tensor), pointer(chunks.part), integer(chunks.count), integer(CHUNK),
+            pointer(tensor), pointer(part), integer(chunks.count), integer(usual), integer(CHUNK),
             ctypes.c_void_p(codes.ctypes.data), pointer(chunks.partials), pointer(chunks.tickets),
             pointer(hyper), pointer(stats), real(max_norm), ctypes.c_int(needs_norm),
             ctypes.c_uint64(seed), ctypes.c_void_p(None),
@@ -87,6 +89,28 @@ def test_the_cpu_s_own_codes_and_random_bits(name: str, step: Callable[..., None
     # The compilers contract other products into one rounding: a border is crossed here and there.
     assert total > 8000
     assert differ <= 8
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["adamw-8bit-stochastic", "lion-8bit"])
+def test_tensors_of_usual_codes_alone(
+    name: str, max_norm: float, step: Callable[..., None]
+) -> None:
+    """Their kernel is then the last: it counts the step and says what was decided."""
+    shapes = tuple(shape for shape in SMALL if shape[1:] == (BF16, BF16))
+    assert_step(replace(STEP_CASES[name], shapes=shapes, max_norm=max_norm), step)
+
+
+def test_tensors_of_usual_codes_come_first() -> None:
+    state = replace(STEP_CASES["adamw-8bit-stochastic"], shapes=SMALL).make()
+    chunks = chunks_for(state.tensors, state.grads, CHUNK, 0)
+    state.tensors.table(state.grads)
+    tensor, part, usual = usual_first(state.tensors, chunks, CHUNK)
+    assert tensor.tolist()[:usual] == [1, *[7] * 9]
+    assert part.tolist()[:usual] == [0, *range(9)]
+    pairs = set(zip(chunks.tensor.tolist(), chunks.part.tolist(), strict=True))
+    assert set(zip(tensor.tolist(), part.tolist(), strict=True)) == pairs
+    assert len(tensor) == chunks.count
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])

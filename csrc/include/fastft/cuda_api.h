@@ -23,6 +23,7 @@ const char* fastft_cuda_error_string(int status);
 //   tensors       (n_tensors) rows
 //   chunk_tensor  int32 (n_chunks): index of the tensor a chunk belongs to
 //   chunk_part    int32 (n_chunks): the chunk starts at chunk_part * chunk elements
+//   n_usual       of so many chunks, the first, the tensors' codes are kUsualCodes
 //   chunk         a multiple of kStateBlock, at most 32 of them
 //   codes         uint32 (kDynamic8Words) of dynamic8_words, on 16 bytes; null without 8-bit states
 //   partials      float32 (n_chunks, at least 1): scratch
@@ -35,10 +36,10 @@ const char* fastft_cuda_error_string(int status);
 // Nothing waits for the device. n_tensors = 0 and tensors of no elements are fine.
 int fastft_optimizer_step_cuda(int device, int rule, const fastft::StepTensor* tensors,
                                int64_t n_tensors, const int32_t* chunk_tensor,
-                               const int32_t* chunk_part, int64_t n_chunks, int64_t chunk,
-                               const uint32_t* codes, float* partials, uint32_t* tickets,
-                               const float* hyper, float* stats, float max_norm, int needs_norm,
-                               uint64_t seed, void* stream);
+                               const int32_t* chunk_part, int64_t n_chunks, int64_t n_usual,
+                               int64_t chunk, const uint32_t* codes, float* partials,
+                               uint32_t* tickets, const float* hyper, float* stats, float max_norm,
+                               int needs_norm, uint64_t seed, void* stream);
 
 // One step of Adafactor over all tensors, in place: norm, clip, skip, moments, update. The formulas
 // and the call are those of fastft/adafactor.h; `call` itself is the host's. ticket: uint32 (1),
