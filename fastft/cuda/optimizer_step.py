@@ -78,8 +78,8 @@ def _ordered(tensors: Any, chunks: Chunks, table: Tensor) -> tuple[Tensor, Tenso
     if known is None or known[0] is not chunks or known[1] is not table:
         known = (chunks, table, usual_first(tensors, chunks, _CHUNK))
         tensors.launcher_tables["usual"] = known
-        if torch.cuda.is_current_stream_capturing():  # the graph reads them at each replay
-            tensors.launcher_tables.setdefault("captured", []).append(known)
+    if torch.cuda.is_current_stream_capturing():  # the graph reads all of it at each replay
+        tensors.launcher_tables.setdefault("captured", []).append(known)
     return known[2]  # type: ignore[no-any-return]
 
 
