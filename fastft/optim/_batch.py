@@ -81,11 +81,11 @@ class Batch:
     def run(
         self, optimizer: FusedOptimizer, grads: list[Tensor], stats: Tensor, needs_norm: bool
     ) -> None:
-        """The step of these parameters."""
+        """The step of these parameters, by what :meth:`grads` gave."""
         self.set_hyper(optimizer)
         self.launcher.step(
             self.tensors,
-            self.grads(grads, optimizer),
+            grads,
             self.hyper,
             stats,
             max_norm=(optimizer.max_grad_norm or 0.0) if needs_norm else 0.0,

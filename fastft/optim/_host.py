@@ -123,7 +123,7 @@ class HostBatch(Batch):
     ) -> None:
         """See the base."""
         self.set_hyper(optimizer)
-        flat = [g.view(-1) for g in self.grads(grads, optimizer)]
+        flat = [g.view(-1) for g in grads]
         if self._steps:
             copies, steps = map(list, zip(*self._steps))
             torch._foreach_copy_(copies, steps)

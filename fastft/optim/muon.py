@@ -14,6 +14,7 @@ from fastft.errors import ArgumentError
 from fastft.ops.optimizer_step import launcher_of
 from fastft.optim._base import FusedOptimizer
 from fastft.optim._matrix import MatrixBatch, MatrixOptimizer, own_state
+from fastft.optim._parts import Part
 
 __all__ = ["Muon", "orthogonalize"]
 
@@ -180,21 +181,17 @@ class Muon(MatrixOptimizer):
         """The momentum has the sign already."""
         return (*self.hyper(group), 1.0)
 
-    def _run(
-        self,
-        device: torch.device,
-        params: list[Tensor],
-        grads: list[Tensor],
-        groups: list[dict[str, Any]],
-        needs_norm: bool,
-    ) -> None:
-        stats = self._stats_of(device)
-        momenta = self._batch(device, params, groups, _Momenta)
-        momenta.run(self, grads, stats, needs_norm)
+    def _batches_of(self, part: Part) -> list[Any]:
+        momenta = self._batch(part.device, part.params, part.groups, _Momenta)
+        return [momenta, *super()._batches_of(part)]
+
+    def _run(self, part: Part, needs_norm: bool) -> None:
+        stats = self._stats_of(part.device)
+        momenta, write = part.batches
+        momenta.run(self, part.ready, stats, needs_norm)
         # A step that is left out is not written either.
         momenta.written[4] = stats[1] == 0
-        write = self._batch(device, params, groups)
-        write.run(self, momenta.orthogonalized(), momenta.written, False)
+        write.run(self, write.grads(momenta.orthogonalized(), self), momenta.written, False)
 
 
 def orthogonalize(

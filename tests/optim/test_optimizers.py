@@ -14,7 +14,7 @@ from torch.testing._internal import common_optimizers
 
 from fastft import optim
 from fastft.cpu import optimizer_step as cpu
-from tests.optim.pairs import gradients, models, same
+from tests.optim.pairs import ALL, gradients, models, same
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 
@@ -83,18 +83,6 @@ def test_torch_s_own_error_inputs(name: str) -> None:
             continue
         with pytest.raises(entry.error_type, match=entry.error_regex):
             pair.own(params, **given.kwargs).step()
-
-
-ALL = {
-    "AdamW": optim.AdamW,
-    "AdamW8bit": optim.AdamW8bit,
-    "AdamWBF16": optim.AdamWBF16,
-    "Lion": optim.Lion,
-    "Lion8bit": optim.Lion8bit,
-    "SGD": lambda params, **more: optim.SGD(params, **{"momentum": 0.9, **more}),
-    "ScheduleFreeAdamW": optim.ScheduleFreeAdamW,
-    "Adafactor": optim.Adafactor,
-}
 
 
 def test_groups_scheduler_clip_and_missing_gradients() -> None:
