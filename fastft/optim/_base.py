@@ -15,7 +15,7 @@ from fastft.ops.optimizer_step import ROUNDINGS, RULES
 from fastft.optim._batch import Batch
 from fastft.optim._flat import Flat, flatten
 from fastft.optim._host import HostBatch
-from fastft.optim._hyper import RefusedError, check_hyper
+from fastft.optim._hyper import check_hyper, refuse_grad
 from fastft.optim._parts import Part, by_device
 from fastft.optim._places import PLACES
 from fastft.optim._saved import SavedState
@@ -300,16 +300,7 @@ class FusedOptimizer(SavedState):
 
     def refuse(self, p: Tensor, grad: Tensor) -> None:
         """Raises for parameters and gradients that no rule is defined for."""
-        if grad.layout is not torch.strided or p.is_complex():
-            dense = grad.layout is torch.strided
-            raise RefusedError(
-                self._where,
-                "grad",
-                expected="dense real gradients",
-                got=str(p.dtype) if dense else "sparse",
-                remedy=f"{type(self).__name__} does not support "
-                f"{'complex parameters' if dense else 'sparse gradients'}.",
-            )
+        refuse_grad(self, p, grad)
 
     def _batch(
         self,

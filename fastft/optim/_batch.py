@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastft import ops
 from fastft.ops.optimizer_step import HYPER, STATE_BLOCK, launcher_of
+from fastft.optim._hyper import GRAD_DTYPES
 from fastft.optim._places import check_place, is_home, new_memory, put
 from fastft.optim._shards import like_param, local
 
@@ -42,7 +43,10 @@ class Batch:
             for (p, _), view in zip(members, self._params, strict=True)
             if view is not p or self.holds_views
         ]
-        self._facts = _facts([p for p, _ in members])
+        self._members = [p for p, _ in members]
+        self._facts = _facts(self._members)
+        wide = all(p.dtype == torch.float64 for p in self._members)
+        self._grad_dtypes = GRAD_DTYPES | {torch.float64} if wide else GRAD_DTYPES
         matrices = [p for p, _ in members if p.dim() > 1]
         self._contiguous = [p for p in matrices if p.is_contiguous()]
         self._strided = [(p, p.stride()) for p in matrices if not p.is_contiguous()]
@@ -94,7 +98,7 @@ class Batch:
         )
 
     def is_stale(self, optimizer: FusedOptimizer, params: list[Tensor]) -> bool:
-        """Whether parameters have another size, dtype or layout, views of them other memory, or
+        """Whether parameters have another shape, dtype or layout, views of them other memory, or
         their states were replaced."""
         if _facts(params) != self._facts:
             return True
@@ -113,16 +117,25 @@ class Batch:
 
     def grads(self, grads: list[Tensor], optimizer: FusedOptimizer) -> list[Tensor]:
         """Gradients as the kernel takes them: the part here, laid out as the parameter."""
-        if not self._views:
-            try:
-                if all(map(Tensor.is_contiguous, grads)):
-                    return grads
-            except RuntimeError:
-                pass  # a sparse one, which is refused below
-        for p, g in zip(self._params, grads, strict=True):
+        if not self._views and self._can_be_read(grads):
+            return grads
+        for p, g in zip(self._members, grads, strict=True):
             optimizer.refuse(p, g)
         pairs = zip(grads, self._orders, strict=True)
-        return [_dense(local(g), order).contiguous() for g, order in pairs]
+        return [_dense(local(g), order).resolve_neg().contiguous() for g, order in pairs]
+
+    def _can_be_read(self, grads: list[Tensor]) -> bool:
+        """Whether kernels can read gradients where they lie."""
+        # An address says nothing of shape, dtype or sign: what changed since would be read as it
+        # was.
+        if list(map(_shape, grads)) != self._facts[1]:
+            return False
+        if not self._grad_dtypes.issuperset(map(_dtype, grads)):
+            return False
+        try:
+            return all(map(Tensor.is_contiguous, grads)) and not any(map(Tensor.is_neg, grads))
+        except RuntimeError:
+            return False  # a sparse one
 
     def row(self, optimizer: FusedOptimizer, group: dict[str, Any]) -> tuple[Any, ...]:
         """A group's row of the table of hyper-parameters."""
@@ -154,8 +167,11 @@ class Batch:
 
 
 # This runs in each step, over tens of thousands of tensors: loops that are no Python's.
-def _facts(params: list[Tensor]) -> tuple[list[torch.dtype], list[int]]:
-    return list(map(operator.attrgetter("dtype"), params)), list(map(Tensor.numel, params))
+_dtype, _shape = operator.attrgetter("dtype"), operator.attrgetter("shape")
+
+
+def _facts(params: list[Tensor]) -> tuple[list[torch.dtype], list[torch.Size]]:
+    return list(map(_dtype, params)), list(map(_shape, params))
 
 
 def _order(param: Tensor) -> tuple[int, ...] | None:

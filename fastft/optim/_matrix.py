@@ -34,9 +34,9 @@ class MatrixBatch(Batch):
 
     def grads(self, grads: list[Tensor], optimizer: FusedOptimizer) -> list[Tensor]:
         """Gradients in the order of their dimensions."""
-        for p, g in zip(self._params, grads, strict=True):
+        for p, g in zip(self._members, grads, strict=True):
             optimizer.refuse(p, g)
-        return [g.contiguous() for g in grads]
+        return [g.resolve_neg().contiguous() for g in grads]
 
 
 def own_state(state: dict[str, Any], name: str, p: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastft import optim
+from fastft import errors, optim
 from tests.optim.pairs import ALL
 
 KINDS = {**ALL, "Muon": optim.Muon}
@@ -89,3 +89,52 @@ def test_a_held_gradient_that_no_backward_reached_steps_once(name: str) -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=tolerance)
     counts: list[Any] = [o.param_groups[0].get("k") for o in (plain, released)]
     assert counts[0] == counts[1]
+
+
+def _double(p: Tensor) -> None:
+    p.grad = None
+    p.grad_dtype = torch.float64
+    p.grad = torch.ones(6, 8, dtype=torch.float64)
+
+
+def _moved(p: Tensor) -> None:
+    """Larger, with the gradient it had."""
+    p.grad = torch.ones(6, 8)
+    p.data = torch.zeros(1 << 20)
+
+
+def _there_and_back(p: Tensor) -> None:
+    p.data = torch.zeros(5)
+    p.grad = torch.ones(5)
+    p.data = torch.ones(6, 8)
+
+
+def _reshaped(p: Tensor) -> None:
+    """The states have the old shape."""
+    p.grad, p.data = None, p.data.view(8, 6)
+    p.grad = torch.ones(8, 6)
+
+
+@pytest.mark.parametrize("change", [_double, _moved, _there_and_back, _reshaped])
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_that_do_not_fit_are_refused(name: str, change: Any) -> None:
+    params = _params()
+    optimizer = KINDS[name](params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    change(params[1])
+    before = copy.deepcopy([p.detach() for p in params])
+    with pytest.raises(errors.FastftError, match=r"shape|float64"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_gradient_may_be_a_view_with_its_sign_turned(name: str) -> None:
+    (p,), (q,) = _params(1), _params(1)
+    p.grad = torch._neg_view(torch.ones(6, 8))
+    q.grad = -torch.ones(6, 8)
+    for x in (p, q):
+        KINDS[name]([x]).step()
+    assert torch.equal(p, q)
