@@ -35,7 +35,9 @@ class Batch:
         make_states(optimizer, members)
         self._states = [optimizer.state_of(p) for p, _ in members]
         self._names = optimizer.state_names[: max(optimizer.n_states(g) for _, g in members)]
-        self._orders = [_order(local(p)) for p, _ in members]
+        parts = [local(p) for p, _ in members]
+        self._orders = [_order(p) if self.reorders else None for p in parts]
+        self._copies: list[tuple[Tensor, Tensor]] = []
         # Parameters go in themselves where they can: where their data moves, the table follows.
         self._params = self._dense([p for p, _ in members])
         self._views = [
@@ -61,11 +63,20 @@ class Batch:
 
     # Whether the call holds views of the parameters' memory, not the parameters.
     holds_views = False
+    # Whether dimensions may come in the order they lie in memory.
+    reorders = True
 
     def _dense(self, tensors: Sequence[Tensor | None]) -> list[Any]:
-        """The part here of tensors of the members, as it lies in memory."""
-        pairs = zip(tensors, self._orders, strict=True)
-        return [None if t is None else _dense(local(t), order) for t, order in pairs]
+        """The part here of tensors of the members, as it lies in memory; one that lies otherwise or
+        with gaps is stepped in a copy."""
+        found: list[Any] = []
+        for tensor, order in zip(tensors, self._orders, strict=True):
+            part = None if tensor is None else _dense(local(tensor), order)
+            if part is not None and not part.is_contiguous():
+                self._copies.append((part, part.contiguous()))
+                part = self._copies[-1][1]
+            found.append(part)
+        return found
 
     def _lay_out(self, optimizer: FusedOptimizer, keys: list[tuple[int, int]]) -> None:
         states = self._states
@@ -87,6 +98,15 @@ class Batch:
     ) -> None:
         """The step of these parameters, by what :meth:`grads` gave."""
         self.set_hyper(optimizer)
+        for theirs, own in self._copies:
+            own.copy_(theirs)
+        self._launch(optimizer, grads, stats, needs_norm)
+        for theirs, own in self._copies:
+            theirs.copy_(own)
+
+    def _launch(
+        self, optimizer: FusedOptimizer, grads: list[Tensor], stats: Tensor, needs_norm: bool
+    ) -> None:
         self.launcher.step(
             self.tensors,
             grads,
@@ -183,6 +203,12 @@ def _order(param: Tensor) -> tuple[int, ...] | None:
     return order if param.permute(order).is_contiguous() else None
 
 
+def _strides(param: Tensor) -> tuple[int, ...]:
+    """Of the states: the parameter's, but for its gaps."""
+    gaps = not param.is_contiguous() and _order(param) is None
+    return param.contiguous().stride() if gaps else param.stride()
+
+
 def _dense(tensor: Tensor, order: tuple[int, ...] | None) -> Tensor:
     return tensor if order is None else tensor.permute(order)
 
@@ -235,7 +261,7 @@ def make_states(optimizer: FusedOptimizer, members: Members) -> None:
             state[key] = part
         else:
             here = local(p.detach())
-            state[key] = like_param(part.as_strided(here.shape, here.stride(),
+            state[key] = like_param(part.as_strided(here.shape, _strides(here),
                                                     part.storage_offset()), p)  # fmt: skip
             if dtype != torch.uint8 and key != "compensation":
                 optimizer.fresh_state(key, local(state[key]), here)
@@ -274,9 +300,9 @@ def _adopt(optimizer: FusedOptimizer, p: Tensor, narrow: torch.dtype) -> None:
         value = state.get(name)
         if value is not None and value.shape == p.shape:
             part = local(value)
-            if part.stride() != here.stride():
+            if part.stride() != _strides(here):
                 laid = torch.empty_strided(
-                    here.shape, here.stride(), dtype=part.dtype, device=part.device
+                    here.shape, _strides(here), dtype=part.dtype, device=part.device
                 ).copy_(part)
                 state[name] = put(optimizer, name, like_param(laid, p), here.device)
 

@@ -118,11 +118,9 @@ class HostBatch(Batch):
         self._steps.append((step.clone(), step))
         return self._steps[-1][0]
 
-    def run(
+    def _launch(
         self, optimizer: FusedOptimizer, grads: list[Tensor], stats: Tensor, needs_norm: bool
     ) -> None:
-        """See the base."""
-        self.set_hyper(optimizer)
         flat = [g.view(-1) for g in grads]
         if self._steps:
             copies, steps = map(list, zip(*self._steps))

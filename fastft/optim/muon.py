@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ class _Momenta(MatrixBatch):
     """
 
     own_states = ("momentum_buffer",)
+
+    def _dense(self, tensors: Sequence[Tensor | None]) -> list[Any]:
+        return list(tensors)  # of the parameters it asks for no more than their shapes
 
     def _lay_out(self, optimizer: Any, keys: list[tuple[int, int]]) -> None:
         self.written = ops.new_stats(self._params[0].device)

@@ -55,6 +55,7 @@ def _params(kind: str) -> dict[str, nn.Parameter]:
         for name, shape in shapes.items()
     }
     made["f"].data = made["f"].data.to(memory_format=torch.channels_last)
+    made["g"] = nn.Parameter(torch.randn(40, 30, generator=generator).to(dtype)[:, :11])
     return made
 
 
