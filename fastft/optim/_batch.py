@@ -13,6 +13,7 @@ from torch import Tensor
 from fastft import ops
 from fastft.ops.optimizer_step import HYPER, STATE_BLOCK, launcher_of
 from fastft.optim._hyper import GRAD_DTYPES
+from fastft.optim._layout import absmax_name, in_order, lay_out, order_of, strides_of
 from fastft.optim._places import check_place, is_home, new_memory, put
 from fastft.optim._shards import like_param, local
 
@@ -36,7 +37,7 @@ class Batch:
         self._states = [optimizer.state_of(p) for p, _ in members]
         self._names = optimizer.state_names[: max(optimizer.n_states(g) for _, g in members)]
         parts = [local(p) for p, _ in members]
-        self._orders = [_order(p) if self.reorders else None for p in parts]
+        self._orders = [order_of(p) if self.reorders else None for p in parts]
         self._copies: list[tuple[Tensor, Tensor]] = []
         # Parameters go in themselves where they can: where their data moves, the table follows.
         self._params = self._dense([p for p, _ in members])
@@ -71,7 +72,7 @@ class Batch:
         with gaps is stepped in a copy."""
         found: list[Any] = []
         for tensor, order in zip(tensors, self._orders, strict=True):
-            part = None if tensor is None else _dense(local(tensor), order)
+            part = None if tensor is None else in_order(local(tensor), order)
             if part is not None and not part.is_contiguous():
                 self._copies.append((part, part.contiguous()))
                 part = self._copies[-1][1]
@@ -142,7 +143,7 @@ class Batch:
         for p, g in zip(self._members, grads, strict=True):
             optimizer.refuse(p, g)
         pairs = zip(grads, self._orders, strict=True)
-        return [_dense(local(g), order).resolve_neg().contiguous() for g, order in pairs]
+        return [in_order(local(g), order).resolve_neg().contiguous() for g, order in pairs]
 
     def _can_be_read(self, grads: list[Tensor]) -> bool:
         """Whether kernels can read gradients where they lie."""
@@ -194,30 +195,6 @@ def _facts(params: list[Tensor]) -> tuple[list[torch.dtype], list[torch.Size]]:
     return list(map(_dtype, params)), list(map(_shape, params))
 
 
-def _order(param: Tensor) -> tuple[int, ...] | None:
-    """The order of dimensions in which a dense tensor lies in memory; None for the usual one."""
-    if param.is_contiguous():
-        return None
-    strides = param.stride()
-    order = tuple(sorted(range(param.dim()), key=lambda d: -strides[d]))
-    return order if param.permute(order).is_contiguous() else None
-
-
-def _strides(param: Tensor) -> tuple[int, ...]:
-    """Of the states: the parameter's, but for its gaps."""
-    gaps = not param.is_contiguous() and _order(param) is None
-    return param.contiguous().stride() if gaps else param.stride()
-
-
-def _dense(tensor: Tensor, order: tuple[int, ...] | None) -> Tensor:
-    return tensor if order is None else tensor.permute(order)
-
-
-def absmax_name(state: str) -> str:
-    """state1 -> absmax1: the key of the scales of an 8-bit state."""
-    return "absmax" + state.removeprefix("state")
-
-
 def is_eight_bit(optimizer: FusedOptimizer, p: Tensor, group: dict[str, Any]) -> bool:
     """Whether the states of a parameter of this group are in 8 bits."""
     return group["state_bits"] == 8 and p.numel() >= optimizer.min_8bit_size
@@ -261,7 +238,7 @@ def make_states(optimizer: FusedOptimizer, members: Members) -> None:
             state[key] = part
         else:
             here = local(p.detach())
-            state[key] = like_param(part.as_strided(here.shape, _strides(here),
+            state[key] = like_param(part.as_strided(here.shape, strides_of(here),
                                                     part.storage_offset()), p)  # fmt: skip
             if dtype != torch.uint8 and key != "compensation":
                 optimizer.fresh_state(key, local(state[key]), here)
@@ -296,15 +273,7 @@ def _adopt(optimizer: FusedOptimizer, p: Tensor, narrow: torch.dtype) -> None:
         if value is not None and value.dtype not in (wide, torch.uint8, narrow):
             # torch keeps them in the parameters' dtype.
             state[name] = put(optimizer, name, value.to(wide), here.device)
-    for name in (*optimizer.state_names, "compensation"):
-        value = state.get(name)
-        if value is not None and value.shape == p.shape:
-            part = local(value)
-            if part.stride() != _strides(here):
-                laid = torch.empty_strided(
-                    here.shape, _strides(here), dtype=part.dtype, device=part.device
-                ).copy_(part)
-                state[name] = put(optimizer, name, like_param(laid, p), here.device)
+    lay_out(optimizer, p, strides_of(here))
 
 
 def _missing(

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from fastft.errors import ArgumentError
-from fastft.ops.optimizer_step import STATE_BLOCK, dynamic_map
+from fastft.ops.optimizer_step import dynamic_map
 from fastft.optim._base import FusedOptimizer
-from fastft.optim._batch import absmax_name, is_eight_bit
+from fastft.optim._batch import is_eight_bit
+from fastft.optim._layout import absmax_name, coded, decoded
 from fastft.optim._places import put
 from fastft.optim._shards import is_sharded, like_param, local
-from fastft.reference.optimizer_step import decode8, encode8
 
 __all__ = ["EightBitStates"]
 
@@ -102,7 +102,7 @@ class EightBitStates(FusedOptimizer):
         for name, signed in (("state1", True), ("state2", False)):
             value = state.get(name)
             if value is not None and value.dtype != torch.uint8:
-                codes, scales = encode8(local(value).float(), signed)
+                codes, scales = coded(local(value), signed)
                 narrow[name] = put(self, name, like_param(codes, p), device)
                 narrow[absmax_name(name)] = put(self, absmax_name(name), scales, device)
         return narrow
@@ -120,19 +120,10 @@ class EightBitStates(FusedOptimizer):
 
 
 def _wide(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
-    """The state of a shard with float32 values in place of codes and scales.
-
-    The largest magnitude of a block stands for itself, also where it is negative (no code is -1),
-    so that coding the values again gives the codes and scales back.
-    """
+    """The state of a shard with float32 values in place of codes and scales."""
     wide = {name: value for name, value in state.items() if not name.startswith("absmax")}
     for name, signed in (("state1", True), ("state2", False)):
         absmax = state.get(absmax_name(name))
         if absmax is not None:
-            codes = local(state[name])
-            values = decode8(codes, absmax, signed, torch.float32)
-            if signed:
-                scales = absmax.repeat_interleave(STATE_BLOCK)[: codes.numel()].view_as(codes)
-                values = torch.where(codes == 0, -scales, values)
-            wide[name] = like_param(values, p)
+            wide[name] = like_param(decoded(local(state[name]), absmax, signed), p)
     return wide

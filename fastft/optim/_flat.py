@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastft.errors import ArgumentError
 from fastft.ops.optimizer_step import STATE_BLOCK
-from fastft.optim._batch import absmax_name, is_eight_bit, taken
+from fastft.optim._batch import is_eight_bit, taken
+from fastft.optim._layout import absmax_name, coded, lay_out
 from fastft.optim._shards import is_sharded
 
 if TYPE_CHECKING:
@@ -61,6 +62,11 @@ class Flat:
             key: torch.zeros(total // share, dtype=dtype, device=device)
             for key, (dtype, share) in kinds.items()
         }
+        if eight:
+            # Padding too: with a block's scale other codes would be more than nothing.
+            buffers[names[0]].fill_(coded(torch.zeros(1, device=device), True)[0].item())
+        for p in self.params:
+            lay_out(optimizer, p, torch.empty(p.shape, device="meta").stride())
         old = [optimizer.state[p] for p in self.params]
         counts = [taken(state) for state in old]
         step = torch.full((), max(counts, default=0.0), device=device)

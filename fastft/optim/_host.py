@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastft import ops
 from fastft.ops.optimizer_step import STATE_BLOCK, launcher_of
-from fastft.optim._batch import Batch, absmax_name
+from fastft.optim._batch import Batch
+from fastft.optim._layout import absmax_name
 from fastft.optim._shards import local
 
 if TYPE_CHECKING:
