@@ -133,7 +133,7 @@ class StepTensors:
             columns += [[0] * n] * (2 - len(group))
         columns += [[_address(t) for t in self.compensation], [_address(t) for t in self.steps]]
         columns += [[p.numel() for p in self.params], list(self.keys), list(self.offsets), [0] * n]
-        self._table = torch.tensor(columns, dtype=torch.int64).t().contiguous()
+        self._table = torch.tensor(columns, dtype=torch.int64, device="cpu").t().contiguous()
 
     @property
     def rule_code(self) -> int:
@@ -171,9 +171,8 @@ class StepTensors:
             for p, dtype, state, rest in zip(
                 self.params, now[2], first, self.compensation, strict=True)
         ]  # fmt: skip
-        self._table[:, _PARAM] = torch.tensor(now[0])
-        self._table[:, _GRAD] = torch.tensor(now[1])
-        self._table[:, _CODES] = torch.tensor(codes)
+        for column, values in ((_PARAM, now[0]), (_GRAD, now[1]), (_CODES, codes)):
+            self._table[:, column] = torch.tensor(values, dtype=torch.int64, device="cpu")
         return self._table, True
 
     def forget(self) -> None:

@@ -153,7 +153,8 @@ class FusedOptimizer(SavedState):
         norms = [stats[0].cpu() for stats in self._stats.values()]
         if self._norm_is_global:
             return norms[0].clone()
-        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        norms = norms or [torch.zeros((), dtype=torch.float32, device="cpu")]
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     @property
     def skipped_steps(self) -> int:

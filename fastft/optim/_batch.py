@@ -176,7 +176,8 @@ class Batch:
             rows.append(tuple(0.0 if c in on_device else float(v) for c, v in enumerate(row)))
         if rows != self._rows:
             self._rows = rows
-            host = torch.tensor([rows[i] for i in self._group_of], dtype=torch.float32)
+            table = [rows[i] for i in self._group_of]
+            host = torch.tensor(table, dtype=torch.float32, device="cpu")
             host = host.pin_memory() if device.type == "cuda" else host
             self.hyper.copy_(host, non_blocking=True)
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -261,7 +262,7 @@ def _adopt(optimizer: FusedOptimizer, p: Tensor, narrow: torch.dtype) -> None:
     here = local(p)
     step = state.get("step")
     if not isinstance(step, Tensor) or step.dim() or step.dtype != torch.float32:
-        state["step"] = torch.tensor(taken(state), device=here.device)
+        state["step"] = torch.tensor(taken(state), dtype=torch.float32, device=here.device)
     for name, value in list(state.items()):
         if value is None:  # torch's momentum before the first step
             del state[name]

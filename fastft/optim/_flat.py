@@ -64,12 +64,14 @@ class Flat:
         }
         if eight:
             # Padding too: with a block's scale other codes would be more than nothing.
-            buffers[names[0]].fill_(coded(torch.zeros(1, device=device), True)[0].item())
+            zero = torch.zeros(1, dtype=torch.float32, device="cpu")
+            buffers[names[0]].fill_(coded(zero, True)[0].item())
         for p in self.params:
             lay_out(optimizer, p, torch.empty(p.shape, device="meta").stride())
         old = [optimizer.state[p] for p in self.params]
         counts = [taken(state) for state in old]
-        step = torch.full((), max(counts, default=0.0), device=device)
+        count = max(counts, default=0.0)
+        step = torch.full((), count, dtype=torch.float32, device=device)
         for i, (p, state) in enumerate(zip(self.params, old, strict=True)):
             for key, buffer in buffers.items():
                 share = kinds[key][1]

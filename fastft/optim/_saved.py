@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
@@ -80,7 +81,7 @@ class SavedState(torch.optim.Optimizer):
         state_dict = super().state_dict()
         if self.flat:
             state_dict["state"] = {
-                index: {**state, "step": state["step"].clone()} if "step" in state else state
+                index: {**state, "step": deepcopy(state["step"])} if "step" in state else state
                 for index, state in state_dict["state"].items()
             }
         return state_dict
@@ -156,9 +157,10 @@ class SavedState(torch.optim.Optimizer):
 
 def _without_tensors(state_dict: dict[str, Any]) -> dict[str, Any]:
     """The same with empty states: torch would carry them to the parameters' device."""
+    empty = torch.empty(0, device="cpu")
     light = {
         index: {
-            key: torch.empty(0) if isinstance(value, Tensor) and key != "step" else value
+            key: empty if isinstance(value, Tensor) and key != "step" else value
             for key, value in own.items()
         }
         for index, own in state_dict["state"].items()
