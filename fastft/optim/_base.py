@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
@@ -70,6 +71,8 @@ class FusedOptimizer(SavedState):
     _stats: dict[torch.device, Tensor]
     _keys: dict[int, int]
     _flats: list[Flat]
+    # Of each flat parameter its group, and all states, as they were when they were made flat.
+    _flat_seen: tuple[dict[int, int], list[Any]]
     _norm_is_global: bool
     # Whether before_step has run: StepInBackward began the step.
     _step_begun: bool
@@ -172,12 +175,12 @@ class FusedOptimizer(SavedState):
         grads: list[Tensor] = []
         groups: list[dict[str, Any]] = []
         for flat in self._flat_parts():
-            flat.gather()
+            flat.gather(self)
             params.append(flat.values)
             grads.append(flat.grads)
             groups.append(flat.group)
-        for group in self.param_groups if not self.flat else ():
-            params += [p for p in group["params"] if p.grad is not None]
+        for group in self.param_groups:
+            params += self._apart(group)
             groups += [group] * (len(params) - len(groups))
         grads += [g for p in params[len(grads) :] if (g := p.grad) is not None]
         if params:
@@ -193,15 +196,25 @@ class FusedOptimizer(SavedState):
             return super().zero_grad(set_to_none)
         for flat in self._flat_parts():
             flat.zero()
+        for p in (p for group in self.param_groups for p in self._apart(group)):
+            p.grad = None
         return None
+
+    def _apart(self, group: dict[str, Any]) -> list[Tensor]:
+        """Parameters that have a gradient and lie in no flat buffer; there frozen ones."""
+        flat = self.flat
+        return [p for p in group["params"] if not (flat and p.requires_grad) and p.grad is not None]
 
     def _flat_parts(self) -> list[Flat]:
         if not self.flat:
             return []
-        trained = {id(p) for g in self.param_groups for p in g["params"] if p.requires_grad}
-        held = {id(p) for f in self._flats for p in f.params}
-        if trained != held or not all(f.is_current() for f in self._flats):
+        trained = {id(p): id(g) for g in self.param_groups for p in g["params"] if p.requires_grad}
+        seen, states = self._flat_seen
+        changed = not self._flats or trained != seen or len(states) != len(self.state)
+        changed = changed or not all(map(operator.is_, self.state.values(), states))
+        if changed or not all(flat.is_current(self) for flat in self._flats):
             self._flats = flatten(self)
+            self._flat_seen = trained, list(self.state.values())
             self._batches = {}
         return self._flats
 
@@ -342,7 +355,7 @@ class FusedOptimizer(SavedState):
 
     def _start(self) -> None:
         self._batches, self._stats, self._keys, self._flats = {}, {}, {}, []
-        self._rings = {}
+        self._rings, self._flat_seen = {}, ({}, [])
         self._scaled: set[torch.device] = set()
         self._norm_is_global = self._step_begun = False
 

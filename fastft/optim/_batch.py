@@ -41,19 +41,23 @@ class Batch:
         self._copies: list[tuple[Tensor, Tensor]] = []
         # Parameters go in themselves where they can: where their data moves, the table follows.
         self._params = self._dense([p for p, _ in members])
-        self._views = [
-            (p, local(p).data_ptr())
-            for (p, _), view in zip(members, self._params, strict=True)
-            if view is not p or self.holds_views
-        ]
+        follows = [view is p and not self.holds_views
+                   for (p, _), view in zip(members, self._params, strict=True)]  # fmt: skip
+        pairs = list(zip(members, follows, strict=True))
+        self._views = [(p, local(p).data_ptr()) for (p, _), follows in pairs if not follows]
+        self._followed = [p for (p, _), follows in pairs if follows]
+        self._addresses = list(map(Tensor.data_ptr, self._followed))
         self._members = [p for p, _ in members]
         self._facts = _facts(self._members)
+        self._shapes = list(map(_shape, self._members))
         wide = all(p.dtype == torch.float64 for p in self._members)
         self._grad_dtypes = GRAD_DTYPES | {torch.float64} if wide else GRAD_DTYPES
         matrices = [p for p, _ in members if p.dim() > 1]
         self._contiguous = [p for p in matrices if p.is_contiguous()]
         self._strided = [(p, p.stride()) for p in matrices if not p.is_contiguous()]
-        self._held = {name: [s.get(name) for s in self._states] for name in ("step", *self._names)}
+        kept = ("step", *self._names, *map(absmax_name, self._names), "compensation")
+        self._held = {name: [s.get(name) for s in self._states] for name in kept
+                      if any(name in s for s in self._states)}  # fmt: skip
         self._groups = list({id(group): group for _, group in members}.values())
         index = {id(group): i for i, group in enumerate(self._groups)}
         self._group_of = [index[id(group)] for _, group in members]
@@ -121,7 +125,7 @@ class Batch:
     def is_stale(self, optimizer: FusedOptimizer, params: list[Tensor]) -> bool:
         """Whether parameters have another shape, dtype or layout, views of them other memory, or
         their states were replaced."""
-        if _facts(params) != self._facts:
+        if _facts(params) != self._facts or self._are_reshaped():
             return True
         # Gradients and states are laid out as the parameters were.
         if not all(map(Tensor.is_contiguous, self._contiguous)):
@@ -130,11 +134,16 @@ class Batch:
             return True
         if any(local(p).data_ptr() != address for p, address in self._views):
             return True
-        states = optimizer.states_of(params)
-        return not all(
-            all(map(operator.is_, map(dict.get, states, itertools.repeat(name)), held))
-            for name, held in self._held.items()
-        )
+        return not still_held(optimizer.states_of(params), self._held)
+
+    def _are_reshaped(self) -> bool:
+        """Whether a shape has changed. Shapes are tuples, thousands of which wake the garbage
+        collector: elementwise they matter, and are looked at, only where memory moved."""
+        addresses = list(map(Tensor.data_ptr, self._followed))
+        if addresses == self._addresses and self.reorders:
+            return False
+        self._addresses = addresses
+        return list(map(_shape, self._members)) != self._shapes
 
     def grads(self, grads: list[Tensor], optimizer: FusedOptimizer) -> list[Tensor]:
         """Gradients as the kernel takes them: the part here, laid out as the parameter."""
@@ -147,9 +156,8 @@ class Batch:
 
     def _can_be_read(self, grads: list[Tensor]) -> bool:
         """Whether kernels can read gradients where they lie."""
-        # An address says nothing of shape, dtype or sign: what changed since would be read as it
-        # was.
-        if list(map(_shape, grads)) != self._facts[1]:
+        # An address says nothing of size, dtype or sign, and would be read as what was there.
+        if list(map(Tensor.numel, grads)) != self._facts[1]:
             return False
         if not self._grad_dtypes.issuperset(map(_dtype, grads)):
             return False
@@ -192,8 +200,16 @@ class Batch:
 _dtype, _shape = operator.attrgetter("dtype"), operator.attrgetter("shape")
 
 
-def _facts(params: list[Tensor]) -> tuple[list[torch.dtype], list[torch.Size]]:
-    return list(map(_dtype, params)), list(map(_shape, params))
+def _facts(params: list[Tensor]) -> tuple[list[torch.dtype], list[int]]:
+    return list(map(_dtype, params)), list(map(Tensor.numel, params))
+
+
+def still_held(states: list[dict[str, Any]], held: dict[str, list[Tensor | None]]) -> bool:
+    """Whether the states of these names are the tensors they were."""
+    return all(
+        all(map(operator.is_, map(dict.get, states, itertools.repeat(name)), tensors))
+        for name, tensors in held.items()
+    )
 
 
 def is_eight_bit(optimizer: FusedOptimizer, p: Tensor, group: dict[str, Any]) -> bool:

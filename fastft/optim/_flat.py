@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fastft.errors import ArgumentError
 from fastft.ops.optimizer_step import STATE_BLOCK
-from fastft.optim._batch import is_eight_bit, taken
+from fastft.optim._batch import is_eight_bit, still_held, taken
 from fastft.optim._layout import absmax_name, coded, lay_out
 from fastft.optim._shards import is_sharded
 
@@ -39,8 +40,13 @@ class Flat:
             own.copy_(p.detach())
             p.data = own
         self.addresses = [p.data_ptr() for p in params]
-        self.gather()
+        self.gather(optimizer)
+        self._n_states = optimizer.n_states(group)
         self.state = self._states(optimizer, total)
+        self._of_each = [optimizer.state[p] for p in params]
+        self._held: dict[str, list[Tensor | None]] = {
+            name: [state[name] for state in self._of_each] for name in self.state
+        }
 
     def _view(self, buffer: Tensor, i: int) -> Tensor:
         p, start = self.params[i], self.starts[i]
@@ -86,11 +92,18 @@ class Flat:
             state["step"] = step
         return {"step": step, **buffers}
 
-    def is_current(self) -> bool:
-        """Whether the parameters still are the views that they were made."""
-        return [p.data_ptr() for p in self.params] == self.addresses
+    def is_current(self, optimizer: FusedOptimizer) -> bool:
+        """Whether the parameters and their states still are the views that they were made."""
+        params = self.params
+        return (
+            [p.data_ptr() for p in params] == self.addresses
+            and list(map(Tensor.numel, params)) == list(map(Tensor.numel, self.views))
+            and all(map(Tensor.is_contiguous, params))
+            and optimizer.n_states(self.group) == self._n_states
+            and still_held(self._of_each, self._held)
+        )
 
-    def gather(self) -> None:
+    def gather(self, optimizer: FusedOptimizer) -> None:
         """Gradients that lie elsewhere move in; a parameter without one has a gradient of zero."""
         for p, view in zip(self.params, self.views, strict=True):
             grad = p.grad
@@ -99,6 +112,7 @@ class Flat:
             if grad is None:
                 view.zero_()
             elif grad.data_ptr() != view.data_ptr():
+                optimizer.refuse(p, grad)
                 view.copy_(grad)
             p.grad = view
 
@@ -131,4 +145,7 @@ def flatten(optimizer: FusedOptimizer) -> list[Flat]:
                 eight = _is_eight_bit(optimizer, p, group)
                 key = (index, p.device, p.dtype, eight, taken(optimizer.state[p]))
                 found.setdefault(key, (group, []))[1].append(p)
+            elif "step" in optimizer.state.get(p, {}):
+                # Frozen since: it no longer shares a count.
+                optimizer.state[p]["step"] = deepcopy(optimizer.state[p]["step"])
     return [Flat(optimizer, group, params) for group, params in found.values()]

@@ -146,6 +146,21 @@ def test_states_put_elsewhere_and_back() -> None:
     assert moved.state_dict()["state"][0]["step"] == 3
 
 
+@pytest.mark.parametrize("name", ["compensation", "absmax1", "absmax2"])
+def test_what_states_are_made_of_may_be_replaced_alone(name: str) -> None:
+    p, q = (torch.ones(5000, dtype=BF16, requires_grad=True) for _ in range(2))
+    kind: Any = optim.AdamW8bit if name.startswith("absmax") else optim.AdamWBF16
+    one, two = (kind([x], lr=0.1, rounding="compensated") for x in (p, q))
+    for step in range(4):
+        _step(one, p)
+        _step(two, q)
+        if step == 2:
+            one.state[p][name] = one.state[p][name] * 0.5
+            two.state[q][name] *= 0.5
+    assert torch.equal(p, q)
+    assert torch.equal(one.state[p][name], two.state[q][name])
+
+
 def test_dampening_without_momentum_is_none() -> None:
     p, q = (torch.ones(5, requires_grad=True) for _ in range(2))
     for make, x in ((optim.SGD, p), (torch.optim.SGD, q)):
