@@ -171,6 +171,7 @@ class Muon(MatrixOptimizer):
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if p.ndim != 2:
+                self.param_groups.pop()
                 raise ArgumentError(
                     _WHERE, "params", expected="matrices", got=f"shape {tuple(p.shape)}",
                     remedy="Muon only supports 2D parameters; use AdamW for the others.",
@@ -209,7 +210,7 @@ def orthogonalize(
         X <- a X + (b X X^T + c (X X^T)^2) X, from X / max(|X|, eps)
 
     Args:
-        matrices: (batch, rows, columns) float32.
+        matrices: (batch, rows, columns) float32; scaled in place.
         coefficients: a, b, c.
         steps: how many.
         eps: the least norm.
@@ -226,8 +227,14 @@ def orthogonalize(
     a, b, c = coefficients
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    scale = 1 / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
     rows, columns = x.shape[1:]
+    least: Any = eps
+    if x.numel():
+        # Squares of what is beyond 1e19 are beyond float32: first by the largest element.
+        largest = torch.maximum(x.amax((1, 2), True), -x.amin((1, 2), True))
+        x.div_(largest.clamp_(min=torch.finfo(x.dtype).tiny))
+        least = eps / largest
+    scale = 1 / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=least)
     if 2 * rows <= columns:
         eye = torch.eye(rows, dtype=x.dtype, device=x.device).expand(len(x), rows, rows)
         # What rounding leaves of a singular G's zeros grows by a^2 a step: begin anew after a few.

@@ -136,7 +136,8 @@ def _adamw(p: Tensor, g: Tensor, states: list[Tensor], t: float, row: list[float
 def _lion(p: Tensor, g: Tensor, states: list[Tensor], t: float, row: list[float]) -> Tensor:
     lr, beta1, beta2, _, weight_decay = row[:5]
     (m,) = states
-    sign = (m * beta1 + g * (1 - beta1)).sign()
+    way = m * beta1 + g * (1 - beta1)
+    sign = torch.where(way.isnan(), way, way.sign())  # torch's sign of NaN is 0
     m.mul_(beta2).add_(g, alpha=1 - beta2)
     return (p * (1 - lr * weight_decay)).sub_(sign, alpha=lr)
 

@@ -456,6 +456,15 @@ def test_sparse_and_complex_are_refused_aloud(kind: str) -> None:
         optim.AdamW([p]).step()
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_nan_that_none_looks_for_shows(name: str) -> None:
+    """In the reference; the compiled Lion steps by no sign there, and its momentum is NaN."""
+    p = torch.ones(4, dtype=F64, requires_grad=True)
+    p.grad = torch.tensor([float("nan"), 1.0, 1.0, 1.0], dtype=F64)
+    ALL[name]([p], skip_nonfinite=False).step()
+    assert bool(p[0].isnan())
+
+
 @pytest.mark.parametrize("options", [{}, {"rounding": "compensated"}])
 def test_adafactor_of_parameters_that_lie_otherwise(options: dict[str, Any]) -> None:
     """Rows and columns are those of the parameter, not of its memory."""
