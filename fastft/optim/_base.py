@@ -325,7 +325,7 @@ class FusedOptimizer(SavedState):
     ) -> Any:
         kind = kind or (self.batch if self.ring_of(device) is None else HostBatch)
         ids = (tuple(map(id, params)), tuple(map(id, groups)))
-        key = (kind, device, self.n_states(groups[0]), *ids)
+        key = (kind, device, tuple(map(self.n_states, self.param_groups)), *ids)
         batch = self._batches.pop(key, None)
         if batch is None or batch.is_stale(self, params):
             batch = kind(self, list(zip(params, groups, strict=True)))

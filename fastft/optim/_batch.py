@@ -35,7 +35,8 @@ class Batch:
         check_place(optimizer, [p for p, _ in members])
         make_states(optimizer, members)
         self._states = [optimizer.state_of(p) for p, _ in members]
-        self._names = optimizer.state_names[: max(optimizer.n_states(g) for _, g in members)]
+        self._counts = [optimizer.n_states(group) for _, group in members]
+        self._names = optimizer.state_names[: max(self._counts)]
         parts = [local(p) for p, _ in members]
         self._orders = [order_of(p) if self.reorders else None for p in parts]
         self._copies: list[tuple[Tensor, Tensor]] = []
@@ -83,15 +84,20 @@ class Batch:
             found.append(part)
         return found
 
+    def _each(self, key: str, number: int = -1) -> list[Tensor | None]:
+        """What each member keeps under a key, of its state of this number; None without one."""
+        pairs = zip(self._states, self._counts, strict=True)
+        return [state.get(key) if number < count else None for state, count in pairs]
+
     def _lay_out(self, optimizer: FusedOptimizer, keys: list[tuple[int, int]]) -> None:
         states = self._states
         self.tensors = ops.StepTensors(
             optimizer.rule,
             self._params,
             [s["step"] for s in states],
-            [self._dense([s[name] for s in states]) for name in self._names],
-            [[s.get(absmax_name(name)) for s in states] for name in self._names],
-            self._dense([s.get("compensation") for s in states]),
+            [self._dense(self._each(name, i)) for i, name in enumerate(self._names)],
+            [self._each(absmax_name(name), i) for i, name in enumerate(self._names)],
+            self._dense(self._each("compensation")),
             optimizer.rounding,
             [key for key, _ in keys],
             [offset for _, offset in keys],
@@ -230,7 +236,7 @@ def make_states(optimizer: FusedOptimizer, members: Members) -> None:
     as, the parameter is."""
     plan = []
     for p, group in members:
-        _adopt(optimizer, p, state_dtype(optimizer, p, group))
+        _adopt(optimizer, p, group)
         plan += [(p, *wanted) for wanted in _missing(optimizer, p, group)]
     # One allocation for each dtype and memory: neighbours in it, and starts of 16 bytes.
     totals: dict[tuple[bool, torch.dtype], int] = {}
@@ -265,26 +271,37 @@ def _padded(size: int) -> int:
     return -(-size // 16) * 16
 
 
-def taken(state: dict[str, Any]) -> float:
-    """Steps behind a state. torch's SGD counts none; with a buffer, the first lies behind it."""
-    begun = any(value is not None for value in state.values())
-    return float(state.get("step", float(begun)))
+def taken(optimizer: FusedOptimizer, p: Tensor, group: dict[str, Any]) -> float:
+    """Steps behind the states of a parameter: none behind those that are yet to be made. torch's
+    SGD counts none; with a buffer, the first lies behind it."""
+    state = optimizer.state_of(p)
+    return float(state.get("step", 1.0)) if _begun(optimizer, state, group) else 0.0
 
 
-def _adopt(optimizer: FusedOptimizer, p: Tensor, narrow: torch.dtype) -> None:
+def _begun(optimizer: FusedOptimizer, state: dict[str, Any], group: dict[str, Any]) -> bool:
+    return any(state.get(name) is not None for name in _names(optimizer, group) or state)
+
+
+def _names(optimizer: FusedOptimizer, group: dict[str, Any]) -> tuple[str, ...]:
+    return optimizer.state_names[: optimizer.n_states(group)]
+
+
+def _adopt(optimizer: FusedOptimizer, p: Tensor, group: dict[str, Any]) -> None:
     state = optimizer.state_of(p)
     if not state:
         return
     here = local(p)
     step = state.get("step")
-    if not isinstance(step, Tensor) or step.dim() or step.dtype != torch.float32:
-        state["step"] = torch.tensor(taken(state), dtype=torch.float32, device=here.device)
+    fits = isinstance(step, Tensor) and not step.dim() and step.dtype == torch.float32
+    if not fits or not _begun(optimizer, state, group):
+        count = taken(optimizer, p, group)
+        state["step"] = torch.tensor(count, dtype=torch.float32, device=here.device)
     for name, value in list(state.items()):
         if value is None:  # torch's momentum before the first step
             del state[name]
         elif isinstance(value, Tensor) and not is_home(optimizer, name, local(value), here.device):
             state[name] = put(optimizer, name, value, here.device)
-    wide = torch.promote_types(p.dtype, torch.float32)
+    wide, narrow = torch.promote_types(p.dtype, torch.float32), state_dtype(optimizer, p, group)
     for name in optimizer.state_names:
         value = state.get(name)
         if value is not None and value.dtype not in (wide, torch.uint8, narrow):
@@ -302,7 +319,7 @@ def _missing(
     # All states of a parameter are of one dtype: that of those that are there.
     there = [state[name].dtype for name in optimizer.state_names if name in state]
     dtype = there[0] if there else state_dtype(optimizer, p, group)
-    for name in optimizer.state_names[: optimizer.n_states(group)]:
+    for name in _names(optimizer, group):
         if name in state:
             continue  # one that was loaded in another format stays in it
         if dtype == torch.uint8:

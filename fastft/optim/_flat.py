@@ -75,7 +75,7 @@ class Flat:
         for p in self.params:
             lay_out(optimizer, p, torch.empty(p.shape, device="meta").stride())
         old = [optimizer.state[p] for p in self.params]
-        counts = [taken(state) for state in old]
+        counts = [taken(optimizer, p, self.group) for p in self.params]
         count = max(counts, default=0.0)
         step = torch.full((), count, dtype=torch.float32, device=device)
         for i, (p, state) in enumerate(zip(self.params, old, strict=True)):
@@ -143,7 +143,7 @@ def flatten(optimizer: FusedOptimizer) -> list[Flat]:
                         "fastft.optim", "flat", expected="whole parameters", got="sharded ones"
                     )
                 eight = _is_eight_bit(optimizer, p, group)
-                key = (index, p.device, p.dtype, eight, taken(optimizer.state[p]))
+                key = (index, p.device, p.dtype, eight, taken(optimizer, p, group))
                 found.setdefault(key, (group, []))[1].append(p)
             elif "step" in optimizer.state.get(p, {}):
                 # Frozen since: it no longer shares a count.

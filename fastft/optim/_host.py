@@ -82,7 +82,7 @@ class HostBatch(Batch):
                 optimizer.rule,
                 [share.of(flat[share.member]) for share in shares],
                 steps,
-                [[here[i, name] for i in range(len(shares))] for name in self._names],
+                [[here.get((i, name)) for i in range(len(shares))] for name in self._names],
                 [
                     [here.get((i, absmax_name(name))) for i in range(len(shares))]
                     for name in self._names
@@ -101,11 +101,12 @@ class HostBatch(Batch):
     def _flat_states(self) -> list[dict[str, tuple[Tensor, int]]]:
         """By state: its elements in memory's order, and how many of the parameter's share one."""
         found: list[dict[str, tuple[Tensor, int]]] = [{} for _ in self._params]
-        for name in (*self._names, "compensation"):
-            dense = self._dense([s.get(name) for s in self._states])
+        for number, name in (*enumerate(self._names), (-1, "compensation")):
+            dense = self._dense(self._each(name, number))
             for own, state, value in zip(found, self._states, dense, strict=True):
-                if value is not None:
-                    own[name] = (value.view(-1), 1)
+                if value is None:
+                    continue
+                own[name] = (value.view(-1), 1)
                 scale = absmax_name(name)
                 if scale in state:
                     own[scale] = (local(state[scale]), STATE_BLOCK)

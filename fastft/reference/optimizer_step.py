@@ -56,11 +56,12 @@ def step(
         t = tensors.steps[i].item()
         row = [float(v) for v in hyper[i]]
         wide = torch.promote_types(p.dtype, torch.float32)
-        states = [_open(tensors, k, i, wide) for k in range(len(tensors.states))]
+        kept = [k for k, states in enumerate(tensors.states) if states[i] is not None]
+        states = [_open(tensors, k, i, wide) for k in kept]
         value = open_param(tensors, i)
         gradient = g.to(wide) * (scale * row[6])
         value = _RULES[tensors.rule](value, gradient, states, t, row)
-        for k, state in enumerate(states):
+        for k, state in zip(kept, states, strict=True):
             _close(tensors, k, i, state, seed)
         close_param(tensors, i, value, seed)
 

@@ -259,11 +259,38 @@ def test_states_cleared_and_momentum_begun_are_noticed() -> None:
         gradients(mine, theirs)
         fused.step()
         plain.step()
-        if step == 2:  # torch's buffer begins with the first gradient it sees, ours at zero
-            for p, q in zip(mine, theirs, strict=True):
-                plain.state[q]["momentum_buffer"].copy_(fused.state[p]["momentum_buffer"])
-                q.data.copy_(p.data)
     same(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(F32, {}), (F32, {"flat": True}), (F32, {"state_bits": 16}), (F64, {})],
+)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_of_some_groups_and_steps_alone(
+    nesterov: bool, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """A buffer is its first gradient whenever it begins, whatever the dampening, and waits where
+    there is no momentum."""
+    mine, theirs = models(dtype)
+    fused, plain = (
+        kind([{"params": params[:3]}, {"params": params[3:], "momentum": 0.5}], lr=0.1, **more)
+        for kind, params, more in (
+            (optim.SGD, mine, options), (torch.optim.SGD, theirs, {}))
+    )  # fmt: skip
+    for step in range(8):
+        for optimizer in (fused, plain):
+            for group, on in zip(optimizer.param_groups, (step in (2, 3, 6, 7), step != 4)):
+                group["momentum"] = 0.9 if on else 0.0
+                group["dampening"] = 0.0 if nesterov else 0.5
+                group["nesterov"] = nesterov and on
+        gradients(mine, theirs)
+        fused.step()
+        plain.step()
+        if step == 0:
+            kept = ["momentum_buffer" in fused.state[p] for p in mine]
+            assert kept == [False] * 3 + [True] * 3
+    same(mine, theirs, 2e-2 if options.get("state_bits") else 4e-6)
 
 
 def test_states_are_neighbours_in_one_arena() -> None:
