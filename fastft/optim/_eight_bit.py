@@ -33,7 +33,7 @@ class EightBitStates(FusedOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "min_8bit_size": self.min_8bit_size}
 
-    def state_dict(self) -> dict[str, Any]:
+    def _saved(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """torch's, with what bitsandbytes' optimizers expect in theirs: step counts as numbers and
         the maps of the codes. Reads the step counts off the device.
 
@@ -41,14 +41,14 @@ class EightBitStates(FusedOptimizer):
         torch.distributed.checkpoint saves them and cuts them up anew; blocks are of the part that
         is here. Loaded in the same shards they are the same codes and scales.
         """
-        state_dict = super().state_dict()
+        state_dict = super()._saved(state_dict)
         sharded = self._sharded(state_dict)
         for index, p in sharded.items():
             state_dict["state"][index] = _wide(state_dict["state"][index], p)
         steps = [
             s["step"]
             for index, s in state_dict["state"].items()
-            if isinstance(s["step"], Tensor) and index not in sharded
+            if isinstance(s.get("step"), Tensor) and index not in sharded
         ]
         numbers = iter(torch.stack([s.cpu() for s in steps]).tolist() if steps else ())
         for group in state_dict["param_groups"]:
@@ -58,7 +58,7 @@ class EightBitStates(FusedOptimizer):
             if index in sharded:
                 continue
             state = dict(own)
-            if isinstance(state["step"], Tensor):
+            if isinstance(state.get("step"), Tensor):
                 state["step"] = int(next(numbers))
             for number, is_signed in signed.items():
                 if f"absmax{number}" in state:
@@ -67,7 +67,7 @@ class EightBitStates(FusedOptimizer):
             state_dict["state"][index] = state
         return state_dict
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def _loaded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Also takes bitsandbytes' own, in which the maps must be the dynamic ones.
 
         Raises:
@@ -82,7 +82,11 @@ class EightBitStates(FusedOptimizer):
                 if theirs in state:  # of an optimizer with float32 states, which they stay
                     state[ours] = state.pop(theirs)
             flat["state"][index] = {k: v for k, v in state.items() if not k.startswith("qmap")}
-        super().load_state_dict(flat)
+        return super()._loaded(flat)
+
+    def _keep(self, state_dict: dict[str, Any]) -> None:
+        """As the base; shards are coded again."""
+        super()._keep(state_dict)
         for group in self.param_groups:
             for p in group["params"]:
                 if is_sharded(p) and is_eight_bit(self, p, group) and self.state.get(p):

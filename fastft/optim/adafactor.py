@@ -65,6 +65,7 @@ class Adafactor(MatrixOptimizer):
     """
 
     batch = _FactoredBatch
+    state_sets = (frozenset(("row_var", "col_var")), frozenset(("variance",)))
 
     def __init__(
         self,

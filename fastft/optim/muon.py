@@ -125,6 +125,7 @@ class Muon(MatrixOptimizer):
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
     """
 
+    state_sets = (frozenset(("momentum_buffer",)),)
     # Two of a set: of its momenta, and of the write.
     kept_batches = 2 * FusedOptimizer.kept_batches
 

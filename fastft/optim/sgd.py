@@ -30,6 +30,7 @@ class SGD(FusedOptimizer):
 
     rule = "sgd"
     state_names = ("momentum_buffer",)
+    state_sets = (frozenset(state_names), frozenset())
 
     def __init__(
         self,
