@@ -13,11 +13,10 @@ from torch import Tensor
 from fastft import ops
 from fastft.errors import ArgumentError
 from fastft.ops.optimizer_step import ROUNDINGS, RULES
-from fastft.optim._batch import Batch
+from fastft.optim._batch import Batch, Part, by_device
 from fastft.optim._flat import Flat, flatten
 from fastft.optim._host import HostBatch
 from fastft.optim._hyper import check_hyper, refuse_grad
-from fastft.optim._parts import Part, by_device
 from fastft.optim._places import PLACES
 from fastft.optim._saved import SavedState
 from fastft.optim._shards import aligned, any_sharded, global_norm, shard_offset

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,14 +14,23 @@ from torch import Tensor
 from fastft import ops
 from fastft.ops.optimizer_step import HYPER, STATE_BLOCK, launcher_of
 from fastft.optim._hyper import GRAD_DTYPES
-from fastft.optim._layout import absmax_name, in_order, lay_out, order_of, strides_of
-from fastft.optim._places import check_place, is_home, new_memory, put
+from fastft.optim._places import (
+    absmax_name,
+    check_place,
+    in_order,
+    is_home,
+    lay_out,
+    new_memory,
+    order_of,
+    put,
+    strides_of,
+)
 from fastft.optim._shards import like_param, local
 
 if TYPE_CHECKING:
     from fastft.optim._base import FusedOptimizer
 
-__all__ = ["Batch", "Members"]
+__all__ = ["Batch", "Members", "Part", "by_device"]
 
 Members = Sequence[tuple[Tensor, dict[str, Any]]]
 
@@ -330,3 +340,35 @@ def _missing(
     if optimizer.rounding == "compensated" and p.dtype == torch.bfloat16:
         wanted.append(("compensation", numel, torch.bfloat16))
     return [entry for entry in wanted if entry[0] not in state]
+
+
+@dataclass(eq=False)
+class Part:
+    """Parameters of one device, their gradients and groups.
+
+    Attributes:
+        batches: what is run.
+        ready: the gradients as the first of them takes these.
+    """
+
+    device: torch.device
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    batches: list[Any] = field(default_factory=list)
+    ready: list[Tensor] = field(default_factory=list)
+
+
+def by_device(
+    params: list[Tensor], grads: list[Tensor], groups: list[dict[str, Any]]
+) -> list[Part]:
+    """A part for each device."""
+    if len(set(map(Tensor.get_device, params))) <= 1:
+        return [Part(params[0].device, params, grads, groups)] if params else []
+    parts: dict[torch.device, Part] = {}
+    for p, g, group in zip(params, grads, groups, strict=True):
+        part = parts.setdefault(p.device, Part(p.device))
+        part.params.append(p)
+        part.grads.append(g)
+        part.groups.append(group)
+    return list(parts.values())

@@ -11,8 +11,7 @@ from fastft.errors import ArgumentError
 from fastft.ops.optimizer_step import dynamic_map
 from fastft.optim._base import FusedOptimizer
 from fastft.optim._batch import is_eight_bit
-from fastft.optim._layout import absmax_name, coded, decoded
-from fastft.optim._places import put
+from fastft.optim._places import absmax_name, coded, decoded, put
 from fastft.optim._shards import is_sharded, like_param, local
 
 __all__ = ["EightBitStates"]

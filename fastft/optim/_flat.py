@@ -11,7 +11,7 @@ from torch import Tensor
 from fastft.errors import ArgumentError
 from fastft.ops.optimizer_step import STATE_BLOCK
 from fastft.optim._batch import is_eight_bit, still_held, taken
-from fastft.optim._layout import absmax_name, coded, lay_out
+from fastft.optim._places import absmax_name, coded, lay_out
 from fastft.optim._shards import is_sharded
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastft import ops
 from fastft.ops.optimizer_step import STATE_BLOCK, launcher_of
 from fastft.optim._batch import Batch
-from fastft.optim._layout import absmax_name
+from fastft.optim._places import absmax_name
 from fastft.optim._shards import local
 
 if TYPE_CHECKING:

@@ -58,11 +58,12 @@ def check_hyper(where: str, values: dict[str, Any]) -> None:
 
 
 def refuse_grad(optimizer: FusedOptimizer, p: Tensor, grad: Tensor) -> None:
-    """Raises for a gradient that no rule is defined for.
+    """Raises for a parameter and its gradient that no rule is defined for.
 
     Raises:
         RefusedError: a sparse one, a complex parameter, a dtype that no kernel reads.
-        ShapeError: one of another shape, as where the parameter's data was replaced.
+        ShapeError: one of another shape, as where the parameter's data was replaced; a parameter
+            whose elements share memory.
     """
     if grad.layout is not torch.strided or p.is_complex():
         dense = grad.layout is torch.strided
@@ -74,6 +75,11 @@ def refuse_grad(optimizer: FusedOptimizer, p: Tensor, grad: Tensor) -> None:
             remedy=f"{type(optimizer).__name__} does not support "
             f"{'complex parameters' if dense else 'sparse gradients'}.",
         )
+    if any(not stride and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+        raise ShapeError(
+            optimizer._where, "params", expected="elements with memory of their own",
+            got=f"strides {p.stride()}", remedy="Make the parameter of tensor.contiguous().",
+        )  # fmt: skip
     if grad.dtype not in GRAD_DTYPES and grad.dtype != p.dtype:
         raise RefusedError(
             optimizer._where, "grad",

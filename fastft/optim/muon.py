@@ -13,8 +13,8 @@ from fastft import ops
 from fastft.errors import ArgumentError
 from fastft.ops.optimizer_step import launcher_of
 from fastft.optim._base import FusedOptimizer
+from fastft.optim._batch import Part
 from fastft.optim._matrix import MatrixBatch, MatrixOptimizer, own_state
-from fastft.optim._parts import Part
 
 __all__ = ["Muon", "orthogonalize"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastft import optim
-from fastft.optim._layout import decoded
+from fastft.optim._places import decoded
 from tests.optim.pairs import ALL, gradients
 
 BF16 = torch.bfloat16
