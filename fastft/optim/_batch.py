@@ -1,4 +1,5 @@
-"""``Batch``: the tensors of one call, gathered once: states, step counts and hyper-parameters."""
+"""``Batch``: the tensors of one call, gathered once: states, step counts and hyper-parameters.
+``Part``: what a step takes of one device, and its batches."""
 
 from __future__ import annotations
 
