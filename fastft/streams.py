@@ -54,7 +54,7 @@ class CudaEngine:
 
     def host_buffer(self, size: int) -> Tensor:
         if size < _ROUNDED:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
         buffer = torch.empty(size, dtype=torch.uint8)
         with torch.cuda.device(self._device):
             status = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, _PORTABLE))

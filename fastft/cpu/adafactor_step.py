@@ -26,7 +26,9 @@ def step(
 ) -> None:
     """One step over all tensors; see :func:`fastft.ops.adafactor_step` for the formulas."""
     table, _ = tensors.table(grads)
-    scratch, partials = (torch.empty(size, dtype=torch.float32) for size in tensors.scratch_sizes)
+    scratch, partials = (
+        torch.empty(size, dtype=torch.float32, device="cpu") for size in tensors.scratch_sizes
+    )
     work = (tensors.tile_tensor, tensors.line_tensor)
     places = tensors.call(table, *work, scratch, partials, hyper, stats)
     native.module().adafactor_step(places, max_norm, needs_norm, seed, isa=isa)

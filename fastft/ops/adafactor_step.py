@@ -86,13 +86,13 @@ class FactoredTensors(StepTensors):
             counts.append((0, 0) if empty else own)
             tiles, lines = tiles + counts[-1][0], lines + counts[-1][1]
         # Of each tile, and of each item of LINES rows or columns, its tensor.
-        which = torch.arange(len(params), dtype=torch.int32)
-        repeats = torch.tensor(counts, dtype=torch.int64).view(-1, 2)
+        which = torch.arange(len(params), dtype=torch.int32, device="cpu")
+        repeats = torch.tensor(counts, dtype=torch.int64, device="cpu").view(-1, 2)
         self.tile_tensor = which.repeat_interleave(repeats[:, 0])
         self.line_tensor = which.repeat_interleave(repeats[:, 1])
         # float32 elements that a launcher needs room for: sums, then those of tiles and tensors.
         self.scratch_sizes = (max(scratch, 1), 3 * tiles + max(len(params), 1))
-        geometry = torch.tensor(places, dtype=torch.int64).view(len(params), 12)
+        geometry = torch.tensor(places, dtype=torch.int64, device="cpu").view(len(params), 12)
         self._whole = torch.cat((self._table, geometry), 1)
         self._table = self._whole[:, : self._table.shape[1]]  # written where addresses change
 

@@ -98,7 +98,8 @@ class StepTensors:
             place.
         steps: n 0-dim float32 tensors, t of each, incremented.
         states: for each state of the rule n tensors of the parameters' shapes, float32 (float64 for
-            float64 parameters), bfloat16, or uint8 where in 8 bits. Empty for sgd without momentum.
+            float64 parameters), bfloat16, or uint8 where in 8 bits. sgd without momentum has none:
+            None, or no list where no tensor has one.
         absmax: like ``states``, float32 (ceil(numel / 256),) of those in 8 bits, None of others.
         compensation: n bfloat16 tensors of the parameters' shapes for ``compensated``, else None.
         rounding: one of ``ROUNDINGS``; bfloat16 parameters only, others are rounded to nearest.
@@ -111,7 +112,7 @@ class StepTensors:
     rule: str
     params: Sequence[Tensor]
     steps: Sequence[Tensor]
-    states: Sequence[Sequence[Tensor]]
+    states: Sequence[Sequence[Tensor | None]]
     absmax: Sequence[Sequence[Tensor | None]] = ()
     compensation: Sequence[Tensor | None] = ()
     rounding: str = "nearest"
@@ -133,7 +134,7 @@ class StepTensors:
             columns += [[0] * n] * (2 - len(group))
         columns += [[_address(t) for t in self.compensation], [_address(t) for t in self.steps]]
         columns += [[p.numel() for p in self.params], list(self.keys), list(self.offsets), [0] * n]
-        self._table = torch.tensor(columns, dtype=torch.int64).t().contiguous()
+        self._table = torch.tensor(columns, dtype=torch.int64, device="cpu").t().contiguous()
 
     @property
     def rule_code(self) -> int:
@@ -148,7 +149,7 @@ class StepTensors:
     @functools.cached_property
     def state_bits(self) -> int:
         """The fewest bits that any state has."""
-        sizes = {t.element_size() for tensors in self.states for t in tensors}
+        sizes = {t.element_size() for tensors in self.states for t in tensors if t is not None}
         return min(32, *(8 * size for size in sizes)) if sizes else 32
 
     def table(self, grads: Sequence[Tensor]) -> tuple[Tensor, bool]:
@@ -171,9 +172,8 @@ class StepTensors:
             for p, dtype, state, rest in zip(
                 self.params, now[2], first, self.compensation, strict=True)
         ]  # fmt: skip
-        self._table[:, _PARAM] = torch.tensor(now[0])
-        self._table[:, _GRAD] = torch.tensor(now[1])
-        self._table[:, _CODES] = torch.tensor(codes)
+        for column, values in ((_PARAM, now[0]), (_GRAD, now[1]), (_CODES, codes)):
+            self._table[:, column] = torch.tensor(values, dtype=torch.int64, device="cpu")
         return self._table, True
 
     @property
@@ -316,12 +316,20 @@ def _check_tensors(tensors: StepTensors) -> None:
         wide = torch.promote_types(p.dtype, torch.float32)
         narrow = 16 in rule.bits and wide == torch.float32
         unscaled = (wide, torch.bfloat16) if narrow else (wide,)
-        for state, absmax in zip(tensors.states, tensors.absmax, strict=True):
-            scale = absmax[i]
+        kinds: set[torch.dtype] = set()
+        for states, absmax in zip(tensors.states, tensors.absmax, strict=True):
+            state, scale = states[i], absmax[i]
+            if state is None:
+                if tensors.rule == "sgd":
+                    continue
+                raise ArgumentError(
+                    _WHERE, "states", expected=f"a tensor with {tensors.rule}", got="None"
+                )
             dtypes = unscaled if scale is None else (torch.uint8,)
-            _check_like("states", state[i], dtypes, p.device, shape)
-            if state[i].dtype != tensors.states[0][i].dtype:
-                got = f"{tensors.states[0][i].dtype} and {state[i].dtype}"
+            _check_like("states", state, dtypes, p.device, shape)
+            kinds.add(state.dtype)
+            if len(kinds) > 1:
+                got = " and ".join(sorted(map(str, kinds)))
                 raise DtypeError(_WHERE, "states", expected="one dtype of a parameter's", got=got)
             if scale is not None:
                 if 8 not in rule.bits:

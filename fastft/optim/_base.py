@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
@@ -12,10 +13,10 @@ from torch import Tensor
 from fastft import ops
 from fastft.errors import ArgumentError
 from fastft.ops.optimizer_step import ROUNDINGS, RULES
-from fastft.optim._batch import Batch
+from fastft.optim._batch import Batch, Part, by_device
 from fastft.optim._flat import Flat, flatten
 from fastft.optim._host import HostBatch
-from fastft.optim._hyper import RefusedError, check_hyper
+from fastft.optim._hyper import check_hyper, refuse_grad
 from fastft.optim._places import PLACES
 from fastft.optim._saved import SavedState
 from fastft.optim._shards import aligned, any_sharded, global_norm, shard_offset
@@ -69,7 +70,11 @@ class FusedOptimizer(SavedState):
     _stats: dict[torch.device, Tensor]
     _keys: dict[int, int]
     _flats: list[Flat]
+    # Of each flat parameter its group, and all states, as they were when they were made flat.
+    _flat_seen: tuple[dict[int, int], list[Any]]
     _norm_is_global: bool
+    # Whether before_step has run: StepInBackward began the step.
+    _step_begun: bool
     # GradScaler hands its scale over instead of unscaling and asking.
     _step_supports_amp_scaling = True
 
@@ -150,7 +155,8 @@ class FusedOptimizer(SavedState):
         norms = [stats[0].cpu() for stats in self._stats.values()]
         if self._norm_is_global:
             return norms[0].clone()
-        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        norms = norms or [torch.zeros((), dtype=torch.float32, device="cpu")]
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     @property
     def skipped_steps(self) -> int:
@@ -168,17 +174,19 @@ class FusedOptimizer(SavedState):
         grads: list[Tensor] = []
         groups: list[dict[str, Any]] = []
         for flat in self._flat_parts():
-            flat.gather()
+            flat.gather(self)
             params.append(flat.values)
             grads.append(flat.grads)
             groups.append(flat.group)
-        for group in self.param_groups if not self.flat else ():
-            params += [p for p in group["params"] if p.grad is not None]
+        for group in self.param_groups:
+            params += self._apart(group)
             groups += [group] * (len(params) - len(groups))
         grads += [g for p in params[len(grads) :] if (g := p.grad) is not None]
         if params:
-            self.before_step()
-            self.apply_step(params, grads, groups)
+            parts = self.prepare(params, grads, groups)
+            if not self._step_begun:
+                self.before_step()
+            self.launch(parts)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -187,15 +195,25 @@ class FusedOptimizer(SavedState):
             return super().zero_grad(set_to_none)
         for flat in self._flat_parts():
             flat.zero()
+        for p in (p for group in self.param_groups for p in self._apart(group)):
+            p.grad = None
         return None
+
+    def _apart(self, group: dict[str, Any]) -> list[Tensor]:
+        """Parameters that have a gradient and lie in no flat buffer; there frozen ones."""
+        flat = self.flat
+        return [p for p in group["params"] if not (flat and p.requires_grad) and p.grad is not None]
 
     def _flat_parts(self) -> list[Flat]:
         if not self.flat:
             return []
-        trained = {id(p) for g in self.param_groups for p in g["params"] if p.requires_grad}
-        held = {id(p) for f in self._flats for p in f.params}
-        if trained != held or not all(f.is_current() for f in self._flats):
+        trained = {id(p): id(g) for g in self.param_groups for p in g["params"] if p.requires_grad}
+        seen, states = self._flat_seen
+        changed = not self._flats or trained != seen or len(states) != len(self.state)
+        changed = changed or not all(map(operator.is_, self.state.values(), states))
+        if changed or not all(flat.is_current(self) for flat in self._flats):
             self._flats = flatten(self)
+            self._flat_seen = trained, list(self.state.values())
             self._batches = {}
         return self._flats
 
@@ -215,38 +233,49 @@ class FusedOptimizer(SavedState):
     def before_step(self) -> None:
         """Runs before each step; for what changes with the count of steps."""
 
-    def apply_step(
+    def prepare(
         self, params: list[Tensor], grads: list[Tensor], groups: list[dict[str, Any]]
-    ) -> None:
-        """Steps parameters, whose norm is one; groups are those of the parameters."""
-        norm = None
-        several = len(set(map(Tensor.get_device, params))) > 1
-        sharded = any_sharded(params)
-        if sharded:
+    ) -> list[Part]:
+        """What :meth:`launch` takes; groups are those of the parameters. What no step is defined
+        for is refused here, where nothing is stepped yet."""
+        if any_sharded(params):
             grads = [aligned(g, p) for p, g in zip(params, grads, strict=True)]
+        parts = by_device(params, grads, groups)
+        for part in parts:
+            part.batches = self._batches_of(part)
+            part.ready = part.batches[0].grads(part.grads, self)
+        return parts
+
+    def launch(self, parts: list[Part]) -> None:
+        """Steps parameters, whose norm is one."""
+        norm = None
         measures = self.max_grad_norm is not None or self.skip_nonfinite
-        in_pieces = self.states == "host" and any(self.ring_of(p.device) for p in params)
-        if measures and (several or sharded or in_pieces):
-            for p, g in zip(params, grads, strict=True):
-                self.refuse(p, g)
-            norm = global_norm(grads)
+        in_pieces = self.states == "host" and any(self.ring_of(part.device) for part in parts)
+        sharded = any(any_sharded(part.params) for part in parts)
+        if measures and (len(parts) > 1 or sharded or in_pieces):
+            norm = global_norm([g for part in parts for g in part.grads])
         self._norm_is_global = norm is not None
-        for device, part in _by_device(params, grads, groups):
+        for part in parts:
+            device = part.device
             self._scale(self._stats_of(device), norm)
-            self._run(device, *part, norm is None and measures)
+            self.run_part(part, norm is None and measures)
             if norm is not None:
                 self._stats_of(device)[0] = norm.to(device) * self._inverse_scale(device)
 
-    def _run(
-        self,
-        device: torch.device,
-        params: list[Tensor],
-        grads: list[Tensor],
-        groups: list[dict[str, Any]],
-        needs_norm: bool,
-    ) -> None:
-        batch = self._batch(device, params, groups)
-        batch.run(self, grads, self._stats_of(device), needs_norm)
+    def run_part(self, part: Part, needs_norm: bool) -> None:
+        """Steps the parameters of one device."""
+        self._run(part, needs_norm)
+        # Kernels write by address: autograd, and whoever keeps what was made of a parameter, learn
+        # of it here.
+        torch.autograd.graph.increment_version(part.params)
+        for flat in self._flats:
+            torch.autograd.graph.increment_version(flat.params)
+
+    def _batches_of(self, part: Part) -> list[Any]:
+        return [self._batch(part.device, part.params, part.groups)]
+
+    def _run(self, part: Part, needs_norm: bool) -> None:
+        part.batches[0].run(self, part.ready, self._stats_of(part.device), needs_norm)
 
     def _inverse_scale(self, device: torch.device) -> Tensor | float:
         scale = getattr(self, "grad_scale", None)
@@ -284,16 +313,7 @@ class FusedOptimizer(SavedState):
 
     def refuse(self, p: Tensor, grad: Tensor) -> None:
         """Raises for parameters and gradients that no rule is defined for."""
-        if grad.layout is not torch.strided or p.is_complex():
-            dense = grad.layout is torch.strided
-            raise RefusedError(
-                self._where,
-                "grad",
-                expected="dense real gradients",
-                got=str(p.dtype) if dense else "sparse",
-                remedy=f"{type(self).__name__} does not support "
-                f"{'complex parameters' if dense else 'sparse gradients'}.",
-            )
+        refuse_grad(self, p, grad)
 
     def _batch(
         self,
@@ -304,7 +324,7 @@ class FusedOptimizer(SavedState):
     ) -> Any:
         kind = kind or (self.batch if self.ring_of(device) is None else HostBatch)
         ids = (tuple(map(id, params)), tuple(map(id, groups)))
-        key = (kind, device, self.n_states(groups[0]), *ids)
+        key = (kind, device, tuple(map(self.n_states, self.param_groups)), *ids)
         batch = self._batches.pop(key, None)
         if batch is None or batch.is_stale(self, params):
             batch = kind(self, list(zip(params, groups, strict=True)))
@@ -334,9 +354,9 @@ class FusedOptimizer(SavedState):
 
     def _start(self) -> None:
         self._batches, self._stats, self._keys, self._flats = {}, {}, {}, []
-        self._rings = {}
+        self._rings, self._flat_seen = {}, ({}, [])
         self._scaled: set[torch.device] = set()
-        self._norm_is_global = False
+        self._norm_is_global = self._step_begun = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch."""
@@ -355,20 +375,3 @@ class FusedOptimizer(SavedState):
 def _either(values: Sequence[int]) -> str:
     *most, last = map(str, sorted(values))
     return f"{', '.join(most)} or {last}" if most else last
-
-
-_Part = tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]
-
-
-def _by_device(
-    params: list[Tensor], grads: list[Tensor], groups: list[dict[str, Any]]
-) -> list[tuple[torch.device, _Part]]:
-    if len(set(map(Tensor.get_device, params))) <= 1:
-        return [(params[0].device, (params, grads, groups))] if params else []
-    split: dict[torch.device, _Part] = {}
-    for p, g, group in zip(params, grads, groups, strict=True):
-        own = split.setdefault(p.device, ([], [], []))
-        own[0].append(p)
-        own[1].append(g)
-        own[2].append(group)
-    return list(split.items())

@@ -1,10 +1,12 @@
-"""``Batch``: the tensors of one call, gathered once: states, step counts and hyper-parameters."""
+"""``Batch``: the tensors of one call, gathered once: states, step counts and hyper-parameters.
+``Part``: what a step takes of one device, and its batches."""
 
 from __future__ import annotations
 
 import itertools
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,13 +14,24 @@ from torch import Tensor
 
 from fastft import ops
 from fastft.ops.optimizer_step import HYPER, STATE_BLOCK, launcher_of
-from fastft.optim._places import check_place, is_home, new_memory, put
+from fastft.optim._hyper import GRAD_DTYPES
+from fastft.optim._places import (
+    absmax_name,
+    check_place,
+    in_order,
+    is_home,
+    lay_out,
+    new_memory,
+    order_of,
+    put,
+    strides_of,
+)
 from fastft.optim._shards import like_param, local
 
 if TYPE_CHECKING:
     from fastft.optim._base import FusedOptimizer
 
-__all__ = ["Batch", "Members"]
+__all__ = ["Batch", "Members", "Part", "by_device"]
 
 Members = Sequence[tuple[Tensor, dict[str, Any]]]
 
@@ -33,20 +46,30 @@ class Batch:
         check_place(optimizer, [p for p, _ in members])
         make_states(optimizer, members)
         self._states = [optimizer.state_of(p) for p, _ in members]
-        self._names = optimizer.state_names[: max(optimizer.n_states(g) for _, g in members)]
-        self._orders = [_order(local(p)) for p, _ in members]
+        self._counts = [optimizer.n_states(group) for _, group in members]
+        self._names = optimizer.state_names[: max(self._counts)]
+        parts = [local(p) for p, _ in members]
+        self._orders = [order_of(p) if self.reorders else None for p in parts]
+        self._copies: list[tuple[Tensor, Tensor]] = []
         # Parameters go in themselves where they can: where their data moves, the table follows.
         self._params = self._dense([p for p, _ in members])
-        self._views = [
-            (p, local(p).data_ptr())
-            for (p, _), view in zip(members, self._params, strict=True)
-            if view is not p or self.holds_views
-        ]
-        self._facts = _facts([p for p, _ in members])
+        follows = [view is p and not self.holds_views
+                   for (p, _), view in zip(members, self._params, strict=True)]  # fmt: skip
+        pairs = list(zip(members, follows, strict=True))
+        self._views = [(p, local(p).data_ptr()) for (p, _), follows in pairs if not follows]
+        self._followed = [p for (p, _), follows in pairs if follows]
+        self._addresses = list(map(Tensor.data_ptr, self._followed))
+        self._members = [p for p, _ in members]
+        self._facts = _facts(self._members)
+        self._shapes = list(map(_shape, self._members))
+        wide = all(p.dtype == torch.float64 for p in self._members)
+        self._grad_dtypes = GRAD_DTYPES | {torch.float64} if wide else GRAD_DTYPES
         matrices = [p for p, _ in members if p.dim() > 1]
         self._contiguous = [p for p in matrices if p.is_contiguous()]
         self._strided = [(p, p.stride()) for p in matrices if not p.is_contiguous()]
-        self._held = {name: [s.get(name) for s in self._states] for name in ("step", *self._names)}
+        kept = ("step", *self._names, *map(absmax_name, self._names), "compensation")
+        self._held = {name: [s.get(name) for s in self._states] for name in kept
+                      if any(name in s for s in self._states)}  # fmt: skip
         self._groups = list({id(group): group for _, group in members}.values())
         index = {id(group): i for i, group in enumerate(self._groups)}
         self._group_of = [index[id(group)] for _, group in members]
@@ -57,11 +80,25 @@ class Batch:
 
     # Whether the call holds views of the parameters' memory, not the parameters.
     holds_views = False
+    # Whether dimensions may come in the order they lie in memory.
+    reorders = True
 
     def _dense(self, tensors: Sequence[Tensor | None]) -> list[Any]:
-        """The part here of tensors of the members, as it lies in memory."""
-        pairs = zip(tensors, self._orders, strict=True)
-        return [None if t is None else _dense(local(t), order) for t, order in pairs]
+        """The part here of tensors of the members, as it lies in memory; one that lies otherwise or
+        with gaps is stepped in a copy."""
+        found: list[Any] = []
+        for tensor, order in zip(tensors, self._orders, strict=True):
+            part = None if tensor is None else in_order(local(tensor), order)
+            if part is not None and not part.is_contiguous():
+                self._copies.append((part, part.contiguous()))
+                part = self._copies[-1][1]
+            found.append(part)
+        return found
+
+    def _each(self, key: str, number: int = -1) -> list[Tensor | None]:
+        """What each member keeps under a key, of its state of this number; None without one."""
+        pairs = zip(self._states, self._counts, strict=True)
+        return [state.get(key) if number < count else None for state, count in pairs]
 
     def _lay_out(self, optimizer: FusedOptimizer, keys: list[tuple[int, int]]) -> None:
         states = self._states
@@ -69,9 +106,9 @@ class Batch:
             optimizer.rule,
             self._params,
             [s["step"] for s in states],
-            [self._dense([s[name] for s in states]) for name in self._names],
-            [[s.get(absmax_name(name)) for s in states] for name in self._names],
-            self._dense([s.get("compensation") for s in states]),
+            [self._dense(self._each(name, i)) for i, name in enumerate(self._names)],
+            [self._each(absmax_name(name), i) for i, name in enumerate(self._names)],
+            self._dense(self._each("compensation")),
             optimizer.rounding,
             [key for key, _ in keys],
             [offset for _, offset in keys],
@@ -81,11 +118,20 @@ class Batch:
     def run(
         self, optimizer: FusedOptimizer, grads: list[Tensor], stats: Tensor, needs_norm: bool
     ) -> None:
-        """The step of these parameters."""
+        """The step of these parameters, by what :meth:`grads` gave."""
         self.set_hyper(optimizer)
+        for theirs, own in self._copies:
+            own.copy_(theirs)
+        self._launch(optimizer, grads, stats, needs_norm)
+        for theirs, own in self._copies:
+            theirs.copy_(own)
+
+    def _launch(
+        self, optimizer: FusedOptimizer, grads: list[Tensor], stats: Tensor, needs_norm: bool
+    ) -> None:
         self.launcher.step(
             self.tensors,
-            self.grads(grads, optimizer),
+            grads,
             self.hyper,
             stats,
             max_norm=(optimizer.max_grad_norm or 0.0) if needs_norm else 0.0,
@@ -94,9 +140,9 @@ class Batch:
         )
 
     def is_stale(self, optimizer: FusedOptimizer, params: list[Tensor]) -> bool:
-        """Whether parameters have another size, dtype or layout, views of them other memory, or
+        """Whether parameters have another shape, dtype or layout, views of them other memory, or
         their states were replaced."""
-        if _facts(params) != self._facts:
+        if _facts(params) != self._facts or self._are_reshaped():
             return True
         # Gradients and states are laid out as the parameters were.
         if not all(map(Tensor.is_contiguous, self._contiguous)):
@@ -105,24 +151,37 @@ class Batch:
             return True
         if any(local(p).data_ptr() != address for p, address in self._views):
             return True
-        states = optimizer.states_of(params)
-        return not all(
-            all(map(operator.is_, map(dict.get, states, itertools.repeat(name)), held))
-            for name, held in self._held.items()
-        )
+        return not still_held(optimizer.states_of(params), self._held)
+
+    def _are_reshaped(self) -> bool:
+        """Whether a shape has changed. Shapes are tuples, thousands of which wake the garbage
+        collector: elementwise they matter, and are looked at, only where memory moved."""
+        addresses = list(map(Tensor.data_ptr, self._followed))
+        if addresses == self._addresses and self.reorders:
+            return False
+        self._addresses = addresses
+        return list(map(_shape, self._members)) != self._shapes
 
     def grads(self, grads: list[Tensor], optimizer: FusedOptimizer) -> list[Tensor]:
         """Gradients as the kernel takes them: the part here, laid out as the parameter."""
-        if not self._views:
-            try:
-                if all(map(Tensor.is_contiguous, grads)):
-                    return grads
-            except RuntimeError:
-                pass  # a sparse one, which is refused below
-        for p, g in zip(self._params, grads, strict=True):
+        if not self._views and self._can_be_read(grads):
+            return grads
+        for p, g in zip(self._members, grads, strict=True):
             optimizer.refuse(p, g)
         pairs = zip(grads, self._orders, strict=True)
-        return [_dense(local(g), order).contiguous() for g, order in pairs]
+        return [in_order(local(g), order).resolve_neg().contiguous() for g, order in pairs]
+
+    def _can_be_read(self, grads: list[Tensor]) -> bool:
+        """Whether kernels can read gradients where they lie."""
+        # An address says nothing of size, dtype or sign, and would be read as what was there.
+        if list(map(Tensor.numel, grads)) != self._facts[1]:
+            return False
+        if not self._grad_dtypes.issuperset(map(_dtype, grads)):
+            return False
+        try:
+            return all(map(Tensor.is_contiguous, grads)) and not any(map(Tensor.is_neg, grads))
+        except RuntimeError:
+            return False  # a sparse one
 
     def row(self, optimizer: FusedOptimizer, group: dict[str, Any]) -> tuple[Any, ...]:
         """A group's row of the table of hyper-parameters."""
@@ -142,7 +201,8 @@ class Batch:
             rows.append(tuple(0.0 if c in on_device else float(v) for c, v in enumerate(row)))
         if rows != self._rows:
             self._rows = rows
-            host = torch.tensor([rows[i] for i in self._group_of], dtype=torch.float32)
+            table = [rows[i] for i in self._group_of]
+            host = torch.tensor(table, dtype=torch.float32, device="cpu")
             host = host.pin_memory() if device.type == "cuda" else host
             self.hyper.copy_(host, non_blocking=True)
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -154,26 +214,19 @@ class Batch:
 
 
 # This runs in each step, over tens of thousands of tensors: loops that are no Python's.
+_dtype, _shape = operator.attrgetter("dtype"), operator.attrgetter("shape")
+
+
 def _facts(params: list[Tensor]) -> tuple[list[torch.dtype], list[int]]:
-    return list(map(operator.attrgetter("dtype"), params)), list(map(Tensor.numel, params))
+    return list(map(_dtype, params)), list(map(Tensor.numel, params))
 
 
-def _order(param: Tensor) -> tuple[int, ...] | None:
-    """The order of dimensions in which a dense tensor lies in memory; None for the usual one."""
-    if param.is_contiguous():
-        return None
-    strides = param.stride()
-    order = tuple(sorted(range(param.dim()), key=lambda d: -strides[d]))
-    return order if param.permute(order).is_contiguous() else None
-
-
-def _dense(tensor: Tensor, order: tuple[int, ...] | None) -> Tensor:
-    return tensor if order is None else tensor.permute(order)
-
-
-def absmax_name(state: str) -> str:
-    """state1 -> absmax1: the key of the scales of an 8-bit state."""
-    return "absmax" + state.removeprefix("state")
+def still_held(states: list[dict[str, Any]], held: dict[str, list[Tensor | None]]) -> bool:
+    """Whether the states of these names are the tensors they were."""
+    return all(
+        all(map(operator.is_, map(dict.get, states, itertools.repeat(name)), tensors))
+        for name, tensors in held.items()
+    )
 
 
 def is_eight_bit(optimizer: FusedOptimizer, p: Tensor, group: dict[str, Any]) -> bool:
@@ -194,7 +247,7 @@ def make_states(optimizer: FusedOptimizer, members: Members) -> None:
     as, the parameter is."""
     plan = []
     for p, group in members:
-        _adopt(optimizer, p, state_dtype(optimizer, p, group))
+        _adopt(optimizer, p, group)
         plan += [(p, *wanted) for wanted in _missing(optimizer, p, group)]
     # One allocation for each dtype and memory: neighbours in it, and starts of 16 bytes.
     totals: dict[tuple[bool, torch.dtype], int] = {}
@@ -219,7 +272,7 @@ def make_states(optimizer: FusedOptimizer, members: Members) -> None:
             state[key] = part
         else:
             here = local(p.detach())
-            state[key] = like_param(part.as_strided(here.shape, here.stride(),
+            state[key] = like_param(part.as_strided(here.shape, strides_of(here),
                                                     part.storage_offset()), p)  # fmt: skip
             if dtype != torch.uint8 and key != "compensation":
                 optimizer.fresh_state(key, local(state[key]), here)
@@ -229,40 +282,43 @@ def _padded(size: int) -> int:
     return -(-size // 16) * 16
 
 
-def taken(state: dict[str, Any]) -> float:
-    """Steps behind a state. torch's SGD counts none; with a buffer, the first lies behind it."""
-    begun = any(value is not None for value in state.values())
-    return float(state.get("step", float(begun)))
+def taken(optimizer: FusedOptimizer, p: Tensor, group: dict[str, Any]) -> float:
+    """Steps behind the states of a parameter: none behind those that are yet to be made. torch's
+    SGD counts none; with a buffer, the first lies behind it."""
+    state = optimizer.state_of(p)
+    return float(state.get("step", 1.0)) if _begun(optimizer, state, group) else 0.0
 
 
-def _adopt(optimizer: FusedOptimizer, p: Tensor, narrow: torch.dtype) -> None:
+def _begun(optimizer: FusedOptimizer, state: dict[str, Any], group: dict[str, Any]) -> bool:
+    return any(state.get(name) is not None for name in _names(optimizer, group) or state)
+
+
+def _names(optimizer: FusedOptimizer, group: dict[str, Any]) -> tuple[str, ...]:
+    return optimizer.state_names[: optimizer.n_states(group)]
+
+
+def _adopt(optimizer: FusedOptimizer, p: Tensor, group: dict[str, Any]) -> None:
     state = optimizer.state_of(p)
     if not state:
         return
     here = local(p)
     step = state.get("step")
-    if not isinstance(step, Tensor) or step.dim() or step.dtype != torch.float32:
-        state["step"] = torch.tensor(taken(state), device=here.device)
+    fits = isinstance(step, Tensor) and not step.dim() and step.dtype == torch.float32
+    if not fits or not _begun(optimizer, state, group):
+        count = taken(optimizer, p, group)
+        state["step"] = torch.tensor(count, dtype=torch.float32, device=here.device)
     for name, value in list(state.items()):
         if value is None:  # torch's momentum before the first step
             del state[name]
         elif isinstance(value, Tensor) and not is_home(optimizer, name, local(value), here.device):
             state[name] = put(optimizer, name, value, here.device)
-    wide = torch.promote_types(p.dtype, torch.float32)
+    wide, narrow = torch.promote_types(p.dtype, torch.float32), state_dtype(optimizer, p, group)
     for name in optimizer.state_names:
         value = state.get(name)
         if value is not None and value.dtype not in (wide, torch.uint8, narrow):
             # torch keeps them in the parameters' dtype.
             state[name] = put(optimizer, name, value.to(wide), here.device)
-    for name in (*optimizer.state_names, "compensation"):
-        value = state.get(name)
-        if value is not None and value.shape == p.shape:
-            part = local(value)
-            if part.stride() != here.stride():
-                laid = torch.empty_strided(
-                    here.shape, here.stride(), dtype=part.dtype, device=part.device
-                ).copy_(part)
-                state[name] = put(optimizer, name, like_param(laid, p), here.device)
+    lay_out(optimizer, p, strides_of(here))
 
 
 def _missing(
@@ -274,7 +330,7 @@ def _missing(
     # All states of a parameter are of one dtype: that of those that are there.
     there = [state[name].dtype for name in optimizer.state_names if name in state]
     dtype = there[0] if there else state_dtype(optimizer, p, group)
-    for name in optimizer.state_names[: optimizer.n_states(group)]:
+    for name in _names(optimizer, group):
         if name in state:
             continue  # one that was loaded in another format stays in it
         if dtype == torch.uint8:
@@ -285,3 +341,35 @@ def _missing(
     if optimizer.rounding == "compensated" and p.dtype == torch.bfloat16:
         wanted.append(("compensation", numel, torch.bfloat16))
     return [entry for entry in wanted if entry[0] not in state]
+
+
+@dataclass(eq=False)
+class Part:
+    """Parameters of one device, their gradients and groups.
+
+    Attributes:
+        batches: what is run.
+        ready: the gradients as the first of them takes these.
+    """
+
+    device: torch.device
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    batches: list[Any] = field(default_factory=list)
+    ready: list[Tensor] = field(default_factory=list)
+
+
+def by_device(
+    params: list[Tensor], grads: list[Tensor], groups: list[dict[str, Any]]
+) -> list[Part]:
+    """A part for each device."""
+    if len(set(map(Tensor.get_device, params))) <= 1:
+        return [Part(params[0].device, params, grads, groups)] if params else []
+    parts: dict[torch.device, Part] = {}
+    for p, g, group in zip(params, grads, groups, strict=True):
+        part = parts.setdefault(p.device, Part(p.device))
+        part.params.append(p)
+        part.grads.append(g)
+        part.groups.append(group)
+    return list(parts.values())

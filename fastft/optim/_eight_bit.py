@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from fastft.errors import ArgumentError
-from fastft.ops.optimizer_step import STATE_BLOCK, dynamic_map
+from fastft.ops.optimizer_step import dynamic_map
 from fastft.optim._base import FusedOptimizer
-from fastft.optim._batch import absmax_name, is_eight_bit
-from fastft.optim._places import put
+from fastft.optim._batch import is_eight_bit
+from fastft.optim._places import absmax_name, coded, decoded, put
 from fastft.optim._shards import is_sharded, like_param, local
-from fastft.reference.optimizer_step import decode8, encode8
 
 __all__ = ["EightBitStates"]
 
@@ -33,7 +32,7 @@ class EightBitStates(FusedOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "min_8bit_size": self.min_8bit_size}
 
-    def state_dict(self) -> dict[str, Any]:
+    def _saved(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """torch's, with what bitsandbytes' optimizers expect in theirs: step counts as numbers and
         the maps of the codes. Reads the step counts off the device.
 
@@ -41,14 +40,14 @@ class EightBitStates(FusedOptimizer):
         torch.distributed.checkpoint saves them and cuts them up anew; blocks are of the part that
         is here. Loaded in the same shards they are the same codes and scales.
         """
-        state_dict = super().state_dict()
+        state_dict = super()._saved(state_dict)
         sharded = self._sharded(state_dict)
         for index, p in sharded.items():
             state_dict["state"][index] = _wide(state_dict["state"][index], p)
         steps = [
             s["step"]
             for index, s in state_dict["state"].items()
-            if isinstance(s["step"], Tensor) and index not in sharded
+            if isinstance(s.get("step"), Tensor) and index not in sharded
         ]
         numbers = iter(torch.stack([s.cpu() for s in steps]).tolist() if steps else ())
         for group in state_dict["param_groups"]:
@@ -58,7 +57,7 @@ class EightBitStates(FusedOptimizer):
             if index in sharded:
                 continue
             state = dict(own)
-            if isinstance(state["step"], Tensor):
+            if isinstance(state.get("step"), Tensor):
                 state["step"] = int(next(numbers))
             for number, is_signed in signed.items():
                 if f"absmax{number}" in state:
@@ -67,7 +66,7 @@ class EightBitStates(FusedOptimizer):
             state_dict["state"][index] = state
         return state_dict
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def _loaded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Also takes bitsandbytes' own, in which the maps must be the dynamic ones.
 
         Raises:
@@ -82,7 +81,11 @@ class EightBitStates(FusedOptimizer):
                 if theirs in state:  # of an optimizer with float32 states, which they stay
                     state[ours] = state.pop(theirs)
             flat["state"][index] = {k: v for k, v in state.items() if not k.startswith("qmap")}
-        super().load_state_dict(flat)
+        return super()._loaded(flat)
+
+    def _keep(self, state_dict: dict[str, Any]) -> None:
+        """As the base; shards are coded again."""
+        super()._keep(state_dict)
         for group in self.param_groups:
             for p in group["params"]:
                 if is_sharded(p) and is_eight_bit(self, p, group) and self.state.get(p):
@@ -102,7 +105,7 @@ class EightBitStates(FusedOptimizer):
         for name, signed in (("state1", True), ("state2", False)):
             value = state.get(name)
             if value is not None and value.dtype != torch.uint8:
-                codes, scales = encode8(local(value).float(), signed)
+                codes, scales = coded(local(value), signed)
                 narrow[name] = put(self, name, like_param(codes, p), device)
                 narrow[absmax_name(name)] = put(self, absmax_name(name), scales, device)
         return narrow
@@ -120,19 +123,10 @@ class EightBitStates(FusedOptimizer):
 
 
 def _wide(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
-    """The state of a shard with float32 values in place of codes and scales.
-
-    The largest magnitude of a block stands for itself, also where it is negative (no code is -1),
-    so that coding the values again gives the codes and scales back.
-    """
+    """The state of a shard with float32 values in place of codes and scales."""
     wide = {name: value for name, value in state.items() if not name.startswith("absmax")}
     for name, signed in (("state1", True), ("state2", False)):
         absmax = state.get(absmax_name(name))
         if absmax is not None:
-            codes = local(state[name])
-            values = decode8(codes, absmax, signed, torch.float32)
-            if signed:
-                scales = absmax.repeat_interleave(STATE_BLOCK)[: codes.numel()].view_as(codes)
-                values = torch.where(codes == 0, -scales, values)
-            wide[name] = like_param(values, p)
+            wide[name] = like_param(decoded(local(state[name]), absmax, signed), p)
     return wide

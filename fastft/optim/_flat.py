@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from fastft.errors import ArgumentError
 from fastft.ops.optimizer_step import STATE_BLOCK
-from fastft.optim._batch import absmax_name, is_eight_bit, taken
+from fastft.optim._batch import is_eight_bit, still_held, taken
+from fastft.optim._places import absmax_name, coded, lay_out
 from fastft.optim._shards import is_sharded
 
 if TYPE_CHECKING:
@@ -38,8 +40,13 @@ class Flat:
             own.copy_(p.detach())
             p.data = own
         self.addresses = [p.data_ptr() for p in params]
-        self.gather()
+        self.gather(optimizer)
+        self._n_states = optimizer.n_states(group)
         self.state = self._states(optimizer, total)
+        self._of_each = [optimizer.state[p] for p in params]
+        self._held: dict[str, list[Tensor | None]] = {
+            name: [state[name] for state in self._of_each] for name in self.state
+        }
 
     def _view(self, buffer: Tensor, i: int) -> Tensor:
         p, start = self.params[i], self.starts[i]
@@ -61,9 +68,16 @@ class Flat:
             key: torch.zeros(total // share, dtype=dtype, device=device)
             for key, (dtype, share) in kinds.items()
         }
+        if eight:
+            # Padding too: with a block's scale other codes would be more than nothing.
+            zero = torch.zeros(1, dtype=torch.float32, device="cpu")
+            buffers[names[0]].fill_(coded(zero, True)[0].item())
+        for p in self.params:
+            lay_out(optimizer, p, torch.empty(p.shape, device="meta").stride())
         old = [optimizer.state[p] for p in self.params]
-        counts = [taken(state) for state in old]
-        step = torch.full((), max(counts, default=0.0), device=device)
+        counts = [taken(optimizer, p, self.group) for p in self.params]
+        count = max(counts, default=0.0)
+        step = torch.full((), count, dtype=torch.float32, device=device)
         for i, (p, state) in enumerate(zip(self.params, old, strict=True)):
             for key, buffer in buffers.items():
                 share = kinds[key][1]
@@ -78,11 +92,18 @@ class Flat:
             state["step"] = step
         return {"step": step, **buffers}
 
-    def is_current(self) -> bool:
-        """Whether the parameters still are the views that they were made."""
-        return [p.data_ptr() for p in self.params] == self.addresses
+    def is_current(self, optimizer: FusedOptimizer) -> bool:
+        """Whether the parameters and their states still are the views that they were made."""
+        params = self.params
+        return (
+            [p.data_ptr() for p in params] == self.addresses
+            and list(map(Tensor.numel, params)) == list(map(Tensor.numel, self.views))
+            and all(map(Tensor.is_contiguous, params))
+            and optimizer.n_states(self.group) == self._n_states
+            and still_held(self._of_each, self._held)
+        )
 
-    def gather(self) -> None:
+    def gather(self, optimizer: FusedOptimizer) -> None:
         """Gradients that lie elsewhere move in; a parameter without one has a gradient of zero."""
         for p, view in zip(self.params, self.views, strict=True):
             grad = p.grad
@@ -91,6 +112,7 @@ class Flat:
             if grad is None:
                 view.zero_()
             elif grad.data_ptr() != view.data_ptr():
+                optimizer.refuse(p, grad)
                 view.copy_(grad)
             p.grad = view
 
@@ -121,6 +143,9 @@ def flatten(optimizer: FusedOptimizer) -> list[Flat]:
                         "fastft.optim", "flat", expected="whole parameters", got="sharded ones"
                     )
                 eight = _is_eight_bit(optimizer, p, group)
-                key = (index, p.device, p.dtype, eight, taken(optimizer.state[p]))
+                key = (index, p.device, p.dtype, eight, taken(optimizer, p, group))
                 found.setdefault(key, (group, []))[1].append(p)
+            elif "step" in optimizer.state.get(p, {}):
+                # Frozen since: it no longer shares a count.
+                optimizer.state[p]["step"] = deepcopy(optimizer.state[p]["step"])
     return [Flat(optimizer, group, params) for group, params in found.values()]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastft import ops
 from fastft.ops.optimizer_step import STATE_BLOCK, launcher_of
-from fastft.optim._batch import Batch, absmax_name
+from fastft.optim._batch import Batch
+from fastft.optim._places import absmax_name
 from fastft.optim._shards import local
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class HostBatch(Batch):
                 optimizer.rule,
                 [share.of(flat[share.member]) for share in shares],
                 steps,
-                [[here[i, name] for i in range(len(shares))] for name in self._names],
+                [[here.get((i, name)) for i in range(len(shares))] for name in self._names],
                 [
                     [here.get((i, absmax_name(name))) for i in range(len(shares))]
                     for name in self._names
@@ -100,11 +101,12 @@ class HostBatch(Batch):
     def _flat_states(self) -> list[dict[str, tuple[Tensor, int]]]:
         """By state: its elements in memory's order, and how many of the parameter's share one."""
         found: list[dict[str, tuple[Tensor, int]]] = [{} for _ in self._params]
-        for name in (*self._names, "compensation"):
-            dense = self._dense([s.get(name) for s in self._states])
+        for number, name in (*enumerate(self._names), (-1, "compensation")):
+            dense = self._dense(self._each(name, number))
             for own, state, value in zip(found, self._states, dense, strict=True):
-                if value is not None:
-                    own[name] = (value.view(-1), 1)
+                if value is None:
+                    continue
+                own[name] = (value.view(-1), 1)
                 scale = absmax_name(name)
                 if scale in state:
                     own[scale] = (local(state[scale]), STATE_BLOCK)
@@ -118,12 +120,10 @@ class HostBatch(Batch):
         self._steps.append((step.clone(), step))
         return self._steps[-1][0]
 
-    def run(
+    def _launch(
         self, optimizer: FusedOptimizer, grads: list[Tensor], stats: Tensor, needs_norm: bool
     ) -> None:
-        """See the base."""
-        self.set_hyper(optimizer)
-        flat = [g.view(-1) for g in self.grads(grads, optimizer)]
+        flat = [g.view(-1) for g in grads]
         if self._steps:
             copies, steps = map(list, zip(*self._steps))
             torch._foreach_copy_(copies, steps)

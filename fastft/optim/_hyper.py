@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from fastft.errors import ArgumentError, DtypeError
+from fastft.errors import ArgumentError, DtypeError, ShapeError
 
-__all__ = ["RefusedError", "check_hyper"]
+if TYPE_CHECKING:
+    from fastft.optim._base import FusedOptimizer
+
+__all__ = ["GRAD_DTYPES", "RefusedError", "check_hyper", "refuse_grad"]
+
+# Of gradients; those of float64 parameters may be float64 too.
+GRAD_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 class RefusedError(DtypeError, RuntimeError):
@@ -48,3 +55,40 @@ def check_hyper(where: str, values: dict[str, Any]) -> None:
             raise ArgumentError(
                 where, name, expected=">= 0", got=repr(value), remedy=f"Invalid {word}: {value}."
             )
+
+
+def refuse_grad(optimizer: FusedOptimizer, p: Tensor, grad: Tensor) -> None:
+    """Raises for a parameter and its gradient that no rule is defined for.
+
+    Raises:
+        RefusedError: a sparse one, a complex parameter, a dtype that no kernel reads.
+        ShapeError: one of another shape, as where the parameter's data was replaced; a parameter
+            whose elements share memory.
+    """
+    if grad.layout is not torch.strided or p.is_complex():
+        dense = grad.layout is torch.strided
+        raise RefusedError(
+            optimizer._where,
+            "grad",
+            expected="dense real gradients",
+            got=str(p.dtype) if dense else "sparse",
+            remedy=f"{type(optimizer).__name__} does not support "
+            f"{'complex parameters' if dense else 'sparse gradients'}.",
+        )
+    if any(not stride and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+        raise ShapeError(
+            optimizer._where, "params", expected="elements with memory of their own",
+            got=f"strides {p.stride()}", remedy="Make the parameter of tensor.contiguous().",
+        )  # fmt: skip
+    if grad.dtype not in GRAD_DTYPES and grad.dtype != p.dtype:
+        raise RefusedError(
+            optimizer._where, "grad",
+            expected=f"float32, bfloat16 or float16 of a parameter in {p.dtype}",
+            got=str(grad.dtype), remedy="Leave the parameter's grad_dtype as it is.",
+        )  # fmt: skip
+    if grad.shape != p.shape:
+        raise ShapeError(
+            optimizer._where, "grad", expected=f"the parameter's shape {tuple(p.shape)}",
+            got=str(tuple(grad.shape)),
+            remedy="Set gradients to None where a parameter's data is replaced.",
+        )  # fmt: skip

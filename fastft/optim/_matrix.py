@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,23 +19,15 @@ __all__ = ["MatrixBatch", "MatrixOptimizer", "own_state"]
 
 
 class MatrixBatch(Batch):
-    """A batch whose gradients keep the order of their dimensions."""
+    """A batch whose tensors keep the order of their dimensions."""
 
+    reorders = False
     # States of a parameter that the optimizer makes itself.
     own_states: tuple[str, ...] = ()
 
     def __init__(self, optimizer: FusedOptimizer, members: Members) -> None:
         super().__init__(optimizer, members)
         self._held |= {name: [s.get(name) for s in self._states] for name in self.own_states}
-
-    def _dense(self, tensors: Sequence[Tensor | None]) -> list[Any]:
-        return list(tensors)
-
-    def grads(self, grads: list[Tensor], optimizer: FusedOptimizer) -> list[Tensor]:
-        """Gradients in the order of their dimensions."""
-        for p, g in zip(self._params, grads, strict=True):
-            optimizer.refuse(p, g)
-        return [g.contiguous() for g in grads]
 
 
 def own_state(state: dict[str, Any], name: str, p: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,10 @@ from fastft.optim._shards import local
 __all__ = ["SavedState"]
 
 # Names of states, torch's and bitsandbytes' among them.
-_STATES = frozenset(("exp_avg", "exp_avg_sq", "state1", "state2", "z", "momentum_buffer"))
+_STATES = frozenset(
+    ("exp_avg", "exp_avg_sq", "state1", "state2", "z", "momentum_buffer", "row_var", "col_var",
+     "variance")
+)  # fmt: skip
 
 
 class SavedState(torch.optim.Optimizer):
@@ -23,6 +27,8 @@ class SavedState(torch.optim.Optimizer):
 
     states: str
     state_names: ClassVar[tuple[str, ...]]
+    # What a parameter's state may be in a file, where that is not all of state_names.
+    state_sets: ClassVar[tuple[frozenset[str], ...]] = ()
     flat: bool
     defaults: dict[str, Any]
     _where: str
@@ -77,10 +83,18 @@ class SavedState(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in torch. Step counts that flat parameters share are each one's own in it."""
         self.wait_for_states()
-        state_dict = super().state_dict()
+        # Before a user's hooks, which may wrap it.
+        handle = self.register_state_dict_post_hook(lambda _, own: self._saved(own), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _saved(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """torch's state dict as it is saved."""
         if self.flat:
             state_dict["state"] = {
-                index: {**state, "step": state["step"].clone()} if "step" in state else state
+                index: {**state, "step": deepcopy(state["step"])} if "step" in state else state
                 for index, state in state_dict["state"].items()
             }
         return state_dict
@@ -91,27 +105,36 @@ class SavedState(torch.optim.Optimizer):
         Raises:
             ArgumentError: the state of an amsgrad optimizer, or of one with other states.
         """
-        if any(group.get("amsgrad") for group in state_dict.get("param_groups", [])):
-            raise ArgumentError(
-                self._where, "amsgrad", expected="False", got="True", remedy="It is not offered."
-            )
         for group in self.param_groups:
             check_place(self, group["params"])
-        # What hooks have made of it; this one is the last.
-        seen = [state_dict]
+        seen: list[dict[str, Any]] = []
 
-        def last(_: Any, own: dict[str, Any]) -> dict[str, Any] | None:
+        def last(_: Any, own: dict[str, Any]) -> dict[str, Any]:
+            own = self._loaded(own)
             self._check_loaded(own)
             seen.append(own)
-            return None if self.states == "device" else _without_tensors(own)
+            return own if self.states == "device" else _without_tensors(own)
 
-        handle = self.register_load_state_dict_pre_hook(last)
+        # Behind a user's hooks, which may unwrap it, and before those that change what is loaded.
+        handles = (
+            self.register_load_state_dict_pre_hook(last),
+            self.register_load_state_dict_post_hook(lambda _: self._keep(seen[-1]), prepend=True),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        saved = seen[-1]["state"]
-        saved_ids = [i for group in seen[-1]["param_groups"] for i in group["params"]]
+            for handle in handles:
+                handle.remove()
+        self._batches, self._flats = {}, []
+
+    def _loaded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The other way from :meth:`_saved`."""
+        return state_dict
+
+    def _keep(self, state_dict: dict[str, Any]) -> None:
+        """Gives the states that torch has loaded the dtypes and places of theirs."""
+        saved = state_dict["state"]
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(saved_ids, params, strict=True):
             for key, value in saved.get(index, {}).items():
@@ -122,26 +145,38 @@ class SavedState(torch.optim.Optimizer):
                     self.state[p][key] = put(self, key, value, local(p).device)
                 elif now.dtype != value.dtype or key == "step":
                     self.state[p][key] = value.to(now.device, copy=True)
-        self._batches, self._flats = {}, []
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         """Refuses states that this optimizer would pass over, to begin anew in the middle."""
-        for group in state_dict.get("param_groups", []):
+        groups = state_dict["param_groups"]
+        for group in groups:
+            if group.get("amsgrad"):
+                raise ArgumentError(
+                    self._where, "amsgrad", expected="False", got="True",
+                    remedy="It is not offered.",
+                )  # fmt: skip
             bits = group.get("state_bits")
             if bits is not None and bits not in self._bits():
                 self._refuse_loaded(f"a group with state_bits={bits}")
-        for state in state_dict.get("state", {}).values():
-            found = {name for name, value in state.items() if name in _STATES and value is not None}
-            if found and self.state_names and not found <= set(self.state_names):
-                self._refuse_loaded(", ".join(sorted(found)))
-            if found and len(found) < len(self.state_names):
-                self._refuse_loaded(f"{', '.join(sorted(found))} alone")
+        whole = self.state_sets or (frozenset(self.state_names),)
+        for state in state_dict["state"].values():
+            there = {name for name, value in state.items() if value is not None}
+            found = there & _STATES
+            if found not in whole and (found or "step" in there):
+                self._refuse_loaded(", ".join(sorted(found)) or "step alone")
+            # SGD's and Muon's have one name.
+            if found == {"momentum_buffer"}:
+                for group in groups:
+                    if ("ns_steps" in group) != ("ns_steps" in self.defaults):
+                        self._refuse_loaded("Muon's" if "ns_steps" in group else "SGD's")
 
     def _refuse_loaded(self, got: str) -> None:
+        whole = self.state_sets or (frozenset(self.state_names),)
         raise ArgumentError(
             self._where,
             "state_dict",
-            expected=f"that of such an optimizer, with {', '.join(self.state_names)}",
+            expected="that of such an optimizer, with "
+            + " or ".join(", ".join(sorted(names)) or "none" for names in whole),
             got=got,
             remedy="Load it into the optimizer it was saved from.",
         )
@@ -156,9 +191,10 @@ class SavedState(torch.optim.Optimizer):
 
 def _without_tensors(state_dict: dict[str, Any]) -> dict[str, Any]:
     """The same with empty states: torch would carry them to the parameters' device."""
+    empty = torch.empty(0, device="cpu")
     light = {
         index: {
-            key: torch.empty(0) if isinstance(value, Tensor) and key != "step" else value
+            key: empty if isinstance(value, Tensor) and key != "step" else value
             for key, value in own.items()
         }
         for index, own in state_dict["state"].items()

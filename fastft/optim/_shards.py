@@ -96,7 +96,8 @@ def global_norm(grads: Sequence[Tensor]) -> Tensor:
         for group in groups:
             torch.distributed.all_reduce(square, group=group)  # type: ignore[arg-type]
         total = square if total is None else total + square.to(total.device, total.dtype)
-    return total.sqrt() if total is not None else torch.zeros(())
+    nothing = torch.zeros((), dtype=torch.float32, device="cpu")
+    return nothing if total is None else total.sqrt()
 
 
 def _sharding_groups(grad: Tensor) -> list[object]:

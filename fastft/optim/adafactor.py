@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -10,41 +10,15 @@ from torch import Tensor
 from fastft import ops
 from fastft.errors import ArgumentError
 from fastft.ops.adafactor_step import factored_launcher_of
-from fastft.optim._base import FusedOptimizer
-from fastft.optim._batch import Members
 from fastft.optim._matrix import MatrixBatch, MatrixOptimizer, own_state
 
 __all__ = ["Adafactor"]
 
 
 class _FactoredBatch(MatrixBatch):
-    """Parameters of one device with their moments, made where there are none. A parameter that does
-    not lie in the order of its dimensions is stepped in a copy."""
+    """Parameters of one device with their moments, made where there are none."""
 
     own_states = ("row_var", "col_var", "variance")
-
-    def __init__(self, optimizer: FusedOptimizer, members: Members) -> None:
-        self._copies: list[tuple[Tensor, Tensor]] = []
-        super().__init__(optimizer, members)
-
-    def _dense(self, tensors: Sequence[Tensor | None]) -> list[Any]:
-        found: list[Any] = []
-        for tensor in tensors:
-            found.append(tensor)
-            if tensor is not None and not tensor.is_contiguous():
-                found[-1] = tensor.contiguous()
-                self._copies.append((tensor, found[-1]))
-        return found
-
-    def run(
-        self, optimizer: FusedOptimizer, grads: list[Tensor], stats: Tensor, needs_norm: bool
-    ) -> None:
-        """The step of these parameters."""
-        for theirs, own in self._copies:
-            own.copy_(theirs)
-        super().run(optimizer, grads, stats, needs_norm)
-        for theirs, own in self._copies:
-            theirs.copy_(own)
 
     def _lay_out(self, optimizer: Any, keys: list[tuple[int, int]]) -> None:
         rows: list[Tensor | None] = []
@@ -91,6 +65,7 @@ class Adafactor(MatrixOptimizer):
     """
 
     batch = _FactoredBatch
+    state_sets = (frozenset(("row_var", "col_var")), frozenset(("variance",)))
 
     def __init__(
         self,

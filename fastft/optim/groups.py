@@ -60,10 +60,7 @@ def param_groups(
             raise ArgumentError(_WHERE, name, expected=">= 0", got=repr(value))
     named = list(model.named_parameters())
     frozen = _matching("freeze", freeze, [name for name, _ in named])
-    for name, p in named:
-        if name in frozen:
-            p.requires_grad_(False)
-    trained = [(name, p) for name, p in named if p.requires_grad]
+    trained = [(name, p) for name, p in named if p.requires_grad and name not in frozen]
     if not trained:
         raise ArgumentError(_WHERE, "model", expected="parameters to train", got="none")
     if isinstance(no_decay, bool):
@@ -82,6 +79,9 @@ def param_groups(
         key = (rate, decay, *more)
         group = groups.setdefault(key, {"params": [], "lr": rate, "weight_decay": decay, **more})
         group["params"].append((name, p))
+    for name, p in named:
+        if name in frozen:
+            p.requires_grad_(False)
     return list(groups.values())
 
 

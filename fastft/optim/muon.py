@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fastft import ops
 from fastft.errors import ArgumentError
 from fastft.ops.optimizer_step import launcher_of
 from fastft.optim._base import FusedOptimizer
+from fastft.optim._batch import Part
 from fastft.optim._matrix import MatrixBatch, MatrixOptimizer, own_state
 
 __all__ = ["Muon", "orthogonalize"]
@@ -31,6 +32,9 @@ class _Momenta(MatrixBatch):
     """
 
     own_states = ("momentum_buffer",)
+
+    def _dense(self, tensors: Sequence[Tensor | None]) -> list[Any]:
+        return list(tensors)  # of the parameters it asks for no more than their shapes
 
     def _lay_out(self, optimizer: Any, keys: list[tuple[int, int]]) -> None:
         self.written = ops.new_stats(self._params[0].device)
@@ -121,6 +125,7 @@ class Muon(MatrixOptimizer):
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
     """
 
+    state_sets = (frozenset(("momentum_buffer",)),)
     # Two of a set: of its momenta, and of the write.
     kept_batches = 2 * FusedOptimizer.kept_batches
 
@@ -167,6 +172,7 @@ class Muon(MatrixOptimizer):
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if p.ndim != 2:
+                self.param_groups.pop()
                 raise ArgumentError(
                     _WHERE, "params", expected="matrices", got=f"shape {tuple(p.shape)}",
                     remedy="Muon only supports 2D parameters; use AdamW for the others.",
@@ -180,21 +186,17 @@ class Muon(MatrixOptimizer):
         """The momentum has the sign already."""
         return (*self.hyper(group), 1.0)
 
-    def _run(
-        self,
-        device: torch.device,
-        params: list[Tensor],
-        grads: list[Tensor],
-        groups: list[dict[str, Any]],
-        needs_norm: bool,
-    ) -> None:
-        stats = self._stats_of(device)
-        momenta = self._batch(device, params, groups, _Momenta)
-        momenta.run(self, grads, stats, needs_norm)
+    def _batches_of(self, part: Part) -> list[Any]:
+        momenta = self._batch(part.device, part.params, part.groups, _Momenta)
+        return [momenta, *super()._batches_of(part)]
+
+    def _run(self, part: Part, needs_norm: bool) -> None:
+        stats = self._stats_of(part.device)
+        momenta, write = part.batches
+        momenta.run(self, part.ready, stats, needs_norm)
         # A step that is left out is not written either.
         momenta.written[4] = stats[1] == 0
-        write = self._batch(device, params, groups)
-        write.run(self, momenta.orthogonalized(), momenta.written, False)
+        write.run(self, write.grads(momenta.orthogonalized(), self), momenta.written, False)
 
 
 def orthogonalize(
@@ -209,7 +211,7 @@ def orthogonalize(
         X <- a X + (b X X^T + c (X X^T)^2) X, from X / max(|X|, eps)
 
     Args:
-        matrices: (batch, rows, columns) float32.
+        matrices: (batch, rows, columns) float32; scaled in place.
         coefficients: a, b, c.
         steps: how many.
         eps: the least norm.
@@ -226,8 +228,14 @@ def orthogonalize(
     a, b, c = coefficients
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    scale = 1 / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
     rows, columns = x.shape[1:]
+    least: Any = eps
+    if x.numel():
+        # Squares of what is beyond 1e19 are beyond float32: first by the largest element.
+        largest = torch.maximum(x.amax((1, 2), True), -x.amin((1, 2), True))
+        x.div_(largest.clamp_(min=torch.finfo(x.dtype).tiny))
+        least = eps / largest
+    scale = 1 / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=least)
     if 2 * rows <= columns:
         eye = torch.eye(rows, dtype=x.dtype, device=x.device).expand(len(x), rows, rows)
         # What rounding leaves of a singular G's zeros grows by a^2 a step: begin anew after a few.

@@ -65,7 +65,6 @@ class StepInBackward:
             )  # fmt: skip
         self.optimizer = optimizer
         self._mode = "step"
-        self._begun = False
         self._done: set[int] = set()
         self._squares: dict[torch.device, Tensor] = {}
         self._scale: Tensor | None = None
@@ -89,6 +88,7 @@ class StepInBackward:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.optimizer._step_begun = False
         self.optimizer.__dict__.pop("kept_batches", None)
 
     @contextlib.contextmanager
@@ -113,8 +113,6 @@ class StepInBackward:
             with self.accumulating():
                 loss = closure()
             optimizer.step()
-            for p in params:
-                p.grad = None
             return loss
         self._squares = {}
         state = _random_state()
@@ -148,8 +146,7 @@ class StepInBackward:
             self._mode = before
             self._done.clear()
 
-    def _begin(self) -> None:
-        self._begun = True
+    def _learn_groups(self) -> None:
         now = {id(p): g for g in self.optimizer.param_groups for p in g["params"]
                if p.requires_grad}  # fmt: skip
         if now.keys() != self._group.keys():
@@ -158,7 +155,6 @@ class StepInBackward:
                 remedy="Make another StepInBackward after adding or freezing parameters.",
             )  # fmt: skip
         self._group = now
-        self.optimizer.before_step()
 
     def _end(self, *_: Any) -> None:
         if getattr(self.optimizer, "grad_scale", None) is not None:
@@ -166,8 +162,13 @@ class StepInBackward:
                 _WHERE, "step", expected="no GradScaler", got="one",
                 remedy="Gradients were stepped by in the backward, scale and all; use bfloat16.",
             )  # fmt: skip
-        self._begun = False
+        self.optimizer._step_begun = False
         self._done.clear()
+        # A gradient that was held, of a parameter that no later backward reached, has been stepped
+        # by now as an ordinary one.
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
     @torch.no_grad()
     def _ready(self, p: Tensor) -> None:
@@ -192,19 +193,22 @@ class StepInBackward:
             self._squares[p.device] = self._squares.get(p.device, 0) + square
             p.grad = None
             return
-        if not self._begun:
-            self._begin()
-        group = self._group[id(p)]
+        if not optimizer._step_begun:
+            self._learn_groups()
+        (part,) = optimizer.prepare([p], [grad], [self._group[id(p)]])
+        if not optimizer._step_begun:
+            optimizer.before_step()
+            optimizer._step_begun = True
         if self._scale is not None:
             stats = optimizer._stats_of(p.device)
             norm = stats[0].clone()
             optimizer._scaled.add(p.device)  # the next plain step sets 1 again
             stats[3] = self._scale.to(p.device)
             stats[4].zero_()
-            optimizer._run(p.device, [p], [grad], [group], False)
+            optimizer.run_part(part, False)
             stats[0] = norm
         else:
-            optimizer.apply_step([p], [grad], [group])
+            optimizer.launch([part])
         p.grad = None
 
 

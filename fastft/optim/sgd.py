@@ -30,6 +30,7 @@ class SGD(FusedOptimizer):
 
     rule = "sgd"
     state_names = ("momentum_buffer",)
+    state_sets = (frozenset(state_names), frozenset())
 
     def __init__(
         self,
@@ -67,5 +68,5 @@ class SGD(FusedOptimizer):
                 nesterov)  # fmt: skip
 
     def n_states(self, group: dict[str, Any]) -> int:
-        """One where any group has momentum: they share a call."""
-        return int(any(g["momentum"] for g in self.param_groups))
+        """One with momentum."""
+        return int(bool(group["momentum"]))

@@ -56,11 +56,12 @@ def step(
         t = tensors.steps[i].item()
         row = [float(v) for v in hyper[i]]
         wide = torch.promote_types(p.dtype, torch.float32)
-        states = [_open(tensors, k, i, wide) for k in range(len(tensors.states))]
+        kept = [k for k, states in enumerate(tensors.states) if states[i] is not None]
+        states = [_open(tensors, k, i, wide) for k in kept]
         value = open_param(tensors, i)
         gradient = g.to(wide) * (scale * row[6])
         value = _RULES[tensors.rule](value, gradient, states, t, row)
-        for k, state in enumerate(states):
+        for k, state in zip(kept, states, strict=True):
             _close(tensors, k, i, state, seed)
         close_param(tensors, i, value, seed)
 
@@ -136,7 +137,8 @@ def _adamw(p: Tensor, g: Tensor, states: list[Tensor], t: float, row: list[float
 def _lion(p: Tensor, g: Tensor, states: list[Tensor], t: float, row: list[float]) -> Tensor:
     lr, beta1, beta2, _, weight_decay = row[:5]
     (m,) = states
-    sign = (m * beta1 + g * (1 - beta1)).sign()
+    way = m * beta1 + g * (1 - beta1)
+    sign = torch.where(way.isnan(), way, way.sign())  # torch's sign of NaN is 0
     m.mul_(beta2).add_(g, alpha=1 - beta2)
     return (p * (1 - lr * weight_decay)).sub_(sign, alpha=lr)
 
@@ -190,7 +192,8 @@ def random_bits(count: int, seed: int, step: int, key: int, offset: int, state: 
     the 128 behind.
     """
     block = offset // 256
-    blocks = torch.arange(block, (offset + count - 1) // 256 + 1 if count else block)
+    end = (offset + count - 1) // 256 + 1 if count else block
+    blocks = torch.arange(block, end, device="cpu")
     c0, c1 = blocks & _MASK, blocks >> 32
     c2, c3 = torch.full_like(blocks, step & _MASK), torch.full_like(blocks, key & _MASK)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
@@ -200,7 +203,8 @@ def random_bits(count: int, seed: int, step: int, key: int, offset: int, state: 
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
     first, second = (c0 ^ c2)[:, None], (c1 ^ c3)[:, None]
-    x = _multiply(0x9E3779B9, 128 * state + torch.arange(128))[1][None] ^ first
+    words = 128 * state + torch.arange(128, device="cpu")
+    x = _multiply(0x9E3779B9, words)[1][None] ^ first
     x = _multiply(0x7FEB352D, x ^ (x >> 16))[1]
     x = _multiply(0x846CA68B, ((x ^ (x >> 15)) + second) & _MASK)[1]
     words = x ^ (x >> 16)
@@ -228,10 +232,11 @@ def dynamic_map(signed: bool) -> Tensor:
     """The 256 values, float32, ascending: ``bitsandbytes.functional.create_dynamic_map``'s."""
     values: list[float] = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1.0, (1 if signed else 2) * 2**decade + 1)
+        count = (1 if signed else 2) * 2**decade
+        edges = torch.linspace(0.1, 1.0, count + 1, dtype=torch.float32, device="cpu")
         means = (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
         values += means + ([-m for m in means] if signed else [])
-    return torch.tensor(sorted(values))
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
 def _blocks(flat: Tensor) -> Tensor:

@@ -35,6 +35,34 @@ def test_the_same_bits_whatever_the_threads(name: str) -> None:
         assert torch.equal(value, results[1][key]), key
 
 
+@pytest.mark.parametrize("bits", [32, 16])
+@pytest.mark.parametrize("step", [*(functools.partial(cpu.step, isa=isa) for isa in ISAS),
+                                  reference.step])  # fmt: skip
+def test_tensors_with_momentum_beside_some_without(step: Any, bits: int) -> None:
+    """The bits of both apart."""
+    states = [StepCase("sgd", bits).make() for _ in range(3)]
+    halves = (slice(0, None, 2), slice(1, None, 2))
+    for state in states:
+        state.hyper[halves[1], 1:3] = 0.0
+    together, *apart = states
+    momenta = [m if i % 2 == 0 else None for i, m in enumerate(together.tensors.states[0])]
+    mixed = ops.StepTensors("sgd", together.tensors.params, together.tensors.steps, [momenta],
+                            keys=together.tensors.keys)  # fmt: skip
+    options = {"max_norm": 0.0, "needs_norm": False, "seed": SEED}
+    step(mixed, together.grads, together.hyper, together.stats, **options)
+    for state, half, kept in zip(apart, halves, (True, False), strict=True):
+        old = state.tensors
+        momenta_apart = [old.states[0][half]] if kept else []
+        own = ops.StepTensors(
+            "sgd", old.params[half], old.steps[half], momenta_apart, keys=old.keys[half]
+        )
+        step(own, state.grads[half], state.hyper[half].contiguous(), state.stats, **options)
+        for p, q in zip(together.tensors.params[half], own.params, strict=True):
+            assert torch.equal(p, q)
+        for m, n in zip(momenta[half], own.states[0] if kept else (), strict=kept):
+            assert torch.equal(m, n)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_non_finite_gradients_change_nothing_and_are_counted(backend: str, poison: float) -> None:
@@ -272,6 +300,8 @@ def _rejected() -> list[Rejected]:
         Rejected("rule", build(rule="adam"), errors.ArgumentError, ["rule", "adamw or lion"]),
         Rejected("rounding", build(rounding="up"), errors.ArgumentError, ["rounding", "nearest"]),
         Rejected("states", build(states=old.states[:1]), errors.ShapeError, ["states", "2"]),
+        Rejected("no state", build(states=[old.states[0], [None, None]]), errors.ArgumentError,
+                 ["states", "None"]),
         Rejected("count", build(steps=old.steps[:1]), errors.ShapeError, ["as many"]),
         Rejected("dtype", build(params=[p.long() for p in old.params]), errors.DtypeError,
                  ["params", "int64"]),

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["gradients", "models", "same"]
+from fastft import optim
+
+__all__ = ["ALL", "gradients", "models", "same"]
 
 F32 = torch.float32
 SHAPES = [(3,), (1000, 17), (1,), (0,), (5, 5), (40001,)]
+
+ALL: dict[str, Any] = {
+    "AdamW": optim.AdamW,
+    "AdamW8bit": optim.AdamW8bit,
+    "AdamWBF16": optim.AdamWBF16,
+    "Lion": optim.Lion,
+    "Lion8bit": optim.Lion8bit,
+    "SGD": lambda params, **more: optim.SGD(params, **{"momentum": 0.9, **more}),
+    "ScheduleFreeAdamW": optim.ScheduleFreeAdamW,
+    "Adafactor": optim.Adafactor,
+}
 
 
 def models(dtype: torch.dtype = F32, name: str = "") -> tuple[list[Tensor], list[Tensor]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastft import errors, optim
+from tests.optim.pairs import ALL
 
 BF16 = torch.bfloat16
 
@@ -53,39 +54,43 @@ def test_another_layout_of_a_parameter(name: str, change: str) -> None:
     assert torch.equal(p, q)
 
 
-def test_states_of_another_optimizer_are_refused() -> None:
-    def trained(kind: Any, **options: Any) -> Any:
-        p = torch.ones(5000, requires_grad=True)
-        optimizer = kind([p], lr=0.1, **options)
-        _step(optimizer, p)
-        return optimizer
+# Whose state dicts are taken by whom: what keeps the same things, 8-bit ones also float32 states.
+TAKEN = {
+    "AdamW": ("AdamW", "torch AdamW"),
+    "AdamW8bit": ("AdamW8bit", "AdamW", "torch AdamW"),
+    "Lion": ("Lion",),
+    "Lion8bit": ("Lion8bit", "Lion"),
+    "SGD": ("SGD", "torch SGD", "SGD without", "torch SGD without"),
+    "SGD without": ("SGD", "torch SGD", "SGD without", "torch SGD without"),
+    "ScheduleFreeAdamW": ("ScheduleFreeAdamW",),
+    "Adafactor": ("Adafactor", "torch Adafactor"),
+    "Muon": ("Muon", "torch Muon"),
+}
+OF_TORCH = ("AdamW", "SGD", "SGD without", "Adafactor", "Muon")
 
-    made = {
-        "AdamW": trained(optim.AdamW),
-        "AdamW8bit": trained(optim.AdamW8bit),
-        "Lion": trained(optim.Lion),
-        "Lion8bit": trained(optim.Lion8bit),
-        "SGD": trained(optim.SGD, momentum=0.9),
-        "torch": trained(torch.optim.AdamW),
-    }
-    for name, taken in {
-        "AdamW": ("AdamW", "torch"),
-        "AdamW8bit": ("AdamW8bit", "AdamW", "torch"),  # float32 states stay so
-        "Lion": ("Lion",),
-        "Lion8bit": ("Lion8bit", "Lion"),
-        "SGD": ("SGD",),
-    }.items():
-        for other, source in made.items():
-            optimizer = trained(
-                getattr(optim, name), **({"momentum": 0.9} if name == "SGD" else {})
-            )
-            before = copy.deepcopy(optimizer.state_dict())
-            if other in taken:
-                optimizer.load_state_dict(source.state_dict())
-                continue
-            with pytest.raises(errors.ArgumentError, match="state_dict"):
-                optimizer.load_state_dict(source.state_dict())
-            assert str(optimizer.state_dict()) == str(before)
+
+def _trained(name: str) -> Any:
+    library: Any = torch.optim if name.startswith("torch ") else optim
+    p = torch.ones(70, 80, requires_grad=True)
+    kind = name.removeprefix("torch ").removesuffix(" without")
+    more = {"momentum": 0.9} if name.endswith("SGD") else {}
+    optimizer = getattr(library, kind)([p], lr=0.1, **more)
+    _step(optimizer, p)
+    return optimizer
+
+
+@pytest.mark.parametrize("other", [*TAKEN, *(f"torch {name}" for name in OF_TORCH)])
+@pytest.mark.parametrize("name", TAKEN)
+def test_states_of_another_optimizer_are_refused(name: str, other: str) -> None:
+    optimizer, source = _trained(name), _trained(other)
+    before = copy.deepcopy(optimizer.state_dict())
+    if other in TAKEN[name] or other == "torch SGD without":  # which keeps nothing
+        optimizer.load_state_dict(source.state_dict())
+        _step(optimizer, optimizer.param_groups[0]["params"][0])
+        return
+    with pytest.raises(errors.ArgumentError, match="state_dict"):
+        optimizer.load_state_dict(source.state_dict())
+    assert str(optimizer.state_dict()) == str(before)
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -144,6 +149,21 @@ def test_states_put_elsewhere_and_back() -> None:
             moved.state[p][key] = value.clone()
     assert torch.equal(p, q)
     assert moved.state_dict()["state"][0]["step"] == 3
+
+
+@pytest.mark.parametrize("name", ["compensation", "absmax1", "absmax2"])
+def test_what_states_are_made_of_may_be_replaced_alone(name: str) -> None:
+    p, q = (torch.ones(5000, dtype=BF16, requires_grad=True) for _ in range(2))
+    kind: Any = optim.AdamW8bit if name.startswith("absmax") else optim.AdamWBF16
+    one, two = (kind([x], lr=0.1, rounding="compensated") for x in (p, q))
+    for step in range(4):
+        _step(one, p)
+        _step(two, q)
+        if step == 2:
+            one.state[p][name] = one.state[p][name] * 0.5
+            two.state[q][name] *= 0.5
+    assert torch.equal(p, q)
+    assert torch.equal(one.state[p][name], two.state[q][name])
 
 
 def test_dampening_without_momentum_is_none() -> None:
@@ -220,6 +240,32 @@ def test_hooks_on_loading_are_heard() -> None:
     optimizer.register_load_state_dict_pre_hook(drop)
     optimizer.load_state_dict(saved)
     assert torch.equal(optimizer.state[p]["exp_avg"], saved["state"][7]["exp_avg"])
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("name", [n for n in ALL if n != "Adafactor"])
+def test_hooks_may_wrap_and_change_states(name: str, flat: bool) -> None:
+    """In torch's order: what is saved is whole before hooks see it, and so is what was loaded."""
+    p = torch.ones(5000, dtype=BF16, requires_grad=True)
+    one, two = (ALL[name]([p], rounding="nearest", flat=flat) for _ in range(2))
+    _step(one, p)
+    plain = copy.deepcopy(one.state_dict())
+    one.register_state_dict_post_hook(lambda _, saved: {"mine": saved})
+    wrapped = copy.deepcopy(one.state_dict())
+    assert wrapped.keys() == {"mine"}
+    assert str(wrapped["mine"]) == str(plain)
+
+    def clear(optimizer: Any) -> None:
+        for key, value in optimizer.state[p].items():
+            if key != "step":
+                optimizer.state[p][key] = torch.full_like(value, 3)
+
+    two.register_load_state_dict_pre_hook(lambda _, saved: saved["mine"])
+    two.register_load_state_dict_post_hook(clear)
+    two.load_state_dict(wrapped)
+    assert int(two.state[p]["step"]) == 1
+    for key, value in two.state[p].items():
+        assert key == "step" or bool((value == 3).all())
 
 
 def test_a_copy_made_after_a_scaled_step_steps_plainly() -> None:

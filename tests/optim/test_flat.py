@@ -143,3 +143,47 @@ def test_peft_saves_flat_adapters(tmp_path: Any) -> None:
 def test_refused(build: Any) -> None:
     with pytest.raises(ValueError, match="flat"):
         build([torch.zeros(2, 2, requires_grad=True)])
+
+
+@pytest.mark.parametrize("how", ["cleared", "deleted", "replaced", "set back", "another group"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_user_does_to_states_and_groups_counts(kind: str, how: str) -> None:
+    one, two = _models(kind)
+    optimizers = [_make(kind, one), _make(kind, two, flat=True)]
+    for step in range(5):
+        for model, optimizer in zip((one, two), optimizers, strict=True):
+            _step(model, optimizer, step)
+            if step != 2:
+                continue
+            if how == "another group":
+                optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.1}
+            if how == "cleared":
+                optimizer.state.clear()
+            if how == "deleted":
+                del optimizer.state[next(model.parameters())]
+            for state in optimizer.state.values():
+                for name, value in state.items():
+                    if how in ("replaced", "set back"):
+                        state[name] = value.clone()
+                    if how == "replaced" and name in ("exp_avg", "momentum_buffer"):
+                        state[name] *= 0.5
+    _same(one, two)
+    saved = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    for index, state in saved[0].items():
+        assert int(saved[1][index]["step"]) == int(state["step"])
+
+
+def test_frozen_parameters_step_by_the_gradients_they_have() -> None:
+    """As in torch; each counts its own steps, and zero_grad drops its gradient."""
+    (plain, flat), ends = _models("AdamW"), []
+    for model, more in ((plain, {}), (flat, {"flat": True})):
+        optimizer = _make("AdamW", model, **more)
+        _step(model, optimizer, 0)
+        for p in list(model.parameters())[1:]:
+            p.requires_grad_(False)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(p.grad is None for p in list(model.parameters())[1:])
+        ends.append([int(state["step"]) for state in optimizer.state_dict()["state"].values()])
+    _same(plain, flat)
+    assert ends[0] == ends[1] == [2] * 4

@@ -72,13 +72,16 @@ def test_a_step_with_all_of_it() -> None:
         ({"freeze": "head*"}, ["freeze", "list"]),
         ({"no_decay": ["nothing"]}, ["no_decay", "nothing"]),
         ({"freeze": ["*"]}, ["parameters to train", "none"]),
+        ({"freeze": ["head*"], "no_decay": ["nothing"]}, ["no_decay", "nothing"]),
         ({"weight_decay": -1.0}, ["weight_decay", "-1.0"]),
     ],
 )
 def test_rejected(options: dict[str, Any], words: list[str]) -> None:
+    model = Model()
     with pytest.raises(ValueError, match="param_groups") as caught:
-        optim.param_groups(Model(), 1e-3, **options)
+        optim.param_groups(model, 1e-3, **options)
     assert all(word in str(caught.value) for word in words)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_layer_decay_needs_blocks() -> None:

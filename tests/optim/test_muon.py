@@ -29,15 +29,18 @@ class TestMuon:
             s = a * s + b * s**3 + c * s**5
         return u @ torch.diag(s) @ v
 
+    @pytest.mark.parametrize("size", [1.0, 1e-4, 1e18, 1e30])
     @pytest.mark.parametrize(
         ("shape", "bound"), [((16, 576), 1e-4), ((576, 16), 1e-4), ((64, 64), 0.05)]
     )
-    def test_orthogonalized_as_the_formula_says(self, shape: Any, bound: float) -> None:
+    def test_orthogonalized_as_the_formula_says(
+        self, shape: Any, bound: float, size: float
+    ) -> None:
         """Thin matrices in float32 through the Gram matrix; square ones in bfloat16, whose rounding
-        the iteration amplifies."""
+        the iteration amplifies. Of any size whose squares float32 holds or not."""
         torch.manual_seed(0)
         x = torch.randn(3, *shape)
-        got = orthogonalize(x, (3.4445, -4.775, 2.0315), 5, 1e-7)
+        got = orthogonalize(x * size, (3.4445, -4.775, 2.0315), 5, 1e-7)
         for own, given in zip(got, x, strict=True):
             truth = self.polar(given)
             assert (own - truth).norm() / truth.norm() < bound
@@ -94,6 +97,18 @@ class TestMuon:
         resumed.step()
         assert torch.equal(p, q)
         assert resumed.skipped_steps == 1
+
+    def test_nothing_is_made_of_nothing(self) -> None:
+        for shape in ((4, 12), (5, 5), (0, 5), (5, 0)):
+            got = orthogonalize(torch.zeros(2, *shape), (3.4445, -4.775, 2.0315), 5, 1e-7)
+            assert torch.equal(got, torch.zeros(2, *shape))
+
+    def test_a_group_that_is_refused_is_not_there(self) -> None:
+        p, vector = torch.ones(4, 12, requires_grad=True), torch.ones(4, requires_grad=True)
+        optimizer = optim.Muon([p])
+        with pytest.raises(ValueError, match="2D"):
+            optimizer.add_param_group({"params": [vector]})
+        assert len(optimizer.param_groups) == 1
 
     def test_the_clip_and_the_sign(self) -> None:
         """What is orthogonalized has no length: a clip shows in the momentum, maximize in the

@@ -14,7 +14,7 @@ from torch.testing._internal import common_optimizers
 
 from fastft import optim
 from fastft.cpu import optimizer_step as cpu
-from tests.optim.pairs import gradients, models, same
+from tests.optim.pairs import ALL, gradients, models, same
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 
@@ -83,18 +83,6 @@ def test_torch_s_own_error_inputs(name: str) -> None:
             continue
         with pytest.raises(entry.error_type, match=entry.error_regex):
             pair.own(params, **given.kwargs).step()
-
-
-ALL = {
-    "AdamW": optim.AdamW,
-    "AdamW8bit": optim.AdamW8bit,
-    "AdamWBF16": optim.AdamWBF16,
-    "Lion": optim.Lion,
-    "Lion8bit": optim.Lion8bit,
-    "SGD": lambda params, **more: optim.SGD(params, **{"momentum": 0.9, **more}),
-    "ScheduleFreeAdamW": optim.ScheduleFreeAdamW,
-    "Adafactor": optim.Adafactor,
-}
 
 
 def test_groups_scheduler_clip_and_missing_gradients() -> None:
@@ -271,11 +259,38 @@ def test_states_cleared_and_momentum_begun_are_noticed() -> None:
         gradients(mine, theirs)
         fused.step()
         plain.step()
-        if step == 2:  # torch's buffer begins with the first gradient it sees, ours at zero
-            for p, q in zip(mine, theirs, strict=True):
-                plain.state[q]["momentum_buffer"].copy_(fused.state[p]["momentum_buffer"])
-                q.data.copy_(p.data)
     same(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(F32, {}), (F32, {"flat": True}), (F32, {"state_bits": 16}), (F64, {})],
+)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_of_some_groups_and_steps_alone(
+    nesterov: bool, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """A buffer is its first gradient whenever it begins, whatever the dampening, and waits where
+    there is no momentum."""
+    mine, theirs = models(dtype)
+    fused, plain = (
+        kind([{"params": params[:3]}, {"params": params[3:], "momentum": 0.5}], lr=0.1, **more)
+        for kind, params, more in (
+            (optim.SGD, mine, options), (torch.optim.SGD, theirs, {}))
+    )  # fmt: skip
+    for step in range(8):
+        for optimizer in (fused, plain):
+            for group, on in zip(optimizer.param_groups, (step in (2, 3, 6, 7), step != 4)):
+                group["momentum"] = 0.9 if on else 0.0
+                group["dampening"] = 0.0 if nesterov else 0.5
+                group["nesterov"] = nesterov and on
+        gradients(mine, theirs)
+        fused.step()
+        plain.step()
+        if step == 0:
+            kept = ["momentum_buffer" in fused.state[p] for p in mine]
+            assert kept == [False] * 3 + [True] * 3
+    same(mine, theirs, 2e-2 if options.get("state_bits") else 4e-6)
 
 
 def test_states_are_neighbours_in_one_arena() -> None:
@@ -466,6 +481,15 @@ def test_sparse_and_complex_are_refused_aloud(kind: str) -> None:
     p.grad = torch.ones(4).to_sparse() if kind == "sparse" else torch.ones(4, dtype=p.dtype)
     with pytest.raises(TypeError, match=kind):
         optim.AdamW([p]).step()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_nan_that_none_looks_for_shows(name: str) -> None:
+    """In the reference; the compiled Lion steps by no sign there, and its momentum is NaN."""
+    p = torch.ones(4, dtype=F64, requires_grad=True)
+    p.grad = torch.tensor([float("nan"), 1.0, 1.0, 1.0], dtype=F64)
+    ALL[name]([p], skip_nonfinite=False).step()
+    assert bool(p[0].isnan())
 
 
 @pytest.mark.parametrize("options", [{}, {"rounding": "compensated"}])
