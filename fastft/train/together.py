@@ -32,12 +32,8 @@ from fastft.train.lora_setup import (
 )
 from fastft.train.losses_apart import LossesApart, losses_apart
 from fastft.train.models import load_model, load_tokenizer
-from fastft.train.run import (
-    FastftTrainer,
-    TrainResult,
-    reload_difference,
-    training_arguments,
-)
+from fastft.train.run import TrainResult, reload_difference
+from fastft.train.trainer import FastftTrainer, training_arguments
 
 if TYPE_CHECKING:
     import torch
