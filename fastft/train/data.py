@@ -158,13 +158,32 @@ def tokenize_example(
     """
     input_ids: list[int] = []
     labels: list[int] = []
-    for text, learnt in _segments(example, tokenizer):
-        # Segments are tokenised apart, so that the prompt's tokens are those seen at generation.
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    parts = _segments(example, tokenizer)
+    for ids, (_, learnt) in zip(_ids_of(parts, tokenizer), parts, strict=True):
         input_ids += ids
         labels += ids if learnt or not completion_only_loss else [IGNORE_INDEX] * len(ids)
     prefix = _prefix(example, tokenizer, input_ids)
     return [*prefix, *input_ids], [*([IGNORE_INDEX] * len(prefix)), *labels]
+
+
+def _ids_of(parts: list[tuple[str, bool]], tokenizer: Any) -> list[list[int]]:
+    """The tokens of each segment. They end where it ends, so that a prompt's tokens are those seen
+    at generation, but are those it has behind the segment before it: by itself a text may get a
+    space in front (Llama 2, Mistral, Phi-3)."""
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def behind(before: str, text: str) -> list[int]:
+        # Where a token would reach over the border, a line break stands for what is before.
+        for context in (before, "\n") if before else ():
+            known, both = encode(context), encode(context + text)
+            if both[: len(known)] == known:
+                return both[len(known) :]
+        return encode(text)
+
+    texts = [text for text, _ in parts]
+    return [behind(*pair) for pair in itertools.pairwise(["", *texts])]
 
 
 def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
@@ -176,8 +195,7 @@ def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
         ids = ids[: max(1, len(ids) // 2)]
     else:
         last = max(i for i, (_, learnt) in enumerate(parts) if learnt)
-        own = [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in parts[:last]]
-        ids = list(itertools.chain.from_iterable(own))
+        ids = list(itertools.chain.from_iterable(_ids_of(parts[:last], tokenizer)))
     return [*_prefix(example, tokenizer, ids), *ids]
 
 

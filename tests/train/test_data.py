@@ -204,6 +204,44 @@ class TestPrefix:
         assert tokenize_example(Example(text="a"), beginning)[0][:2] == beginning("a")["input_ids"]
 
 
+class TestSpaceInFront:
+    """A tokenizer that puts a space in front of a text, as those of Llama 2, Mistral and Phi-3."""
+
+    @pytest.fixture
+    def spaced(self):
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        special = ["<|im_start|>", "<|im_end|>"]
+        pieces = [*special, *map(chr, range(33, 127)), "\n", "\u2581", "\u2581d"]
+        tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [("\u2581", "d")]))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            eos_token="<|im_end|>",
+            additional_special_tokens=special,
+            chat_template=CHAT_TEMPLATE,
+        )
+
+    def test_a_turn_has_the_tokens_of_the_whole(self, spaced):
+        input_ids, labels = tokenize_example(Example(messages=CHAT), spaced)
+        text = spaced.apply_chat_template(CHAT, tokenize=False)
+        assert input_ids == spaced(text, add_special_tokens=False)["input_ids"]
+        assert learnt(spaced, input_ids, labels) == "uno<|im_end|>dos<|im_end|>"
+        asked = prompt_ids(Example(messages=CHAT), spaced)
+        assert asked == input_ids[: len(asked)]
+
+    def test_a_token_over_the_border_is_two(self, spaced):
+        """The prompt's tokens are those of generation, and no second space comes behind them."""
+        spaced.chat_template = None
+        example = Example(prompt="a ", completion="dos")
+        input_ids, _ = tokenize_example(example, spaced)
+        prompt = spaced("a ", add_special_tokens=False)["input_ids"]
+        assert prompt_ids(example, spaced) == prompt == input_ids[: len(prompt)]
+        assert spaced.convert_ids_to_tokens(input_ids[len(prompt) :]) == [*"dos", "<|im_end|>"]
+
+
 class TestLoad:
     def config(self, data_file, **changes):
         return TrainConfig(data=str(data_file), max_length=128, **changes)
