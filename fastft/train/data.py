@@ -3,6 +3,7 @@ that keeps the loss on the response, truncation, and the batch collator."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import random
@@ -273,6 +274,9 @@ def collator(cfg: TrainConfig, tokenizer: Any) -> Any:
 
     if cfg.padding == "none":
         return DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    # In front, padding would move the positions of a model that counts them from the left.
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.padding_side = "right"
     fixed = cfg.padding == "max_length"
     return DataCollatorForSeq2Seq(
         tokenizer,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fastft.errors import ConfigError
 from fastft.train.callbacks import BatchLog
@@ -15,10 +17,23 @@ from fastft.train.config import TrainConfig
 from fastft.train.fit import Halving
 from fastft.train.machine import native_bfloat16, working_device
 
-if TYPE_CHECKING:
-    import torch
-
 __all__ = ["FastftTrainer", "training_arguments"]
+
+
+class LengthGroups(LengthGroupedSampler):
+    """Transformers' own, in the order of a seed and the epoch as its random sampler is, not of what
+    the global state happens to be: a resumed run, and an adapter among others, see that order."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(super().__iter__())
 
 
 class FastftTrainer(Trainer):
@@ -58,6 +73,12 @@ class FastftTrainer(Trainer):
         made._patch_step_function()  # as torch does for a class it has not seen: hooks of steps
         self.optimizer: torch.optim.Optimizer = made
         return made
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            return LengthGroups(sampler.batch_size, sampler.lengths, self.cfg.seed)
+        return sampler
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
         ids: torch.Tensor = inputs["input_ids"]

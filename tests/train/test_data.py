@@ -291,11 +291,14 @@ class TestLoad:
             load_data(self.config(path, eval_fraction=0), tokenizer)
 
     @pytest.mark.parametrize("padding", ["longest", "max_length"])
-    def test_collator(self, data_file, tokenizer, padding):
+    def test_collator(self, data_file, padding):
+        tokenizer = make_tokenizer()
+        tokenizer.padding_side = "left"  # as for generation
         cfg = self.config(data_file, padding=padding)
         data = load_data(cfg, tokenizer)
         rows = [{k: data.train[i][k] for k in ("input_ids", "labels")} for i in range(4)]
         batch = collator(cfg, tokenizer)(rows)
+        assert tokenizer.padding_side == "left"
         width = batch["input_ids"].shape[1]
         assert width == 128 if padding == "max_length" else width % 8 == 0
         for i, row in enumerate(rows):

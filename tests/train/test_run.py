@@ -203,6 +203,19 @@ class TestWholeRun:
         )
         assert train(cfg).steps == math.ceil(43 / 4)
 
+    def test_groups_by_length_are_those_of_seed_and_epoch(self, settings):
+        """Whatever the global random state is: a resumed run has another one."""
+        orders = []
+        for state in (1, 2):
+            trainer = prepare(TrainConfig(**settings, group_by_length=True)).trainer
+            torch.manual_seed(state)
+            loader = trainer.get_train_dataloader()
+            for epoch in (0, 1):
+                loader.set_epoch(epoch)
+                orders.append([batch["input_ids"].tolist() for batch in loader])
+        assert orders[:2] == orders[2:]
+        assert orders[0] != orders[1]
+
     def test_clipping_is_in_the_fused_step(self, settings, tmp_path):
         ends = []
         for norm in (0.0, 1e-3):
