@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastft.errors import ConfigError
+from fastft.errors import ConfigError, FastftError
 from fastft.memory.ceilings import Ceilings
 from fastft.memory.devices import Device
 from fastft.optim._ring import RING_BYTES, SLOTS
+from fastft.train.models import first_line
 from fastft.train.plan_model import (
     Request,
     dtype_of,
@@ -250,13 +251,14 @@ def _simulate(
                 parked = ring_of(ids.device).host_bytes
                 loss.backward()
                 del loss
-    except RuntimeError as error:
-        first = str(error).splitlines()[0]
+    except (RuntimeError, AttributeError, TypeError, ValueError, LookupError) as error:
+        if isinstance(error, FastftError):
+            raise
         raise ConfigError(
             "fastft plan",
             "model",
             expected="a model whose step can be simulated without its data",
-            got=f"{type(model).__name__}: {first}",
+            got=f"{type(model).__name__}: {first_line(error)}",
         ) from error
     finally:
         model.zero_grad(set_to_none=True)

@@ -4,8 +4,7 @@ as it would be trained."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,17 +141,6 @@ def dtype_of(cfg: TrainConfig, device: Device) -> torch.dtype:
     return resolve_dtype("auto")
 
 
-@contextmanager
-def _refusing(expected: str, *errors: type[Exception]) -> Iterator[None]:
-    """What the libraries say against a model, in the words of this project."""
-    try:
-        yield
-    except errors as error:
-        raise ConfigError(
-            "fastft plan", "model", expected=expected, got=str(error).splitlines()[0][:200]
-        ) from error
-
-
 def meta_model(request: Request, config: Any, dtype: torch.dtype, device: Device) -> Any:
     """The model as it would be trained, without a byte of it."""
     import torch
@@ -162,21 +150,29 @@ def meta_model(request: Request, config: Any, dtype: torch.dtype, device: Device
     import fastft
     from fastft import backends
     from fastft.memory.simulate import Launchers, Meter
-    from fastft.train.lora_setup import add_adapters, check_targets, lora_config
+    from fastft.train.lora_setup import (
+        PEFT_REFUSALS,
+        PEFT_TAKES,
+        add_adapters,
+        check_targets,
+        lora_config,
+    )
+    from fastft.train.models import check_decoder, clear_model_errors, refusing
 
     with torch.device("meta"):
-        with _refusing("the configuration of a causal language model", ValueError, KeyError):
+        with clear_model_errors(request.cfg.model):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        check_decoder(model.config, request.cfg.model)
         model.config.use_cache = False
         if request.method == "full":
             model.requires_grad_(True)
         else:
             for cfg in request.cfgs:
                 check_targets(model, cfg)
-            with _refusing("a model that PEFT can adapt", ValueError):
-                if request.others:
-                    model = add_adapters(model, request.cfgs)
-                else:
+            if request.others:
+                model = add_adapters(model, request.cfgs)
+            else:
+                with refusing("fastft plan", PEFT_TAKES, *PEFT_REFUSALS):
                     model = get_peft_model(model, lora_config(request.cfg))
     model.train()
     fused = {} if request.cfg.fused else {"loss": False, "norm": False, "glu": False, "rope": False}
