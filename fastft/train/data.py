@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import itertools
 import random
 from dataclasses import dataclass, field
@@ -36,6 +37,14 @@ class DataSplits:
     def longest(self) -> int:
         """Tokens of the longest training example."""
         return max(map(len, self.train["input_ids"]))
+
+    @property
+    def digest(self) -> str:
+        """Of the training examples in their order."""
+        found = hashlib.sha256()
+        for row in self.train:
+            found.update(repr((row["input_ids"], row["labels"])).encode())
+        return found.hexdigest()
 
 
 def load_data(cfg: TrainConfig, tokenizer: Any) -> DataSplits:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +19,10 @@ from fastft.train.callbacks import (
 )
 from fastft.train.checkpoints import (
     MarkComplete,
+    check_data,
     check_history,
-    check_writable,
-    remove_partial,
+    remove_unfinished,
     resolve_resume,
-    save_failed,
     write_config,
 )
 from fastft.train.config import TrainConfig
@@ -32,6 +30,7 @@ from fastft.train.data import DataSplits, collator, load_data
 from fastft.train.fit import check_fit
 from fastft.train.lora_setup import add_lora, apply_memory_policy, check_targets
 from fastft.train.models import load_model, load_tokenizer
+from fastft.train.output import check_new, check_writable, output_folder
 from fastft.train.packing import check_packing
 from fastft.train.trainer import FastftTrainer, training_arguments
 
@@ -39,10 +38,6 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["Prepared", "TrainResult", "prepare", "train"]
-
-DISK_ERRORS = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG}
-)
 
 
 @dataclass
@@ -60,7 +55,8 @@ class Prepared:
 
 @dataclass
 class TrainResult:
-    """What a run made."""
+    """What a run made. ``train_loss`` is the mean over the steps of this call: of a resumed run,
+    those after the checkpoint."""
 
     adapter: Path
     steps: int
@@ -94,22 +90,26 @@ def train(
         Interrupted: after Ctrl-C, when a whole checkpoint is on the disk.
     """
     notice = notice or (lambda text: None)
-    prepared = prepare(cfg, callbacks, report, notice, force)
-    for note in prepared.data.notes:
-        notice(note)
-    state = run_trainer(prepared)
-    # Saved before anything else can go wrong.
-    adapter = save_adapter(prepared.model, Path(cfg.output_dir) / "adapter")
-    eval_loss = evaluate(prepared)
-    return TrainResult(
-        adapter=adapter,
-        steps=state.global_step,
-        train_loss=float(state.training_loss),
-        eval_loss=eval_loss,
-        adapter_reload_max_diff=adapter_difference(prepared, adapter),
-        explanation=explanation(prepared),
-        notes=prepared.data.notes,
-    )
+    output = Path(cfg.output_dir)
+    with output_folder(output):
+        if cfg.resume_from_checkpoint is None:
+            check_new(output)
+        prepared = prepare(cfg, callbacks, report, notice, force)
+        for note in prepared.data.notes:
+            notice(note)
+        state = run_trainer(prepared)
+        # Saved before anything else can go wrong.
+        adapter = save_adapter(prepared.model, output / "adapter")
+        eval_loss = evaluate(prepared)
+        return TrainResult(
+            adapter=adapter,
+            steps=state.global_step,
+            train_loss=float(state.training_loss),
+            eval_loss=eval_loss,
+            adapter_reload_max_diff=adapter_difference(prepared, adapter),
+            explanation=explanation(prepared),
+            notes=prepared.data.notes,
+        )
 
 
 def prepare(
@@ -127,6 +127,7 @@ def prepare(
     check_history(cfg, output, resume)
     tokenizer = load_tokenizer(cfg)
     data = load_data(cfg, tokenizer)
+    check_data(data.digest, resume)
     notice = notice or (lambda text: None)
     check_fit([cfg], [data.longest], notice, force)
     model = load_model(cfg)
@@ -158,27 +159,16 @@ def prepare(
 def run_trainer(prepared: Prepared) -> Any:
     """Trains; returns Transformers' ``TrainOutput``."""
     cfg, trainer = prepared.cfg, prepared.trainer
-    write_config(cfg)
+    if prepared.resume is None:
+        remove_unfinished(cfg.output_dir)
+    write_config(cfg, prepared.data.digest)
     resume = str(prepared.resume) if prepared.resume else None
-    try:
-        with prepared.interrupt.watching():
-            output = trainer.train(resume_from_checkpoint=resume)
-    except Exception as error:
-        if not _is_disk_error(error):
-            raise
-        remove_partial(cfg.output_dir, trainer.state.global_step)
-        raise save_failed(cfg, error) from error
+    with prepared.interrupt.watching():
+        output = trainer.train(resume_from_checkpoint=resume)
     # A signal during the last step changes nothing: the run is over.
     if prepared.interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(trainer.state.global_step, str(resolve_resume("last", cfg.output_dir)))
     return output
-
-
-def _is_disk_error(error: Exception) -> bool:
-    """Whether writing failed: safetensors and torch.save have errors of their own for it."""
-    if isinstance(error, OSError):
-        return error.errno in DISK_ERRORS
-    return type(error).__module__.startswith("safetensors") or "PytorchStreamWriter" in str(error)
 
 
 def evaluate(prepared: Prepared) -> float | None:

@@ -8,6 +8,7 @@ losses stay apart, so each adapter gets the gradient that its own run would give
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -20,7 +21,7 @@ from fastft.errors import ConfigError, FastftError
 from fastft.nn.mixed import mixed_batch
 from fastft.train.adapters import save_adapter
 from fastft.train.callbacks import Interrupted, StopOnInterrupt
-from fastft.train.checkpoints import check_history, check_writable, write_config
+from fastft.train.checkpoints import check_history, remove_unfinished, write_config
 from fastft.train.config import TrainConfig
 from fastft.train.data import DataSplits, collator, load_data
 from fastft.train.fit import check_fit
@@ -32,6 +33,7 @@ from fastft.train.lora_setup import (
 )
 from fastft.train.losses_apart import LossesApart, losses_apart
 from fastft.train.models import load_model, load_tokenizer
+from fastft.train.output import check_new, output_folder
 from fastft.train.run import TrainResult, reload_difference
 from fastft.train.trainer import FastftTrainer, training_arguments
 
@@ -107,11 +109,24 @@ def train_together(
     """
     notice = notice or (lambda text: None)
     check_together(cfgs)
-    for cfg in cfgs:
-        check_writable(Path(cfg.output_dir))
-        check_history(cfg, Path(cfg.output_dir), None)
+    with contextlib.ExitStack() as folders:
+        for cfg in cfgs:
+            output = Path(cfg.output_dir)
+            folders.enter_context(output_folder(output))
+            check_new(output)
+            check_history(cfg, output, None)
+        return _train(cfgs, report, notice, force)
+
+
+def _train(
+    cfgs: Sequence[TrainConfig],
+    report: Callable[[TogetherEvent], None] | None,
+    notice: Callable[[str], None],
+    force: bool,
+) -> list[TrainResult]:
     model, runs = _prepare(cfgs, notice, force)
     for cfg in cfgs:
+        remove_unfinished(cfg.output_dir)
         write_config(cfg)
     for run in runs:
         for note in run.data.notes:

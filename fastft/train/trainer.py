@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fastft.errors import ConfigError
 from fastft.train.callbacks import BatchLog
+from fastft.train.checkpoints import saving
 from fastft.train.config import TrainConfig
 from fastft.train.fit import Halving
 from fastft.train.machine import native_bfloat16, working_device
@@ -79,6 +80,10 @@ class FastftTrainer(Trainer):
         if isinstance(sampler, LengthGroupedSampler):
             return LengthGroups(sampler.batch_size, sampler.lengths, self.cfg.seed)
         return sampler
+
+    def _save_checkpoint(self, *args: Any, **kw: Any) -> None:
+        with saving(self.args.output_dir or "", self.state.global_step):
+            super()._save_checkpoint(*args, **kw)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
         ids: torch.Tensor = inputs["input_ids"]
