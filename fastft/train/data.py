@@ -11,14 +11,23 @@ import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fastft.errors import DataError
+from fastft.errors import ConfigError, DataError
 from fastft.train.config import DEFAULT_DATA, TrainConfig
 from fastft.train.files import Example, read_examples
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["IGNORE_INDEX", "DataSplits", "collator", "load_data", "prompt_ids", "tokenize_example"]
+__all__ = [
+    "IGNORE_INDEX",
+    "DataSplits",
+    "check_sizes",
+    "collator",
+    "load_data",
+    "positions",
+    "prompt_ids",
+    "tokenize_example",
+]
 
 # The label torch's cross entropy leaves out.
 IGNORE_INDEX = -100
@@ -226,17 +235,32 @@ def _segments(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
 
 
 def _chat_segments(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
+    from jinja2 import TemplateError
+
     messages = example.as_messages()
 
     def render(upto: int, generation: bool = False) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                messages[:upto], tokenize=False, add_generation_prompt=generation
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    messages[:upto], tokenize=False, add_generation_prompt=generation
+                )
             )
-        )
+        except (TemplateError, ValueError, TypeError, LookupError) as error:
+            raise DataError(
+                example.where,
+                "messages",
+                expected="a conversation that the model's chat template takes",
+                got=str(error),
+            ) from error
 
     full = render(len(messages))
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    # A turn that opens the conversation is no answer to anything.
+    turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+    if not turns:
+        raise DataError(
+            example.where, "messages", expected="a turn before the answer", got="the answer alone"
+        )
     # Some templates rewrite earlier turns (they strip the reasoning): then the beginning of the
     # conversation is not a prefix of the whole, and only the last answer can be told apart.
     for chosen in (turns, turns[-1:]):
@@ -255,8 +279,8 @@ def _chat_segments(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
         else:
             return [*parts, (full[len(done) :], False)] if full[len(done) :] else parts
     raise DataError(
+        example.where,
         "chat template",
-        "messages",
         expected="a template that puts the answer after its own generation prompt",
         got="one in which the answer cannot be told from the prompt",
         remedy="Render the conversations yourself and give them as 'text'.",
@@ -276,9 +300,46 @@ def _dataset(rows: list[dict[str, list[int]]]) -> Dataset:
     )
 
 
-def collator(cfg: TrainConfig, tokenizer: Any) -> Any:
+def check_sizes(data: DataSplits, model: Any, tokenizer: Any, cfg: TrainConfig) -> None:
+    """Refuses tokens the model's embedding has no row for, and examples longer than its table of
+    positions: a forward would end in an index out of range."""
+    examples = [ids for split in (data.train, data.eval) if split for ids in split["input_ids"]]
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.pad_token_id, *map(max, examples))
+    if largest >= rows:
+        raise ConfigError(
+            "TrainConfig",
+            "model",
+            expected=f"a tokenizer of at most {rows} tokens, the rows of the model's embedding",
+            got=f"token {largest}, {tokenizer.convert_ids_to_tokens(largest)!r}",
+            remedy="It is another model's, or tokens were added without resizing the embedding.",
+        )
+    most = positions(model)
+    longest = cfg.max_length if cfg.padding == "max_length" else max(map(len, examples))
+    if most is not None and longest > most:
+        raise ConfigError(
+            "TrainConfig",
+            "max_length",
+            expected=f"at most {most}, the positions of the model",
+            got=f"{cfg.max_length}, with examples of {longest} tokens",
+        )
+
+
+def positions(model: Any) -> int | None:
+    """Of a model with a table of them; None where they are computed."""
+    from torch import nn
+
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    # Some families have a few rows more, which stand for padding.
+    return most if most and any(most <= t.num_embeddings <= most + 8 for t in tables) else None
+
+
+def collator(cfg: TrainConfig, tokenizer: Any, most: int | None = None) -> Any:
     """Pads a batch: ids with the pad token, the attention mask with 0, labels with -100; or, with
-    ``padding: none``, puts its examples one after another, with positions that begin anew."""
+    ``padding: none``, puts its examples one after another, with positions that begin anew.
+    ``most``: what ``positions`` says of the model."""
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
     if cfg.padding == "none":
@@ -291,7 +352,8 @@ def collator(cfg: TrainConfig, tokenizer: Any) -> Any:
         tokenizer,
         padding="max_length" if fixed else "longest",
         max_length=cfg.max_length if fixed else None,
-        # Odd lengths make slow products; 8 is what tensor cores and vector units want.
-        pad_to_multiple_of=None if fixed else 8,
+        # Odd lengths make slow products; 8 is what tensor cores and vector units want. No length
+        # is rounded up past the last position.
+        pad_to_multiple_of=None if fixed or (most or 0) % 8 else 8,
         label_pad_token_id=IGNORE_INDEX,
     )

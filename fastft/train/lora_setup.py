@@ -120,7 +120,16 @@ def check_targets(model: nn.Module, cfg: TrainConfig) -> None:
 
 def _fits(pattern: str, name: str) -> bool:
     # PEFT's rule for the keys of rank_pattern and alpha_pattern: the end of a name.
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return _regex("rank_pattern, alpha_pattern", rf"(.*\.)?({pattern})", name)
+
+
+def _regex(key: str, pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ConfigError(
+            "TrainConfig", key, expected="a regular expression", got=str(error)
+        ) from error
 
 
 def _pattern_of(name: str, cfg: TrainConfig) -> int | None:
@@ -155,12 +164,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _matches(target: str, name: str, pattern: bool) -> bool:
     # PEFT's rule: a text is a pattern for the whole name, list entries are names or endings.
     if pattern:
-        try:
-            return re.fullmatch(target, name) is not None
-        except re.error as error:
-            raise ConfigError(
-                "TrainConfig", "target_modules", expected="a regular expression", got=str(error)
-            ) from error
+        return _regex("target_modules", target, name)
     return name == target or name.endswith(f".{target}")
 
 

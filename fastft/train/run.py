@@ -26,13 +26,13 @@ from fastft.train.checkpoints import (
     write_config,
 )
 from fastft.train.config import TrainConfig
-from fastft.train.data import DataSplits, collator, load_data
+from fastft.train.data import DataSplits, check_sizes, collator, load_data, positions
 from fastft.train.fit import check_fit
 from fastft.train.lora_setup import add_lora, apply_memory_policy, check_targets
 from fastft.train.models import load_model, load_tokenizer
 from fastft.train.output import check_new, check_writable, output_folder
 from fastft.train.packing import check_packing
-from fastft.train.trainer import FastftTrainer, training_arguments
+from fastft.train.trainer import FastftTrainer, check_report_to, training_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -125,12 +125,15 @@ def prepare(
     check_writable(output)
     resume = resolve_resume(cfg.resume_from_checkpoint, output)
     check_history(cfg, output, resume)
+    check_report_to(cfg)
     tokenizer = load_tokenizer(cfg)
     data = load_data(cfg, tokenizer)
     check_data(data.digest, resume)
     notice = notice or (lambda text: None)
     check_fit([cfg], [data.longest], notice, force)
     model = load_model(cfg)
+    check_sizes(data, model, tokenizer, cfg)
+    collate = collator(cfg, tokenizer, positions(model))
     check_targets(model, cfg)
     model.config.use_cache = False  # generation's cache, of no use in training
     model = add_lora(model, cfg)
@@ -144,7 +147,7 @@ def prepare(
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,
-        data_collator=collator(cfg, tokenizer),
+        data_collator=collate,
         callbacks=[interrupt, StopOnNan(), MarkComplete(cfg.save_total_limit), *callbacks],
     )
     if cfg.fused:

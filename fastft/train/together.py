@@ -23,7 +23,7 @@ from fastft.train.adapters import save_adapter
 from fastft.train.callbacks import Interrupted, StopOnInterrupt
 from fastft.train.checkpoints import check_history, remove_unfinished, write_config
 from fastft.train.config import TrainConfig
-from fastft.train.data import DataSplits, collator, load_data
+from fastft.train.data import DataSplits, check_sizes, collator, load_data, positions
 from fastft.train.fit import check_fit
 from fastft.train.lora_setup import (
     adapter_names,
@@ -35,7 +35,7 @@ from fastft.train.losses_apart import LossesApart, losses_apart
 from fastft.train.models import load_model, load_tokenizer
 from fastft.train.output import check_new, output_folder
 from fastft.train.run import TrainResult, reload_difference
-from fastft.train.trainer import FastftTrainer, training_arguments
+from fastft.train.trainer import FastftTrainer, check_report_to, training_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -181,11 +181,15 @@ def _prepare(
     """The model with all adapters, and each adapter's trainer with its optimizer."""
     import fastft
 
+    for cfg in cfgs:
+        check_report_to(cfg)
     tokenizer = load_tokenizer(cfgs[0])
     data = [load_data(cfg, tokenizer) for cfg in cfgs]
     check_fit(cfgs, [splits.longest for splits in data], notice, force)
     base = load_model(cfgs[0])
-    for cfg in cfgs:
+    most = positions(base)
+    for cfg, splits in zip(cfgs, data, strict=True):
+        check_sizes(splits, base, tokenizer, cfg)
         check_targets(base, cfg)
     base.config.use_cache = False
     names = adapter_names(len(cfgs))
@@ -202,7 +206,7 @@ def _prepare(
             train_dataset=splits.train,
             eval_dataset=splits.eval,
             processing_class=tokenizer,
-            data_collator=collator(cfg, tokenizer),
+            data_collator=collator(cfg, tokenizer, most),
         )
         run = _Run(cfg, name, splits, trainer)
         run.max_steps = _max_steps(run)

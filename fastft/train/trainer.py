@@ -17,8 +17,13 @@ from fastft.train.checkpoints import saving
 from fastft.train.config import TrainConfig
 from fastft.train.fit import Halving
 from fastft.train.machine import native_bfloat16, working_device
+from fastft.train.models import first_line
 
-__all__ = ["FastftTrainer", "training_arguments"]
+__all__ = ["FastftTrainer", "check_report_to", "training_arguments"]
+
+
+# Of `report_to`, what names no tracker.
+ANY = ("none", "all")
 
 
 class LengthGroups(LengthGroupedSampler):
@@ -102,6 +107,21 @@ class FastftTrainer(Trainer):
                 self.current_gradient_accumulation_steps = accumulation
 
         return self.halving.run(model, inputs, step)
+
+
+def check_report_to(cfg: TrainConfig) -> None:
+    """Refuses trackers that Transformers does not know, or whose package is not installed."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    names = [cfg.report_to] if isinstance(cfg.report_to, str) else cfg.report_to
+    try:
+        for tracker in get_reporting_integration_callbacks([n for n in names if n not in ANY]):
+            tracker()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(
+            "TrainConfig", "report_to", expected="'none' or installed trackers",
+            got=f"{cfg.report_to!r}: {first_line(error)}",
+        ) from error  # fmt: skip
 
 
 def optimizer_options(cfg: TrainConfig) -> tuple[type, dict[str, Any]]:

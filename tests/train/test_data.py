@@ -53,6 +53,10 @@ class TestFiles:
         path = write(tmp_path, "a.csv", f'\ufeffmessages\n"{cell}"\n')
         assert read_examples(path) == [Example(messages=CHAT)]
 
+    def test_a_long_field_in_a_csv(self, tmp_path):
+        path = write(tmp_path, "a.csv", "text\n" + "word " * 40_000 + "\n")
+        assert len(read_examples(path)[0].text) == 200_000
+
     def test_line_separators_inside_json(self, tmp_path):
         path = write(tmp_path, "a.jsonl", json.dumps({"text": "a\u2028b"}, ensure_ascii=False))
         assert read_examples(path) == [Example(text="a\u2028b")]
@@ -69,7 +73,11 @@ class TestFiles:
             ("a.jsonl", '{"text": 3}', ["text", "a int"]),
             ("a.jsonl", '{"text": " "}', ["not empty"]),
             ("a.jsonl", '{"prompt": "a", "completion": ""}', ["completion", "not empty"]),
-            ("a.jsonl", '{"messages": []}', ["a list of messages"]),
+            ("a.jsonl", '{"messages": []}', ["a list of messages", "an empty list"]),
+            ("a.jsonl", '{"prompt": null, "completion": "a"}', [":1", "prompt", "got nothing"]),
+            ("a.csv", "prompt,completion\na\n", ["a.csv:2", "completion", "got nothing"]),
+            ("a.jsonl", '{"text": "a \\ud800 b"}', [":1", "Unicode text", "surrogates"]),
+            ("a.jsonl", "[" * 100_000, [":1", "valid JSON", "recursion"]),
             ("a.jsonl", '{"messages": [{"role": "user"}]}', ["messages[1]", "'content'"]),
             (
                 "a.jsonl",
@@ -149,6 +157,24 @@ class TestMask:
                                    "{% if add_generation_prompt %}GO{% endif %}")  # fmt: skip
         with pytest.raises(DataError, match="its own generation prompt"):
             tokenize_example(Example(messages=CHAT), tokenizer)
+
+    @pytest.mark.parametrize(
+        ("template", "messages", "text"),
+        [
+            ("{{ raise_exception('no system role') }}", CHAT, "no system role"),
+            ("{% for %}", CHAT, "Expected an expression"),
+            (CHAT_TEMPLATE, [CHAT[1]], "a turn before the answer"),
+        ],
+    )
+    def test_a_conversation_that_the_template_refuses(self, tmp_path, template, messages, text):
+        path = write(tmp_path, "a.jsonl", json.dumps({"messages": messages}))
+        with pytest.raises(DataError, match=rf"a\.jsonl:1: messages: .*{text}"):
+            load_data(TrainConfig(data=str(path)), make_tokenizer(template))
+
+    def test_a_turn_that_opens_the_conversation_is_not_learnt(self, tokenizer):
+        input_ids, labels = tokenize_example(Example(messages=[CHAT[1], *CHAT[2:]]), tokenizer)
+        assert learnt(tokenizer, input_ids, labels) == "dos<|im_end|>"
+        assert "uno" in tokenizer.decode(input_ids)
 
     def test_prompt_ids_are_the_ids_before_the_last_answer(self, tokenizer):
         input_ids, _ = tokenize_example(Example(messages=CHAT), tokenizer)

@@ -114,6 +114,9 @@ class TestWholeRun:
         [
             ({"rank_pattern": {"q_porj": 2}}, ["rank_pattern", "q_porj", "q_proj"]),
             ({"rank_pattern": {"k_proj": 500}}, ["at most", "k_proj", "500"]),
+            ({"rank_pattern": {"(": 2}}, ["rank_pattern", "a regular expression"]),
+            ({"report_to": "nonsense"}, ["report_to", "nonsense is not supported"]),
+            ({"use_dora": True, "target_modules": ["norm"]}, ["PEFT can put together"]),
         ],
         ids=str,
     )
@@ -251,6 +254,25 @@ class TestRefusedBeforeTraining:
         check_targets(model, TrainConfig(r=8))
         with pytest.raises(ConfigError, match="smaller side of"):
             check_targets(model, TrainConfig(r=40))
+
+    def gpt2(self, tokenizer, folder, **config):
+        """Of 36 positions, in a table."""
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        small = {"vocab_size": 260, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 36}
+        GPT2LMHeadModel(GPT2Config(**small | config)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    def test_more_tokens_than_positions_or_than_rows(self, settings, tokenizer, tmp_path):
+        settings |= {"model": self.gpt2(tokenizer, tmp_path / "gpt2"), "max_steps": 1}
+        with pytest.raises(ConfigError, match=r"at most 36, the positions .* examples of (39|4\d)"):
+            train(TrainConfig(**settings))
+        # Examples of 36 tokens: no padding to a multiple of 8 goes past the last position.
+        assert train(TrainConfig(**settings | {"max_length": 36})).steps == 1
+        small = self.gpt2(tokenizer, tmp_path / "small", vocab_size=100)
+        with pytest.raises(ConfigError, match="at most 100 tokens, the rows"):
+            prepare(TrainConfig(**settings | {"model": small, "output_dir": str(tmp_path / "b")}))
 
     @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
     def test_read_only_folder(self, settings, monkeypatch, number):
