@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "METHODS",
     "Request",
+    "as_stored",
     "check_request",
     "dtype_of",
     "largest_linear",
@@ -126,6 +127,19 @@ def load_config(model: str) -> Any:
     place = str(path.parent) if path.name == "config.json" else model_place(model)
     with clear_model_errors(model), quiet_transformers():
         return AutoConfig.from_pretrained(place)
+
+
+def as_stored(request: Request, config: Any) -> tuple[Request, list[str]]:
+    """The request for the weights as they are stored: of bitsandbytes' 4 bits LoRA is QLoRA. Other
+    kinds are counted as if they were not quantised, and a note says so."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return request, []
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    kind = stored.get("quant_method", "quantised")
+    if kind == "bitsandbytes" and stored.get("load_in_4bit") and request.method != "full":
+        return dataclasses.replace(request, method="qlora"), []
+    return request, [f"The weights are stored as {kind}; here they are counted unquantised."]
 
 
 def dtype_of(cfg: TrainConfig, device: Device) -> torch.dtype:
