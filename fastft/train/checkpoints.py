@@ -202,7 +202,8 @@ def _usable(folder: Path) -> bool:
     """Whether it is whole. One that plain Transformers wrote has no mark, and is taken on trust."""
     if (folder / MARK).exists():
         return is_whole(folder)
-    return all((folder / name).is_file() for name in ("trainer_state.json", "optimizer.pt"))
+    needed = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+    return all((folder / name).is_file() for name in needed)
 
 
 def _readable(folder: Path) -> Path:

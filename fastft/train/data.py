@@ -45,15 +45,21 @@ class DataSplits:
     @property
     def longest(self) -> int:
         """Tokens of the longest training example."""
-        return max(map(len, self.train["input_ids"]))
+        return max(self.train["length"])
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """Of the training examples in their order."""
         found = hashlib.sha256()
-        for row in self.train:
-            found.update(repr((row["input_ids"], row["labels"])).encode())
+        for column in ("length", "input_ids", "labels"):
+            found.update(_flat(self.train, column).tobytes())
         return found.hexdigest()
+
+
+def _flat(rows: Dataset, column: str) -> Any:
+    """A column's numbers, one example after another: no Python object for each."""
+    found = rows.data.column(column).combine_chunks()
+    return (found if column == "length" else found.flatten()).to_numpy(zero_copy_only=False)
 
 
 def load_data(cfg: TrainConfig, tokenizer: Any) -> DataSplits:
@@ -303,9 +309,9 @@ def _dataset(rows: list[dict[str, list[int]]]) -> Dataset:
 def check_sizes(data: DataSplits, model: Any, tokenizer: Any, cfg: TrainConfig) -> None:
     """Refuses tokens the model's embedding has no row for, and examples longer than its table of
     positions: a forward would end in an index out of range."""
-    examples = [ids for split in (data.train, data.eval) if split for ids in split["input_ids"]]
+    splits = [data.train, *([data.eval] if data.eval else [])]
     rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(tokenizer.pad_token_id, *map(max, examples))
+    largest = max(tokenizer.pad_token_id, *(int(_flat(s, "input_ids").max()) for s in splits))
     if largest >= rows:
         raise ConfigError(
             "TrainConfig",
@@ -315,7 +321,8 @@ def check_sizes(data: DataSplits, model: Any, tokenizer: Any, cfg: TrainConfig) 
             remedy="It is another model's, or tokens were added without resizing the embedding.",
         )
     most = positions(model)
-    longest = cfg.max_length if cfg.padding == "max_length" else max(map(len, examples))
+    fixed = cfg.padding == "max_length"
+    longest = cfg.max_length if fixed else max(max(split["length"]) for split in splits)
     if most is not None and longest > most:
         raise ConfigError(
             "TrainConfig",

@@ -36,10 +36,13 @@ def output_folder(folder: Path) -> Iterator[None]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Holds a lock on the folder itself, which goes with the process; where there are no such locks
-    (Windows, some network file systems) nothing is held."""
+    (Windows, some network file systems) nothing is held. The first process of a run has it."""
     try:
         import fcntl
     except ImportError:
+        yield
+        return
+    if os.environ.get("RANK", "0") != "0":
         yield
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -32,7 +32,7 @@ from fastft.train.lora_setup import (
     check_targets,
 )
 from fastft.train.losses_apart import LossesApart, losses_apart
-from fastft.train.models import load_model, load_tokenizer
+from fastft.train.models import load_model, load_tokenizer, refusing
 from fastft.train.output import check_new, output_folder
 from fastft.train.run import TrainResult, reload_difference
 from fastft.train.trainer import FastftTrainer, check_report_to, training_arguments
@@ -179,6 +179,8 @@ def _prepare(
     cfgs: Sequence[TrainConfig], notice: Callable[[str], None], force: bool
 ) -> tuple[Any, list[_Run]]:
     """The model with all adapters, and each adapter's trainer with its optimizer."""
+    import torch
+
     import fastft
 
     for cfg in cfgs:
@@ -213,6 +215,15 @@ def _prepare(
         trainer.create_optimizer_and_scheduler(run.max_steps)
         runs.append(run)
     model.base_model.set_adapter(names)
+    ids = torch.zeros(len(names), 2, dtype=torch.long, device=runs[0].trainer.args.device)
+    model.eval()
+    # PEFT says only in a forward which of its layers take no mixed batch.
+    with (
+        refusing(_WHERE, "adapters that mixed batches can go through", ValueError),
+        torch.no_grad(),
+        mixed_batch(model, names),
+    ):
+        model(input_ids=ids)
     model.train()
     return model, runs
 

@@ -20,6 +20,7 @@ from fastft.errors import ConfigError, DataError, FastftError
 from fastft.train import checkpoints
 from fastft.train.callbacks import Interrupted
 from fastft.train.config import TrainConfig
+from fastft.train.output import output_folder
 from fastft.train.run import prepare, train
 
 both = pytest.mark.parametrize("fused", [False, True], ids=["peft", "fused"])
@@ -192,7 +193,7 @@ class TestInterrupt:
         with pytest.raises(ConfigError, match=r"run/adapter\. Choose another folder, or move it"):
             train(TrainConfig(**settings))
 
-    def test_two_runs_in_one_folder(self, settings):
+    def test_two_runs_in_one_folder(self, settings, monkeypatch):
         """The second is refused while the first goes on; one that was refused leaves no folder."""
 
         def second():
@@ -200,6 +201,10 @@ class TestInterrupt:
                 train(TrainConfig(**settings))
 
         train(TrainConfig(**settings | {"max_steps": 1}), callbacks=[At(1, second)])
+        with output_folder(Path(settings["output_dir"])):
+            monkeypatch.setenv("RANK", "1")  # another process of the same run
+            with output_folder(Path(settings["output_dir"])):
+                pass
         nested = Path(settings["output_dir"]) / "deep" / "er"
         with pytest.raises(DataError):
             train(TrainConfig(**settings | {"output_dir": str(nested), "data": "/none.jsonl"}))
