@@ -196,6 +196,7 @@ def test_command_line(cfgs, tmp_path):
     result = CliRunner().invoke(app, ["train", *map(str, paths)])
     assert result.exit_code == 0, result.output
     assert "step 9/9  losses done " in result.output
+    assert "eval_loss" not in result.output  # as the Trainer prints it
     for cfg in cfgs[:2]:
         assert f"{cfg.output_dir}:" in result.output
         assert weights(cfg)
