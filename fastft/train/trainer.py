@@ -86,6 +86,13 @@ class FastftTrainer(Trainer):
             return LengthGroups(sampler.batch_size, sampler.lengths, self.cfg.seed)
         return sampler
 
+    def _run_epoch(self, *args: Any, **kw: Any) -> None:
+        # The Trainer looks for the end behind a step: a run resumed at its end would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kw)
+
     def _save_checkpoint(self, *args: Any, **kw: Any) -> None:
         with saving(self.args.output_dir or "", self.state.global_step):
             super()._save_checkpoint(*args, **kw)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -176,6 +177,17 @@ class TestInterrupt:
         foreign.mkdir(parents=True)
         train(TrainConfig(**settings | {"max_steps": 1, "save_steps": 0}))
         assert foreign.is_dir()
+
+    def test_a_run_that_was_killed_behind_its_last_checkpoint(self, settings):
+        """It has no step left to take: what was trained is saved."""
+        train(TrainConfig(**settings))
+        before, folder = weights(settings["output_dir"]), Path(settings["output_dir"])
+        shutil.rmtree(folder / "adapter")
+        result = train(TrainConfig(**settings | {"resume_from_checkpoint": "last"}))
+        assert result.steps == 6
+        assert not (folder / "checkpoint-7").exists()
+        after = weights(folder)
+        assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
     def test_ctrl_c_in_the_last_step_changes_nothing(self, settings):
         result = train(TrainConfig(**settings), callbacks=[At(6, ctrl_c)])
