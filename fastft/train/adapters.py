@@ -48,6 +48,7 @@ def save_adapter(model: PeftModel, path: str | Path, adapter_name: str = "defaul
         made.chmod(0o755)  # mkdtemp makes it private
         for file in made.iterdir():
             _flush(file)
+        _keep_others(path, made)
         _swap(made, path)
     except (OSError, SafetensorError) as error:
         kept = "The adapter that was there before is untouched." if path.exists() else None
@@ -68,6 +69,14 @@ def _flush(file: Path) -> None:
     """To the disk: a full disk must show before the rename, not after."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
+
+
+def _keep_others(path: Path, made: Path) -> None:
+    """Copies what a user put beside the old adapter's files to the new one."""
+    for entry in path.iterdir() if path.is_dir() else ():
+        target = made / entry.name
+        if not target.exists():
+            shutil.copytree(entry, target) if entry.is_dir() else shutil.copy2(entry, target)
 
 
 def _swap(made: Path, path: Path) -> None:

@@ -1,16 +1,20 @@
-"""The output folder of a run: whether it can be written, and which checkpoint in it is whole.
-Transformers writes a checkpoint file by file; killed in between, it leaves a folder that looks
-like one. After each save the names and sizes of its files are put in
-``complete.json`` (written last, renamed into place), and only such folders are resumed from."""
+"""The checkpoints of a run: which is whole, which a run may go on from, and what a failed save
+leaves. Transformers writes a checkpoint file by file; killed in between, it leaves a folder that
+looks like one. After each save the names and sizes of its files are put in ``complete.json``
+(written last, renamed into place), and only such folders are resumed from."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -20,18 +24,27 @@ from fastft.train.config import TrainConfig, load_config
 
 __all__ = [
     "MarkComplete",
+    "check_data",
     "check_history",
-    "check_writable",
     "checkpoints",
     "is_whole",
     "remove_partial",
+    "remove_unfinished",
     "resolve_resume",
     "save_failed",
+    "saving",
+    "whole_ones",
     "write_config",
 ]
 
 MARK = "complete.json"
 CONFIG_FILE = "train_config.yaml"
+DATA_FILE = "train_data.sha256"
+DISK_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG}
+)
+# Of what torch.save raises where a write fails or comes out short.
+TORCH_SAVE_SAYS = ("PytorchStreamWriter", "inline_container.cc")
 # A resumed run must be the one that was stopped: these decide its parameters and batches.
 FIXED_ON_RESUME = (
     "model",
@@ -88,7 +101,8 @@ class MarkComplete(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and args.output_dir is not None:
             saved = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            mark(saved)
+            with saving(args.output_dir, state.global_step):
+                mark(saved)
             if self._limit:
                 _remove_older(saved, self._limit - 1)
 
@@ -96,7 +110,7 @@ class MarkComplete(TrainerCallback):
 def _remove_older(saved: Path, keep: int) -> None:
     """Removes the whole checkpoints beside ``saved`` but the ``keep`` that were marked last. A run
     that goes on from an earlier one may have later steps beside it."""
-    whole = [path for path in checkpoints(saved.parent) if path != saved and is_whole(path)]
+    whole = [path for path in whole_ones(saved.parent) if path != saved]
     whole.sort(key=lambda path: (path / MARK).stat().st_mtime_ns)
     for path in whole[: max(0, len(whole) - keep)]:
         shutil.rmtree(path, ignore_errors=True)
@@ -133,6 +147,11 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def whole_ones(output_dir: str | Path) -> list[Path]:
+    """Those of ``checkpoints`` that are whole."""
+    return [path for path in checkpoints(output_dir) if is_whole(path)]
+
+
 def remove_partial(output_dir: str | Path, step: int) -> None:
     """Deletes the checkpoint of this step, whose save failed, where it is not whole. Others without
     a mark are another program's."""
@@ -141,16 +160,23 @@ def remove_partial(output_dir: str | Path, step: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_unfinished(output_dir: str | Path) -> None:
+    """Deletes what stopped runs of this folder left of checkpoints, before one begins anew. Of
+    another program's nothing goes: it leaves no mark, and no configuration beside it."""
+    ours = (Path(output_dir) / CONFIG_FILE).is_file()
+    for path in checkpoints(output_dir):
+        if not _usable(path) and (ours or (path / MARK).exists()):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def resolve_resume(choice: str | None, output_dir: str | Path) -> Path | None:
     """The folder that ``resume_from_checkpoint`` means: ``last`` is the newest whole one."""
     if choice is None:
         return None
     if choice != "last":
         folder = Path(choice)
-        # One that plain Transformers wrote has no mark, and is taken on trust.
-        whole = is_whole(folder) if (folder / MARK).exists() else _looks_whole(folder)
-        if whole:
-            return folder
+        if _usable(folder):
+            return _readable(folder)
         raise ConfigError(
             "TrainConfig",
             "resume_from_checkpoint",
@@ -158,54 +184,78 @@ def resolve_resume(choice: str | None, output_dir: str | Path) -> Path | None:
             got=f"{choice!r}, which is {'not whole' if folder.is_dir() else 'no folder'}",
             remedy=_known(output_dir),
         )
-    for folder in reversed(checkpoints(output_dir)):
-        if is_whole(folder):
-            return folder
+    if whole := whole_ones(output_dir):
+        return _readable(whole[-1])
+    named = [str(path) for path in checkpoints(output_dir) if _usable(path)]
     raise ConfigError(
         "TrainConfig",
         "resume_from_checkpoint",
         expected=f"a whole checkpoint under {output_dir}",
-        got="none",
-        remedy="Leave resume_from_checkpoint out to start from the beginning.",
+        got=f"{named[-1]}, which has no {MARK}" if named else "none",
+        remedy=f"Name it (resume_from_checkpoint: {named[-1]}) if its run was not cut off."
+        if named
+        else "Leave resume_from_checkpoint out to start from the beginning.",
     )
 
 
-def _looks_whole(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in ("trainer_state.json", "optimizer.pt"))
+def _usable(folder: Path) -> bool:
+    """Whether it is whole. One that plain Transformers wrote has no mark, and is taken on trust."""
+    if (folder / MARK).exists():
+        return is_whole(folder)
+    needed = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+    return all((folder / name).is_file() for name in needed)
 
 
-def _known(output_dir: str | Path) -> str | None:
-    names = [str(path) for path in checkpoints(output_dir) if is_whole(path)]
+def _readable(folder: Path) -> Path:
+    """``folder``, or which of its files is corrupt: of the right size, it shows when it is read."""
+    for path in sorted(folder.iterdir()):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth"):  # torch's are zip files with checksums
+                with zipfile.ZipFile(path) as file:
+                    if (name := file.testzip()) is not None:
+                        raise zipfile.BadZipFile(f"{name} fails its checksum")
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+        except (SafetensorError, zipfile.BadZipFile, ValueError, OSError) as error:
+            raise ConfigError(
+                "TrainConfig",
+                "resume_from_checkpoint",
+                expected="a checkpoint whose files can be read",
+                got=f"{path}: {error}",
+                remedy=_known(folder.parent, but=folder) or "Start from the beginning, elsewhere.",
+            ) from error
+    return folder
+
+
+def _known(output_dir: str | Path, but: Path | None = None) -> str | None:
+    names = [str(path) for path in whole_ones(output_dir) if path != but]
     return f"Whole ones are: {', '.join(names)}." if names else None
-
-
-def check_writable(folder: Path) -> None:
-    """Refuses a folder that cannot be made or written, before an hour of training."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".fastft-"):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            "TrainConfig",
-            "output_dir",
-            expected="a folder that can be written",
-            got=f"{str(folder)!r}: {error.strerror or error}",
-        ) from error
 
 
 def check_history(cfg: TrainConfig, output: Path, resume: Path | None) -> None:
     """Refuses a folder with another run's checkpoints, and a resumed run that is not that one."""
     if resume is None:
-        if left := checkpoints(output):
+        if left := [path for path in checkpoints(output) if _usable(path)]:
+            choice = "last" if whole_ones(output) else left[-1]
             raise ConfigError(
                 "TrainConfig",
                 "output_dir",
                 expected="a folder without checkpoints of another run",
                 got=f"{output} with {left[-1].name}",
-                remedy="Set resume_from_checkpoint: last to go on, or choose another folder.",
+                remedy=f"Set resume_from_checkpoint: {choice} to go on, or choose another folder.",
             )
         return
+    state = json.loads((resume / "trainer_state.json").read_text(encoding="utf-8"))
+    if 0 < cfg.max_steps < state["global_step"]:
+        raise ConfigError(
+            "TrainConfig",
+            "max_steps",
+            expected=f"at least {state['global_step']}, the step of {resume}",
+            got=str(cfg.max_steps),
+        )
     written = resume.parent / CONFIG_FILE
     if not written.is_file():
         return
@@ -220,27 +270,69 @@ def check_history(cfg: TrainConfig, output: Path, resume: Path | None) -> None:
             )
 
 
-def save_failed(cfg: TrainConfig, error: Exception) -> FastftError:
+def check_data(digest: str, resume: Path | None) -> None:
+    """Refuses to go on with other examples than the run that is resumed had."""
+    written = None if resume is None else resume.parent / DATA_FILE
+    if written is not None and written.is_file() and written.read_text("utf-8").strip() != digest:
+        raise ConfigError(
+            "TrainConfig",
+            "data",
+            expected="the examples of the run that is resumed",
+            got="others, or other tokens",
+            remedy="Bring back its file and tokenizer, or start from the beginning, elsewhere.",
+        )
+
+
+@contextmanager
+def saving(output_dir: str | Path, step: int) -> Iterator[None]:
+    """A checkpoint for which there is no room goes again, with an error that says so."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_disk_error(error):
+            raise
+        remove_partial(output_dir, step)
+        raise save_failed(output_dir, error) from error
+
+
+def _is_disk_error(error: BaseException | None) -> bool:
+    """Whether writing failed: safetensors and torch.save have errors of their own for it, and
+    raise some while they handle the first."""
+    seen = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return True
+        text = str(error)
+        if isinstance(error, SafetensorError) or any(said in text for said in TORCH_SAVE_SAYS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def save_failed(output_dir: str | Path, error: Exception) -> FastftError:
     """The error for a disk that took no more."""
-    whole = [path.name for path in checkpoints(cfg.output_dir) if is_whole(path)]
+    whole = [path.name for path in whole_ones(output_dir)]
     remedy = "Make room and start again."
     if whole:
         remedy = f"{whole[-1]} is whole: make room and set resume_from_checkpoint: last."
     return FastftError(
         "train",
-        cfg.output_dir,
+        str(output_dir),
         expected="room for a checkpoint on the disk",
         got=str(error),
         remedy=remedy,
     )
 
 
-def write_config(cfg: TrainConfig) -> None:
-    """``cfg`` beside its checkpoints."""
+def write_config(cfg: TrainConfig, digest: str | None = None) -> None:
+    """``cfg`` beside its checkpoints, and the digest of its examples."""
     import yaml
 
-    path = Path(cfg.output_dir) / CONFIG_FILE
+    folder = Path(cfg.output_dir)
     try:
-        write_text(path, yaml.safe_dump(cfg.to_dict(), sort_keys=False))
+        write_text(folder / CONFIG_FILE, yaml.safe_dump(cfg.to_dict(), sort_keys=False))
+        if digest is not None:
+            write_text(folder / DATA_FILE, digest + "\n")
     except OSError as error:
-        raise save_failed(cfg, error) from error
+        raise save_failed(folder, error) from error

@@ -3,20 +3,31 @@ that keeps the loss on the response, truncation, and the batch collator."""
 
 from __future__ import annotations
 
+import copy
 import functools
+import hashlib
 import itertools
 import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fastft.errors import DataError
+from fastft.errors import ConfigError, DataError
 from fastft.train.config import DEFAULT_DATA, TrainConfig
 from fastft.train.files import Example, read_examples
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["IGNORE_INDEX", "DataSplits", "collator", "load_data", "prompt_ids", "tokenize_example"]
+__all__ = [
+    "IGNORE_INDEX",
+    "DataSplits",
+    "check_sizes",
+    "collator",
+    "load_data",
+    "positions",
+    "prompt_ids",
+    "tokenize_example",
+]
 
 # The label torch's cross entropy leaves out.
 IGNORE_INDEX = -100
@@ -34,7 +45,21 @@ class DataSplits:
     @property
     def longest(self) -> int:
         """Tokens of the longest training example."""
-        return max(map(len, self.train["input_ids"]))
+        return max(self.train["length"])
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the training examples in their order."""
+        found = hashlib.sha256()
+        for column in ("length", "input_ids", "labels"):
+            found.update(_flat(self.train, column).tobytes())
+        return found.hexdigest()
+
+
+def _flat(rows: Dataset, column: str) -> Any:
+    """A column's numbers, one example after another: no Python object for each."""
+    found = rows.data.column(column).combine_chunks()
+    return (found if column == "length" else found.flatten()).to_numpy(zero_copy_only=False)
 
 
 def load_data(cfg: TrainConfig, tokenizer: Any) -> DataSplits:
@@ -158,13 +183,32 @@ def tokenize_example(
     """
     input_ids: list[int] = []
     labels: list[int] = []
-    for text, learnt in _segments(example, tokenizer):
-        # Segments are tokenised apart, so that the prompt's tokens are those seen at generation.
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    parts = _segments(example, tokenizer)
+    for ids, (_, learnt) in zip(_ids_of(parts, tokenizer), parts, strict=True):
         input_ids += ids
         labels += ids if learnt or not completion_only_loss else [IGNORE_INDEX] * len(ids)
     prefix = _prefix(example, tokenizer, input_ids)
     return [*prefix, *input_ids], [*([IGNORE_INDEX] * len(prefix)), *labels]
+
+
+def _ids_of(parts: list[tuple[str, bool]], tokenizer: Any) -> list[list[int]]:
+    """The tokens of each segment. They end where it ends, so that a prompt's tokens are those seen
+    at generation, but are those it has behind the segment before it: by itself a text may get a
+    space in front (Llama 2, Mistral, Phi-3)."""
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def behind(before: str, text: str) -> list[int]:
+        # Where a token would reach over the border, a line break stands for what is before.
+        for context in (before, "\n") if before else ():
+            known, both = encode(context), encode(context + text)
+            if both[: len(known)] == known:
+                return both[len(known) :]
+        return encode(text)
+
+    texts = [text for text, _ in parts]
+    return [behind(*pair) for pair in itertools.pairwise(["", *texts])]
 
 
 def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
@@ -176,8 +220,7 @@ def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
         ids = ids[: max(1, len(ids) // 2)]
     else:
         last = max(i for i, (_, learnt) in enumerate(parts) if learnt)
-        own = [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in parts[:last]]
-        ids = list(itertools.chain.from_iterable(own))
+        ids = list(itertools.chain.from_iterable(_ids_of(parts[:last], tokenizer)))
     return [*_prefix(example, tokenizer, ids), *ids]
 
 
@@ -198,17 +241,32 @@ def _segments(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
 
 
 def _chat_segments(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
+    from jinja2 import TemplateError
+
     messages = example.as_messages()
 
     def render(upto: int, generation: bool = False) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                messages[:upto], tokenize=False, add_generation_prompt=generation
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    messages[:upto], tokenize=False, add_generation_prompt=generation
+                )
             )
-        )
+        except (TemplateError, ValueError, TypeError, LookupError) as error:
+            raise DataError(
+                example.where,
+                "messages",
+                expected="a conversation that the model's chat template takes",
+                got=str(error),
+            ) from error
 
     full = render(len(messages))
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    # A turn that opens the conversation is no answer to anything.
+    turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+    if not turns:
+        raise DataError(
+            example.where, "messages", expected="a turn before the answer", got="the answer alone"
+        )
     # Some templates rewrite earlier turns (they strip the reasoning): then the beginning of the
     # conversation is not a prefix of the whole, and only the last answer can be told apart.
     for chosen in (turns, turns[-1:]):
@@ -227,8 +285,8 @@ def _chat_segments(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
         else:
             return [*parts, (full[len(done) :], False)] if full[len(done) :] else parts
     raise DataError(
+        example.where,
         "chat template",
-        "messages",
         expected="a template that puts the answer after its own generation prompt",
         got="one in which the answer cannot be told from the prompt",
         remedy="Render the conversations yourself and give them as 'text'.",
@@ -248,19 +306,61 @@ def _dataset(rows: list[dict[str, list[int]]]) -> Dataset:
     )
 
 
-def collator(cfg: TrainConfig, tokenizer: Any) -> Any:
+def check_sizes(data: DataSplits, model: Any, tokenizer: Any, cfg: TrainConfig) -> None:
+    """Refuses tokens the model's embedding has no row for, and examples longer than its table of
+    positions: a forward would end in an index out of range."""
+    splits = [data.train, *([data.eval] if data.eval else [])]
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.pad_token_id, *(int(_flat(s, "input_ids").max()) for s in splits))
+    if largest >= rows:
+        raise ConfigError(
+            "TrainConfig",
+            "model",
+            expected=f"a tokenizer of at most {rows} tokens, the rows of the model's embedding",
+            got=f"token {largest}, {tokenizer.convert_ids_to_tokens(largest)!r}",
+            remedy="It is another model's, or tokens were added without resizing the embedding.",
+        )
+    most = positions(model)
+    fixed = cfg.padding == "max_length"
+    longest = cfg.max_length if fixed else max(max(split["length"]) for split in splits)
+    if most is not None and longest > most:
+        raise ConfigError(
+            "TrainConfig",
+            "max_length",
+            expected=f"at most {most}, the positions of the model",
+            got=f"{cfg.max_length}, with examples of {longest} tokens",
+        )
+
+
+def positions(model: Any) -> int | None:
+    """Of a model with a table of them; None where they are computed."""
+    from torch import nn
+
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    # Some families have a few rows more, which stand for padding.
+    return most if most and any(most <= t.num_embeddings <= most + 8 for t in tables) else None
+
+
+def collator(cfg: TrainConfig, tokenizer: Any, most: int | None = None) -> Any:
     """Pads a batch: ids with the pad token, the attention mask with 0, labels with -100; or, with
-    ``padding: none``, puts its examples one after another, with positions that begin anew."""
+    ``padding: none``, puts its examples one after another, with positions that begin anew.
+    ``most``: what ``positions`` says of the model."""
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
     if cfg.padding == "none":
         return DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    # In front, padding would move the positions of a model that counts them from the left.
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.padding_side = "right"
     fixed = cfg.padding == "max_length"
     return DataCollatorForSeq2Seq(
         tokenizer,
         padding="max_length" if fixed else "longest",
         max_length=cfg.max_length if fixed else None,
-        # Odd lengths make slow products; 8 is what tensor cores and vector units want.
-        pad_to_multiple_of=None if fixed else 8,
+        # Odd lengths make slow products; 8 is what tensor cores and vector units want. No length
+        # is rounded up past the last position.
+        pad_to_multiple_of=None if fixed or (most or 0) % 8 else 8,
         label_pad_token_id=IGNORE_INDEX,
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,21 @@ __all__ = ["Example", "read_examples"]
 
 SUFFIXES = (".jsonl", ".json", ".csv")
 ROLES = ("system", "user", "assistant", "tool")
+# Python's csv module refuses longer ones than 128 KiB, if it is not told.
+LONGEST_FIELD = 2**31 - 1
 COLUMNS = "'messages', 'prompt' and 'completion', or 'text'"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One example: a conversation, a prompt with its completion, or plain text."""
+    """One example: a conversation, a prompt with its completion, or plain text; ``where`` it was
+    read, for errors."""
 
     messages: list[dict[str, str]] | None = None
     prompt: str | None = None
     completion: str | None = None
     text: str | None = None
+    where: str = field(default="data", compare=False)
 
     def as_messages(self) -> list[dict[str, str]]:
         """The conversation; a prompt and its completion are one of two turns."""
@@ -53,17 +57,23 @@ def read_examples(path: str | Path) -> list[Example]:
             expected=f"a file ending in {', '.join(SUFFIXES)}",
             got=f"{path.suffix!r}" if path.suffix else "no ending",
         )
+    usual = csv.field_size_limit(LONGEST_FIELD)
     try:
         rows = list(_rows(path))
+    except csv.Error as error:
+        raise DataError(str(path), "data", expected="a CSV file", got=str(error)) from error
     except UnicodeDecodeError as error:
         raise DataError(
             str(path), "data", expected="UTF-8 text", got=f"bytes that are not ({error.reason})"
         ) from error
     except OSError as error:
         raise DataError(str(path), "data", expected="a readable file", got=str(error)) from error
+    finally:
+        csv.field_size_limit(usual)
     if not rows:
         raise DataError(str(path), "data", expected="at least one example", got="an empty file")
-    return [_example(row, f"{path}:{line}") for line, row in rows]
+    return [replace(_example(row, at), where=at) for at, row in
+            ((f"{path}:{line}", row) for line, row in rows)]  # fmt: skip
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -92,7 +102,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # nested too deeply
         raise DataError(where, "data", expected="valid JSON", got=str(error)) from error
 
 
@@ -113,6 +123,9 @@ def _example(row: Any, where: str) -> Example:
         )
     if row.get("text") is not None:
         return Example(text=_text(row["text"], "text", where, filled=True))
+    if {"prompt", "completion"} <= row.keys():
+        name = "prompt" if row["prompt"] is None else "completion"
+        raise DataError(where, name, expected="a text", got="nothing")
     hints = [
         hint
         for key in row
@@ -130,6 +143,10 @@ def _example(row: Any, where: str) -> Example:
 def _text(value: Any, name: str, where: str, filled: bool = False) -> str:
     if not isinstance(value, str):
         raise DataError(where, name, expected="a text", got=f"a {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can write half a surrogate pair
+        raise DataError(where, name, expected="Unicode text", got=str(error)) from error
     if filled and not value.strip():
         raise DataError(where, name, expected="a text that is not empty", got="an empty one")
     return value
@@ -140,7 +157,10 @@ def _messages(value: Any, where: str) -> list[dict[str, str]]:
         value = _parse(value, where)
     if not isinstance(value, list) or not value:
         raise DataError(
-            where, "messages", expected="a list of messages", got=f"{type(value).__name__}"
+            where,
+            "messages",
+            expected="a list of messages",
+            got="an empty list" if value == [] else f"a {type(value).__name__}",
         )
     messages: list[dict[str, str]] = []
     for number, message in enumerate(value, start=1):

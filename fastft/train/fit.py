@@ -74,9 +74,9 @@ def check_fit(
 
 
 def _remedies(planner: Any, policy: str, allowed: int) -> list[str]:
-    from fastft.train.plan_report import changes, policies_of
+    from fastft.train.plan_report import changes
 
-    known = policies_of(planner.device)
+    known = planner.policies
     less = known[known.index(policy) + 1 :] if policy in known else ()
     if not planner.request.cfg.fused or planner.request.cfg.gradient_checkpointing:
         less = ()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastft.errors import ConfigError, nearest
 from fastft.train.config import TrainConfig
+from fastft.train.models import refusing
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -23,6 +24,9 @@ __all__ = [
 ]
 
 ALL_LINEAR = "all-linear"
+# What PEFT raises where it cannot adapt a model as asked, and what was expected.
+PEFT_REFUSALS = (ValueError, TypeError, NotImplementedError)
+PEFT_TAKES = "a model and adapters that PEFT can put together"
 
 
 def lora_config(cfg: TrainConfig) -> LoraConfig:
@@ -59,10 +63,11 @@ def add_adapters(model: nn.Module, cfgs: Sequence[TrainConfig]) -> PeftModel:
     adapted: Any = None
     for name, cfg in zip(names, cfgs, strict=True):
         set_seed(cfg.seed)
-        if adapted is None:
-            adapted = get_peft_model(model, lora_config(cfg), adapter_name=name)
-        else:
-            adapted.add_adapter(name, lora_config(cfg))
+        with refusing("train_together", PEFT_TAKES, *PEFT_REFUSALS):
+            if adapted is None:
+                adapted = get_peft_model(model, lora_config(cfg), adapter_name=name)
+            else:
+                adapted.add_adapter(name, lora_config(cfg))
     return adapted  # type: ignore[no-any-return]
 
 
@@ -115,7 +120,16 @@ def check_targets(model: nn.Module, cfg: TrainConfig) -> None:
 
 def _fits(pattern: str, name: str) -> bool:
     # PEFT's rule for the keys of rank_pattern and alpha_pattern: the end of a name.
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return _regex("rank_pattern, alpha_pattern", rf"(.*\.)?({pattern})", name)
+
+
+def _regex(key: str, pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ConfigError(
+            "TrainConfig", key, expected="a regular expression", got=str(error)
+        ) from error
 
 
 def _pattern_of(name: str, cfg: TrainConfig) -> int | None:
@@ -150,12 +164,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _matches(target: str, name: str, pattern: bool) -> bool:
     # PEFT's rule: a text is a pattern for the whole name, list entries are names or endings.
     if pattern:
-        try:
-            return re.fullmatch(target, name) is not None
-        except re.error as error:
-            raise ConfigError(
-                "TrainConfig", "target_modules", expected="a regular expression", got=str(error)
-            ) from error
+        return _regex("target_modules", target, name)
     return name == target or name.endswith(f".{target}")
 
 
@@ -175,13 +184,14 @@ def add_lora(model: nn.Module, cfg: TrainConfig) -> PeftModel:
 
     check_targets(model, cfg)
     set_seed(cfg.seed)
-    if cfg.fused:
+    from peft import get_peft_model
+
+    with refusing("train", PEFT_TAKES, *PEFT_REFUSALS):
+        if not cfg.fused:
+            return get_peft_model(model, lora_config(cfg))
         import fastft
 
         return fastft.lora(model, lora_config(cfg), strict=cfg.strict)
-    from peft import get_peft_model
-
-    return get_peft_model(model, lora_config(cfg))
 
 
 def apply_memory_policy(model: nn.Module, cfg: TrainConfig) -> None:

@@ -243,18 +243,39 @@ def model_place(model: str) -> str:
 
 @contextmanager
 def clear_model_errors(name: str) -> Iterator[None]:
-    """Transformers' errors about a model it does not find or know, as a ``ConfigError``."""
+    """What the libraries say of a model that they do not find, know, read or build, as a
+    ``ConfigError``: they have no common error for it."""
+    from fastft.train.fit import is_out_of_memory
+
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+    except Exception as error:
+        if isinstance(error, FastftError) or is_out_of_memory(error):
+            raise
         raise ConfigError(
             "load_model",
             "model",
             expected="the hub id or the folder of a causal language model",
-            got=f"{name!r}: {first.rstrip('.')}",
+            got=f"{name!r}: {first_line(error).rstrip('.')}",
             remedy=f"'{DEFAULT_MODEL}' needs no hub.",
         ) from error
+
+
+@contextmanager
+def refusing(where: str, expected: str, *errors: type[Exception]) -> Iterator[None]:
+    """What the libraries say against a model, in the words of this project."""
+    try:
+        yield
+    except errors as error:
+        if isinstance(error, FastftError):
+            raise
+        raise ConfigError(where, "model", expected=expected, got=first_line(error)) from error
+
+
+def first_line(error: Exception) -> str:
+    """Of what a library says, with the next one where it only leads to that."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200]
 
 
 def load_tokenizer(cfg: TrainConfig) -> Any:
@@ -282,4 +303,37 @@ def load_model(cfg: TrainConfig) -> Any:
     dtype = resolve_dtype(cfg.dtype)
     place = model_place(cfg.model)
     with clear_model_errors(cfg.model), quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            # Of other shapes it would say no more than that there are some.
+            place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )  # fmt: skip
+    check_decoder(model.config, cfg.model)
+    others = [f"{name} of shape {tuple(has)}, not {tuple(wanted)}"
+              for name, has, wanted in sorted(found["mismatched_keys"])]  # fmt: skip
+    if absent := [*sorted(found["missing_keys"]), *others]:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise ConfigError(
+            "load_model",
+            "model",
+            expected="every weight of the model",
+            got=f"{cfg.model!r} without {', '.join(absent[:3])}{more}",
+            remedy="They would be random. Is the folder whole, and its config.json that of its "
+            "weights?",
+        )
+    return model
+
+
+def check_decoder(config: Any, name: str) -> None:
+    """Refuses an encoder: each of its tokens sees the ones it is to predict."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    # Only some families have the setting; of an encoder with a decoder the latter is loaded.
+    decoder = getattr(config, "is_decoder", True) or getattr(config, "is_encoder_decoder", False)
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decoder:
+        raise ConfigError(
+            "load_model",
+            "model",
+            expected="a causal language model",
+            got=f"{name!r}, an encoder ({config.model_type})",
+            remedy="Set 'is_decoder': true in its config.json if it was trained as a decoder.",
+        )

@@ -10,12 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastft.errors import ConfigError
+from fastft.errors import ConfigError, FastftError
+from fastft.memory import POLICIES
+from fastft.memory._layers import find_layers
 from fastft.memory.ceilings import Ceilings
 from fastft.memory.devices import Device
 from fastft.optim._ring import RING_BYTES, SLOTS
+from fastft.train.models import first_line
 from fastft.train.plan_model import (
     Request,
+    as_stored,
     dtype_of,
     largest_gradients,
     largest_linear,
@@ -81,12 +85,22 @@ class Planner:
     """
 
     def __init__(self, request: Request, device: Device, ceilings: Ceilings | None = None) -> None:
-        self.request, self.device, self.ceilings = request, device, ceilings
+        self.device, self.ceilings = device, ceilings
         self.config = load_config(request.cfg.model)
+        request, self.notes = as_stored(request, self.config)
+        self.request = request
         self.dtype = dtype_of(request.cfg, device)
         # In the second step layers that share an input are known.
         self._steps = 2
         self.model = meta_model(request, self.config, self.dtype, device)
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Those that differ: without repeated layers there are none, and offload frees nothing
+        where the host is the device."""
+        if not find_layers(self.model):
+            return POLICIES[:1]
+        return POLICIES if self.device.type == "cuda" else POLICIES[:-1]
 
     def predict(
         self, policy: str | None = None, batch: int | None = None, length: int | None = None
@@ -185,27 +199,37 @@ class Planner:
 
     def largest(self, memory: int, policy: str, what: str) -> Prediction | None:
         """The largest batch ("batch") or sequence ("length", in steps of 64) whose peak is within
-        ``memory``; None where not even the smallest is."""
+        ``memory``, to a fiftieth; None where not even the smallest is."""
         unit = 1 if what == "batch" else 64
+        known: dict[int, Prediction] = {}
 
         def at(number: int) -> Prediction:
-            return self.predict(policy, **{what: number * unit})
+            if number not in known:
+                known[number] = self.predict(policy, **{what: number * unit})
+            return known[number]
 
-        low = at(1)
-        if low.peak > memory:
+        if at(1).peak > memory:
             return None
-        # Memory is close to affine in either: a guess, then bisection around it.
-        slope = max(1, (at(3).peak - low.peak) // 2)
-        guess = max(1, 1 + int((memory - low.peak) // slope))
-        limit = getattr(self.config, "max_position_embeddings", None) if unit == 64 else None
-        guess = min(guess, (limit // 64) if limit else 1 << 16)
-        best, step = low, max(1, guess // 32)
-        while guess >= 1:
-            found = at(guess)
-            if found.peak <= memory:
-                return found if found.peak > best.peak else best
-            guess -= step
-        return best
+        text = self.config.get_text_config()
+        limit = getattr(text, "max_position_embeddings", None) if unit == 64 else None
+        end = max(1, limit // 64) if limit else 1 << 16
+        best, guess, width = 1, min(3, end), end
+        # Memory is close to affine in either, so a line through what is known says where to look,
+        # or the middle where that did not help, until what fits and what does not are near.
+        for _ in range(24):
+            if at(guess).peak <= memory:
+                best = max(best, guess)
+            over = min((n for n in known if known[n].peak > memory), default=end + 1)
+            step = max(1, best // 50)
+            if over - best <= step:
+                break
+            other = over if over in known else max((n for n in known if n < best), default=best)
+            rise = (known[other].peak - known[best].peak) / (other - best or 1)
+            guess = best + int((memory - known[best].peak) / rise) if rise > 0 else 8 * best
+            if over in known and 2 * (over - best) > width:
+                guess = int((best * over) ** 0.5)
+            guess, width = min(max(guess, best + step), over - 1), over - best
+        return known[best]
 
 
 @dataclass(frozen=True)
@@ -250,13 +274,14 @@ def _simulate(
                 parked = ring_of(ids.device).host_bytes
                 loss.backward()
                 del loss
-    except RuntimeError as error:
-        first = str(error).splitlines()[0]
+    except (RuntimeError, AttributeError, TypeError, ValueError, LookupError) as error:
+        if isinstance(error, FastftError):
+            raise
         raise ConfigError(
             "fastft plan",
             "model",
             expected="a model whose step can be simulated without its data",
-            got=f"{type(model).__name__}: {first}",
+            got=f"{type(model).__name__}: {first_line(error)}",
         ) from error
     finally:
         model.zero_grad(set_to_none=True)

@@ -4,8 +4,7 @@ as it would be trained."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "METHODS",
     "Request",
+    "as_stored",
     "check_request",
     "dtype_of",
     "largest_linear",
@@ -129,6 +129,19 @@ def load_config(model: str) -> Any:
         return AutoConfig.from_pretrained(place)
 
 
+def as_stored(request: Request, config: Any) -> tuple[Request, list[str]]:
+    """The request for the weights as they are stored: of bitsandbytes' 4 bits LoRA is QLoRA. Other
+    kinds are counted as if they were not quantised, and a note says so."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return request, []
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    kind = stored.get("quant_method", "quantised")
+    if kind == "bitsandbytes" and stored.get("load_in_4bit") and request.method != "full":
+        return dataclasses.replace(request, method="qlora"), []
+    return request, [f"The weights are stored as {kind}; here they are counted unquantised."]
+
+
 def dtype_of(cfg: TrainConfig, device: Device) -> torch.dtype:
     import torch
 
@@ -142,17 +155,6 @@ def dtype_of(cfg: TrainConfig, device: Device) -> torch.dtype:
     return resolve_dtype("auto")
 
 
-@contextmanager
-def _refusing(expected: str, *errors: type[Exception]) -> Iterator[None]:
-    """What the libraries say against a model, in the words of this project."""
-    try:
-        yield
-    except errors as error:
-        raise ConfigError(
-            "fastft plan", "model", expected=expected, got=str(error).splitlines()[0][:200]
-        ) from error
-
-
 def meta_model(request: Request, config: Any, dtype: torch.dtype, device: Device) -> Any:
     """The model as it would be trained, without a byte of it."""
     import torch
@@ -162,21 +164,29 @@ def meta_model(request: Request, config: Any, dtype: torch.dtype, device: Device
     import fastft
     from fastft import backends
     from fastft.memory.simulate import Launchers, Meter
-    from fastft.train.lora_setup import add_adapters, check_targets, lora_config
+    from fastft.train.lora_setup import (
+        PEFT_REFUSALS,
+        PEFT_TAKES,
+        add_adapters,
+        check_targets,
+        lora_config,
+    )
+    from fastft.train.models import check_decoder, clear_model_errors, refusing
 
     with torch.device("meta"):
-        with _refusing("the configuration of a causal language model", ValueError, KeyError):
+        with clear_model_errors(request.cfg.model):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        check_decoder(model.config, request.cfg.model)
         model.config.use_cache = False
         if request.method == "full":
             model.requires_grad_(True)
         else:
             for cfg in request.cfgs:
                 check_targets(model, cfg)
-            with _refusing("a model that PEFT can adapt", ValueError):
-                if request.others:
-                    model = add_adapters(model, request.cfgs)
-                else:
+            if request.others:
+                model = add_adapters(model, request.cfgs)
+            else:
+                with refusing("fastft plan", PEFT_TAKES, *PEFT_REFUSALS):
                     model = get_peft_model(model, lora_config(request.cfg))
     model.train()
     fused = {} if request.cfg.fused else {"loss": False, "norm": False, "glu": False, "rope": False}

@@ -4,20 +4,20 @@ largest batch and sequence, and what to change where nothing fits."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastft.errors import FastftError
+from fastft.errors import ConfigError, FastftError
 from fastft.files import write_text
-from fastft.memory import POLICIES
 from fastft.memory.ceilings import Ceilings
 from fastft.memory.devices import Device
 from fastft.train.config import TrainConfig
 from fastft.train.plan import Planner, Prediction
 from fastft.train.plan_model import Request
 
-__all__ = ["Report", "changes", "picture", "policies_of", "report", "room", "show"]
+__all__ = ["Report", "changes", "picture", "report", "room", "show"]
 
 # Of a GPU's memory: the rest is CUDA's context and what its caching allocator cannot use.
 _SHARE = {"cuda": 0.93, "cpu": 0.95}
@@ -48,6 +48,7 @@ class Report:
             adapter, where there are several.
         remedies: single changes that make it fit, where nothing does, each with its peak.
         hours: of ``examples`` sequences ``epochs`` times, under the chosen policy.
+        notes: what was taken otherwise than it is.
     """
 
     request: Request
@@ -60,6 +61,7 @@ class Report:
     largest_length: int | None
     remedies: list[tuple[str, int]]
     hours: float | None
+    notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, bytes and seconds."""
@@ -83,6 +85,7 @@ class Report:
             "largest_length": self.largest_length,
             "remedies": [{"change": what, "peak": peak} for what, peak in self.remedies],
             "hours": self.hours,
+            "notes": self.notes,
         }
 
 
@@ -94,8 +97,11 @@ def report(
     epochs: float = 1.0,
 ) -> Report:
     """Predicts every policy and what follows from it."""
+    if not (epochs > 0 and math.isfinite(epochs)):
+        raise ConfigError("fastft plan", "epochs", expected="a number above 0", got=str(epochs))
     planner = Planner(request, device, ceilings)
-    rows = [planner.predict(policy) for policy in policies_of(device)]
+    request = planner.request
+    rows = [planner.predict(policy) for policy in planner.policies]
     allowed = room(device)
     fitting = [row for row in rows if row.peak <= allowed]
     chosen = min(fitting, key=lambda row: row.seconds, default=None)
@@ -112,12 +118,19 @@ def report(
             tokens = examples * epochs * chosen.length
             hours = tokens / chosen.tokens_per_s / request.gpus / 3600
     source = "measured on this machine" if ceilings else device.source
-    return Report(request, device, source, allowed, rows, chosen, batch, length, remedies, hours)
-
-
-def policies_of(device: Device) -> tuple[str, ...]:
-    """Those that differ there: offload frees nothing where the host is the device."""
-    return POLICIES if device.type == "cuda" else POLICIES[:-1]
+    return Report(
+        request,
+        device,
+        source,
+        allowed,
+        rows,
+        chosen,
+        batch,
+        length,
+        remedies,
+        hours,
+        planner.notes,
+    )
 
 
 def changes(
@@ -159,7 +172,7 @@ def changes(
     found = []
     for what, other in tried:
         planner = Planner(other, device)
-        tested = (policy,) if policy else policies_of(device)[-2:]
+        tested = (policy,) if policy else planner.policies[-2:]
         peak = min(planner.predict(p).peak for p in tested)
         if peak <= allowed:
             found.append((what, peak))
@@ -219,7 +232,7 @@ def advice(found: Report) -> list[str]:
         lines += [f"It fits with {what}: {_size(peak)}." for what, peak in found.remedies]
         if not found.remedies:
             lines.append("No single change makes it fit: a smaller model, or several of these.")
-        return lines
+        return [*lines, *found.notes]
     chosen = found.chosen
     each = " of each adapter" if found.request.others else ""
     lines = [
@@ -228,7 +241,7 @@ def advice(found: Report) -> list[str]:
     ]
     if found.hours is not None:
         lines.append(f"The whole run: {found.hours:.1f} hours.")
-    return lines
+    return [*lines, *found.notes]
 
 
 def picture(found: Report, path: Path) -> None:

@@ -8,6 +8,7 @@ losses stay apart, so each adapter gets the gradient that its own run would give
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -20,9 +21,9 @@ from fastft.errors import ConfigError, FastftError
 from fastft.nn.mixed import mixed_batch
 from fastft.train.adapters import save_adapter
 from fastft.train.callbacks import Interrupted, StopOnInterrupt
-from fastft.train.checkpoints import check_history, check_writable, write_config
+from fastft.train.checkpoints import check_history, remove_unfinished, write_config
 from fastft.train.config import TrainConfig
-from fastft.train.data import DataSplits, collator, load_data
+from fastft.train.data import DataSplits, check_sizes, collator, load_data, positions
 from fastft.train.fit import check_fit
 from fastft.train.lora_setup import (
     adapter_names,
@@ -31,13 +32,10 @@ from fastft.train.lora_setup import (
     check_targets,
 )
 from fastft.train.losses_apart import LossesApart, losses_apart
-from fastft.train.models import load_model, load_tokenizer
-from fastft.train.run import (
-    FastftTrainer,
-    TrainResult,
-    reload_difference,
-    training_arguments,
-)
+from fastft.train.models import load_model, load_tokenizer, refusing
+from fastft.train.output import check_new, output_folder
+from fastft.train.run import TrainResult, reload_difference
+from fastft.train.trainer import FastftTrainer, check_report_to, training_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -111,11 +109,24 @@ def train_together(
     """
     notice = notice or (lambda text: None)
     check_together(cfgs)
-    for cfg in cfgs:
-        check_writable(Path(cfg.output_dir))
-        check_history(cfg, Path(cfg.output_dir), None)
+    with contextlib.ExitStack() as folders:
+        for cfg in cfgs:
+            output = Path(cfg.output_dir)
+            folders.enter_context(output_folder(output))
+            check_new(output)
+            check_history(cfg, output, None)
+        return _train(cfgs, report, notice, force)
+
+
+def _train(
+    cfgs: Sequence[TrainConfig],
+    report: Callable[[TogetherEvent], None] | None,
+    notice: Callable[[str], None],
+    force: bool,
+) -> list[TrainResult]:
     model, runs = _prepare(cfgs, notice, force)
     for cfg in cfgs:
+        remove_unfinished(cfg.output_dir)
         write_config(cfg)
     for run in runs:
         for note in run.data.notes:
@@ -168,13 +179,19 @@ def _prepare(
     cfgs: Sequence[TrainConfig], notice: Callable[[str], None], force: bool
 ) -> tuple[Any, list[_Run]]:
     """The model with all adapters, and each adapter's trainer with its optimizer."""
+    import torch
+
     import fastft
 
+    for cfg in cfgs:
+        check_report_to(cfg)
     tokenizer = load_tokenizer(cfgs[0])
     data = [load_data(cfg, tokenizer) for cfg in cfgs]
     check_fit(cfgs, [splits.longest for splits in data], notice, force)
     base = load_model(cfgs[0])
-    for cfg in cfgs:
+    most = positions(base)
+    for cfg, splits in zip(cfgs, data, strict=True):
+        check_sizes(splits, base, tokenizer, cfg)
         check_targets(base, cfg)
     base.config.use_cache = False
     names = adapter_names(len(cfgs))
@@ -191,13 +208,22 @@ def _prepare(
             train_dataset=splits.train,
             eval_dataset=splits.eval,
             processing_class=tokenizer,
-            data_collator=collator(cfg, tokenizer),
+            data_collator=collator(cfg, tokenizer, most),
         )
         run = _Run(cfg, name, splits, trainer)
         run.max_steps = _max_steps(run)
         trainer.create_optimizer_and_scheduler(run.max_steps)
         runs.append(run)
     model.base_model.set_adapter(names)
+    ids = torch.zeros(len(names), 2, dtype=torch.long, device=runs[0].trainer.args.device)
+    model.eval()
+    # PEFT says only in a forward which of its layers take no mixed batch.
+    with (
+        refusing(_WHERE, "adapters that mixed batches can go through", ValueError),
+        torch.no_grad(),
+        mixed_batch(model, names),
+    ):
+        model(input_ids=ids)
     model.train()
     return model, runs
 

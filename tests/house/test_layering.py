@@ -41,6 +41,7 @@ LAYERS: dict[str, set[str]] = {
     "doctor": {"__init__", "train", "backends", *BASE},
     "commands": {"__init__", "train", "doctor", *BASE},
     "cli": {"commands"},
+    "__main__": {"cli"},
     "__init__": {"losses", "memory", "patch", "nn", "optim", "ops", "backends", *BASE},
 }
 # Outside package -> the parts of fastft that may import it.

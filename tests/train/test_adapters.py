@@ -69,6 +69,14 @@ class TestRoundTrip:
         assert not torch.equal(logits(other), logits(make_peft()))
         assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
+    def test_keeps_what_a_user_put_there(self, folder):
+        (folder / "notes.txt").write_text("mine")
+        (folder / "more").mkdir()
+        (folder / "more" / "a").write_text("mine too")
+        save_adapter(make_peft(seed=1), folder)
+        assert (folder / "notes.txt").read_text() == "mine"
+        assert (folder / "more" / "a").read_text() == "mine too"
+
     @pytest.mark.parametrize("at", [1, 2])
     def test_interrupted_between_the_renames(self, folder, monkeypatch, at):
         before, real, calls = contents(folder), os.replace, []

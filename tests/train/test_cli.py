@@ -45,6 +45,13 @@ def test_help_names_every_command():
         assert run(command, "--help").exit_code == 0
 
 
+def test_the_package_runs_as_a_module():
+    from fastft import __version__
+
+    command = [sys.executable, "-m", "fastft", "--version"]
+    assert subprocess.check_output(command, text=True) == f"fastft {__version__}\n"
+
+
 def test_no_arguments_is_help():
     assert "Usage" in run().output
 

@@ -53,6 +53,10 @@ class TestFiles:
         path = write(tmp_path, "a.csv", f'\ufeffmessages\n"{cell}"\n')
         assert read_examples(path) == [Example(messages=CHAT)]
 
+    def test_a_long_field_in_a_csv(self, tmp_path):
+        path = write(tmp_path, "a.csv", "text\n" + "word " * 40_000 + "\n")
+        assert len(read_examples(path)[0].text) == 200_000
+
     def test_line_separators_inside_json(self, tmp_path):
         path = write(tmp_path, "a.jsonl", json.dumps({"text": "a\u2028b"}, ensure_ascii=False))
         assert read_examples(path) == [Example(text="a\u2028b")]
@@ -69,7 +73,11 @@ class TestFiles:
             ("a.jsonl", '{"text": 3}', ["text", "a int"]),
             ("a.jsonl", '{"text": " "}', ["not empty"]),
             ("a.jsonl", '{"prompt": "a", "completion": ""}', ["completion", "not empty"]),
-            ("a.jsonl", '{"messages": []}', ["a list of messages"]),
+            ("a.jsonl", '{"messages": []}', ["a list of messages", "an empty list"]),
+            ("a.jsonl", '{"prompt": null, "completion": "a"}', [":1", "prompt", "got nothing"]),
+            ("a.csv", "prompt,completion\na\n", ["a.csv:2", "completion", "got nothing"]),
+            ("a.jsonl", '{"text": "a \\ud800 b"}', [":1", "Unicode text", "surrogates"]),
+            ("a.jsonl", "[" * 100_000, [":1", "valid JSON", "recursion"]),
             ("a.jsonl", '{"messages": [{"role": "user"}]}', ["messages[1]", "'content'"]),
             (
                 "a.jsonl",
@@ -150,6 +158,24 @@ class TestMask:
         with pytest.raises(DataError, match="its own generation prompt"):
             tokenize_example(Example(messages=CHAT), tokenizer)
 
+    @pytest.mark.parametrize(
+        ("template", "messages", "text"),
+        [
+            ("{{ raise_exception('no system role') }}", CHAT, "no system role"),
+            ("{% for %}", CHAT, "Expected an expression"),
+            (CHAT_TEMPLATE, [CHAT[1]], "a turn before the answer"),
+        ],
+    )
+    def test_a_conversation_that_the_template_refuses(self, tmp_path, template, messages, text):
+        path = write(tmp_path, "a.jsonl", json.dumps({"messages": messages}))
+        with pytest.raises(DataError, match=rf"a\.jsonl:1: messages: .*{text}"):
+            load_data(TrainConfig(data=str(path)), make_tokenizer(template))
+
+    def test_a_turn_that_opens_the_conversation_is_not_learnt(self, tokenizer):
+        input_ids, labels = tokenize_example(Example(messages=[CHAT[1], *CHAT[2:]]), tokenizer)
+        assert learnt(tokenizer, input_ids, labels) == "dos<|im_end|>"
+        assert "uno" in tokenizer.decode(input_ids)
+
     def test_prompt_ids_are_the_ids_before_the_last_answer(self, tokenizer):
         input_ids, _ = tokenize_example(Example(messages=CHAT), tokenizer)
         asked = prompt_ids(Example(messages=CHAT), tokenizer)
@@ -204,6 +230,44 @@ class TestPrefix:
         assert tokenize_example(Example(text="a"), beginning)[0][:2] == beginning("a")["input_ids"]
 
 
+class TestSpaceInFront:
+    """A tokenizer that puts a space in front of a text, as those of Llama 2, Mistral and Phi-3."""
+
+    @pytest.fixture
+    def spaced(self):
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        special = ["<|im_start|>", "<|im_end|>"]
+        pieces = [*special, *map(chr, range(33, 127)), "\n", "\u2581", "\u2581d"]
+        tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [("\u2581", "d")]))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            eos_token="<|im_end|>",
+            additional_special_tokens=special,
+            chat_template=CHAT_TEMPLATE,
+        )
+
+    def test_a_turn_has_the_tokens_of_the_whole(self, spaced):
+        input_ids, labels = tokenize_example(Example(messages=CHAT), spaced)
+        text = spaced.apply_chat_template(CHAT, tokenize=False)
+        assert input_ids == spaced(text, add_special_tokens=False)["input_ids"]
+        assert learnt(spaced, input_ids, labels) == "uno<|im_end|>dos<|im_end|>"
+        asked = prompt_ids(Example(messages=CHAT), spaced)
+        assert asked == input_ids[: len(asked)]
+
+    def test_a_token_over_the_border_is_two(self, spaced):
+        """The prompt's tokens are those of generation, and no second space comes behind them."""
+        spaced.chat_template = None
+        example = Example(prompt="a ", completion="dos")
+        input_ids, _ = tokenize_example(example, spaced)
+        prompt = spaced("a ", add_special_tokens=False)["input_ids"]
+        assert prompt_ids(example, spaced) == prompt == input_ids[: len(prompt)]
+        assert spaced.convert_ids_to_tokens(input_ids[len(prompt) :]) == [*"dos", "<|im_end|>"]
+
+
 class TestLoad:
     def config(self, data_file, **changes):
         return TrainConfig(data=str(data_file), max_length=128, **changes)
@@ -253,11 +317,14 @@ class TestLoad:
             load_data(self.config(path, eval_fraction=0), tokenizer)
 
     @pytest.mark.parametrize("padding", ["longest", "max_length"])
-    def test_collator(self, data_file, tokenizer, padding):
+    def test_collator(self, data_file, padding):
+        tokenizer = make_tokenizer()
+        tokenizer.padding_side = "left"  # as for generation
         cfg = self.config(data_file, padding=padding)
         data = load_data(cfg, tokenizer)
         rows = [{k: data.train[i][k] for k in ("input_ids", "labels")} for i in range(4)]
         batch = collator(cfg, tokenizer)(rows)
+        assert tokenizer.padding_side == "left"
         width = batch["input_ids"].shape[1]
         assert width == 128 if padding == "max_length" else width % 8 == 0
         for i, row in enumerate(rows):

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer
 
 from fastft.errors import ConfigError
 from fastft.memory import _auto
 from fastft.train import run as run_module
 from fastft.train.config import TrainConfig
-from fastft.train.run import FastftTrainer, train
+from fastft.train.run import train
+from fastft.train.trainer import FastftTrainer
+from tests.train.tiny import make_model
 
 
 class TestCheck:
@@ -76,7 +79,7 @@ class TestHalving:
         """Out of memory in the second half of a backward, above two sequences."""
         options = {"gradient_accumulation_steps": accumulation, "max_steps": 4}
         expected = losses({**settings, "output_dir": settings["output_dir"] + "-a"}, **options)
-        usual = run_module.Trainer.training_step
+        usual = Trainer.training_step
         sizes: list[int] = []
 
         def training_step(self: Any, model: Any, inputs: Any, *args: Any, **kw: Any) -> Any:
@@ -86,7 +89,7 @@ class TestHalving:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
             return loss
 
-        monkeypatch.setattr(run_module.Trainer, "training_step", training_step)
+        monkeypatch.setattr(Trainer, "training_step", training_step)
         notices: list[str] = []
         events: list[Any] = []
         cfg = TrainConfig(**{**settings, **options})
@@ -101,7 +104,7 @@ class TestHalving:
         def training_step(self: Any, *args: Any, **kw: Any) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        monkeypatch.setattr(run_module.Trainer, "training_step", training_step)
+        monkeypatch.setattr(Trainer, "training_step", training_step)
         with pytest.raises(ConfigError, match=r"one sequence fits.*Lower max_length"):
             train(TrainConfig(**settings))
 
@@ -109,7 +112,7 @@ class TestHalving:
         def training_step(self: Any, *args: Any, **kw: Any) -> Any:
             raise RuntimeError("something else")
 
-        monkeypatch.setattr(run_module.Trainer, "training_step", training_step)
+        monkeypatch.setattr(Trainer, "training_step", training_step)
         with pytest.raises(RuntimeError, match="something else"):
             train(TrainConfig(**settings))
 
@@ -132,3 +135,31 @@ class TestWithoutPadding:
             run_module.run_trainer(prepared)
             tokens[padding] = sum(event.tokens for event in events)
         assert tokens["none"] < tokens["longest"]
+
+    def test_a_model_in_which_examples_see_one_another_is_refused(self, settings, tokenizer):
+        """Bloom reads no positions, Falcon takes no ends; what is refused draws no numbers."""
+        from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig
+
+        from fastft.train.data import collator
+        from fastft.train.packing import check_packing
+
+        collate = collator(TrainConfig(padding="none"), tokenizer)
+        llama = make_model()
+        llama.config.use_cache = False  # as in training: with it, Transformers asks for no mask
+        check_packing(llama, collate, "cpu")
+        small = {"vocab_size": 260, "hidden_size": 32}
+        for config in (
+            BloomConfig(**small, n_layer=2, n_head=2),
+            FalconConfig(**small, num_hidden_layers=2, num_attention_heads=2),
+        ):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            folder = f"{settings['output_dir']}-{config.model_type}"
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            random = torch.get_rng_state()
+            with pytest.raises(ConfigError, match=r"see one another in .*Set padding: longest"):
+                check_packing(model.train(), collate, "cpu")
+            assert model.training
+            assert torch.equal(torch.get_rng_state(), random)
+            with pytest.raises(ConfigError, match="see one another"):
+                train(TrainConfig(**{**settings, "model": folder}, padding="none"))

@@ -195,3 +195,74 @@ def test_tokenizer_without_pad_token_gets_the_end_token(tmp_path, tokenizer):
 def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(ConfigError, match="the hub id or the folder"):
         load_model(TrainConfig(model=str(tmp_path)))
+
+
+class TestBrokenFolders:
+    @pytest.fixture
+    def folder(self, model_folder, tmp_path):
+        return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+    def refused(self, folder):
+        with pytest.raises(ConfigError) as caught:
+            load_model(TrainConfig(model=str(folder), dtype="float32"))
+        return str(caught.value)
+
+    def test_missing_weights(self, folder):
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(folder / "model.safetensors")
+        kept = {k: v for k, v in weights.items() if "layers.1.self_attn" not in k}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        said = self.refused(folder)
+        assert "model.layers.1.self_attn.k_proj.weight" in said
+        assert "and 1 more" in said
+
+    def test_a_tied_head_is_not_missing(self, tmp_path):
+        from transformers import LlamaForCausalLM
+
+        from tests.train.tiny import make_model
+
+        config = make_model().config
+        config.tie_word_embeddings = True
+        LlamaForCausalLM(config).save_pretrained(tmp_path)
+        load_model(TrainConfig(model=str(tmp_path), dtype="float32"))
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"intermediate_size": 48}, ["gate_proj.weight of shape (64, 32), not (48, 32)"]),
+            ({"num_attention_heads": 5}, ["is not a multiple of the number of attention heads"]),
+            (
+                {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+                ["bitsandbytes"],
+            ),
+            ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["GPTQ"]),
+        ],
+        ids=str,
+    )
+    def test_a_configuration_of_another_model(self, folder, changes, words):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        said = self.refused(folder)
+        assert all(word in said for word in words), said
+
+    def test_a_file_that_was_cut_off(self, folder):
+        os.truncate(folder / "model.safetensors", 5000)
+        assert "the hub id or the folder" in self.refused(folder)
+
+    def test_an_encoder(self, tmp_path):
+        """Transformers loads it as a causal model, and only warns that it is none."""
+        from transformers import BertConfig, BertForMaskedLM
+
+        config = BertConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
+        BertForMaskedLM(config).save_pretrained(tmp_path)
+        assert "an encoder (bert)" in self.refused(tmp_path)
+        config.is_decoder = True
+        BertForMaskedLM(config).save_pretrained(tmp_path)
+        load_model(TrainConfig(model=str(tmp_path), dtype="float32"))

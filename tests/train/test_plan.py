@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -111,8 +112,79 @@ def test_the_largest_batch_fits_and_the_next_does_not(folders):
     most = made.largest(allowed, "full", "batch")
     assert most is not None
     assert most.peak <= allowed
-    assert made.predict("full", batch=most.batch + most.batch // 8 + 2).peak > allowed
+    assert made.predict("full", batch=most.batch + most.batch // 50 + 1).peak > allowed
     assert made.largest(1 << 30, "full", "batch") is None
+
+
+@pytest.mark.parametrize(
+    "peak",
+    [
+        lambda n: 1000 + 10 * n,
+        lambda n: 1000 + 200 * min(n, 5) + 10 * n,  # steeper at first
+        lambda n: 1000 + 10 * n + 40 * max(0, n - 100),  # steeper later
+        lambda n: 1000 + n * n / 50,
+        lambda n: 9000,
+    ],
+)
+def test_the_largest_is_a_fiftieth_short_at_most(peak):
+    """Whatever the curve, in a few predictions, and never past the model's positions."""
+    from transformers import LlamaConfig
+
+    made = Planner.__new__(Planner)  # of a model there is no need
+    made.config = LlamaConfig(max_position_embeddings=2048)
+    asked = []
+
+    def predict(policy, batch=None, length=None):
+        asked.append(batch or length)
+        size = batch or length // 64
+        return SimpleNamespace(peak=peak(size), batch=size, length=length)
+
+    made.predict = predict
+    exact = max(n for n in range(1, (1 << 16) + 1) if peak(n) <= 10_000)
+    most = made.largest(10_000, "none", "batch")
+    assert 0.98 * exact - 1 <= most.batch <= exact
+    assert len(asked) <= 16
+    asked.clear()
+    assert made.largest(10_000, "none", "length").length == 64 * min(exact, 32)
+    assert max(asked) <= 2048
+
+
+class TestOtherConfigurations:
+    def report(self, tmp_path, config, method="lora"):
+        from fastft.train.plan_report import report
+
+        config.save_pretrained(tmp_path)
+        cfg = TrainConfig(model=str(tmp_path), r=2, max_length=64, per_device_train_batch_size=1)
+        return report(Request(cfg, method), find_device("L4"))
+
+    def llama(self, **changes):
+        from transformers import LlamaConfig
+
+        small = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128}
+        heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        return LlamaConfig(**small | heads | {"max_position_embeddings": 256} | changes)
+
+    def test_the_text_s_positions_end_a_sequence(self, tmp_path):
+        from transformers import Gemma3Config, Gemma3TextConfig
+
+        text = {k: v for k, v in self.llama().to_dict().items() if k not in ("model_type", "dtype")}
+        config = Gemma3Config(text_config=Gemma3TextConfig(**text | {"head_dim": 16}))
+        assert self.report(tmp_path, config).largest_length == 256
+
+    def test_one_layer(self, tmp_path):
+        found = self.report(tmp_path, self.llama(num_hidden_layers=1))
+        assert [row.policy for row in found.rows] == ["none"]
+
+    def test_quantised_weights(self, tmp_path):
+        plain = self.report(tmp_path, self.llama(), "qlora")
+        bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        stored = self.report(tmp_path, self.llama(quantization_config=bits))
+        assert stored.request.method == "qlora"
+        assert stored.rows[0].weights == plain.rows[0].weights
+        assert not stored.notes
+        other = self.report(tmp_path, self.llama(quantization_config={"quant_method": "gptq"}))
+        assert other.rows[0].weights > plain.rows[0].weights
+        assert "gptq; here they are counted unquantised" in other.notes[0]
 
 
 def test_every_device_of_the_table_is_found_by_any_spelling():
@@ -180,6 +252,8 @@ class TestCommand:
             (("--method", "lorra"), "did you mean 'lora'"),
             (("/nowhere/at/all",), "the hub id or the folder"),
             (("--rank", "0"), "a value above 0"),
+            (("--epochs", "nan", "--device", "L4"), "epochs: expected a number above 0"),
+            (("--epochs", "-1", "--device", "L4"), "epochs: expected a number above 0"),
         ],
     )
     def test_bad_input(self, model_folder, arguments, text):

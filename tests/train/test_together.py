@@ -157,6 +157,26 @@ def test_refused_before_anything_is_written(cfgs, changes, words):
         train_together([])
 
 
+def test_layers_that_take_no_mixed_batch(cfgs, tokenizer, tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    tokenizer.save_pretrained(tmp_path / "mixtral")
+    job = [c.replace(model=str(tmp_path / "mixtral"), r=4) for c in cfgs[:2]]
+    with pytest.raises(ConfigError, match="mixed batches can go through"):
+        train_together(job)
+    assert not any(Path(cfg.output_dir).exists() for cfg in job)
+
+
 def test_the_loss_function_of_the_model_comes_back():
     model = make_model()
     before = model.loss_function
@@ -176,6 +196,7 @@ def test_command_line(cfgs, tmp_path):
     result = CliRunner().invoke(app, ["train", *map(str, paths)])
     assert result.exit_code == 0, result.output
     assert "step 9/9  losses done " in result.output
+    assert "eval_loss" not in result.output  # as the Trainer prints it
     for cfg in cfgs[:2]:
         assert f"{cfg.output_dir}:" in result.output
         assert weights(cfg)

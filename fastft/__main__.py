@@ -1,0 +1,5 @@
+"""``python -m fastft``."""
+
+from fastft.cli import app
+
+app()
