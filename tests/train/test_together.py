@@ -35,6 +35,7 @@ def cfgs(settings, tmp_path):
             "max_steps": 9,
             "learning_rate": 3e-3,
             "max_length": 40,
+            "group_by_length": True,
         },
         {
             "target_modules": ["q_proj", "down_proj"],
@@ -125,6 +126,8 @@ def test_ctrl_c_saves_every_adapter(cfgs):
         train_together(cfgs, report=stop)
     assert caught.value.step == 2
     assert all(weights(cfg) for cfg in cfgs)
+    with pytest.raises(ConfigError, match="without an adapter of another run"):
+        train_together(cfgs)
 
 
 def test_a_loss_that_is_no_number_names_its_run(cfgs):
