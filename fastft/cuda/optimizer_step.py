@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fastft_kernels.multi_tensor import Chunks, chunks_for, table_for, to_device
+from fastft_kernels.multi_tensor import Chunks, chunks_for, table_for
 from torch import Tensor
 
 from fastft import native
@@ -49,7 +49,7 @@ def step(
     with torch.cuda.device(tensors.device):
         chunks = chunks_for(tensors, grads, _CHUNK, 0)
         table = table_for(tensors, grads)
-        tensor, part, usual = _ordered(tensors, chunks, table)
+        tensor, part, usual = _ordered(tensors, chunks)
         native.module().optimizer_step_cuda(
             torch.cuda.current_device(),
             tensors.rule_code,
@@ -72,31 +72,38 @@ def step(
         )
 
 
-def _ordered(tensors: Any, chunks: Chunks, table: Tensor) -> tuple[Tensor, Tensor, int]:
-    """``usual_first``, once for as long as chunks and codes are the same."""
-    known = tensors.launcher_tables.get("usual")
-    if known is None or known[0] is not chunks or known[1] is not table:
-        known = (chunks, table, usual_first(tensors, chunks, _CHUNK))
-        tensors.launcher_tables["usual"] = known
-    if torch.cuda.is_current_stream_capturing():  # the graph reads all of it at each replay
-        tensors.launcher_tables.setdefault("captured", []).append(known)
-    return known[2]  # type: ignore[no-any-return]
+def _ordered(tensors: Any, chunks: Chunks) -> tuple[Tensor, Tensor, int]:
+    """The tensor of each chunk, its part of that, and how many chunks, which come first, belong to
+    tensors of usual codes."""
+    if tensors.state_bits != 8 or tensors.rule not in _WITH_USUAL:
+        return chunks.tensor, chunks.part, 0
+    tables, codes = tensors.launcher_tables, tensors.codes.tolist()
+    known = tables.get("usual")
+    capturing = torch.cuda.is_current_stream_capturing()
+    if known is None or known[0] is not chunks or known[1] != codes:
+        order, first = usual_first(tensors, _CHUNK)
+        host = order.pin_memory()
+        placed = host.to(tensors.device, non_blocking=True)
+        known = (chunks, codes, placed, first, host)
+        if not capturing:  # else copied when the graph runs, not yet
+            tables["usual"] = known
+    if capturing:  # the graph reads all of it at each replay
+        tables.setdefault("captured", []).append(known)
+    return known[2][0], known[2][1], known[3]
 
 
-def usual_first(tensors: Any, chunks: Chunks, chunk: int) -> tuple[Tensor, Tensor, int]:
-    """The tensor of each chunk and its part of that, and how many of them, which come first, belong
-    to tensors of usual codes."""
-    codes: list[int] = tensors.codes.tolist() if tensors.rule in _WITH_USUAL else []
-    usual = [i for i, code in enumerate(codes) if code == _USUAL_CODES]
-    parts = [-(-p.numel() // chunk) for p in tensors.params]
-    first = sum(parts[i] for i in usual)
-    if first in (0, chunks.count):
-        return chunks.tensor, chunks.part, first
-    others = [i for i, code in enumerate(codes) if code != _USUAL_CODES]
-    order = [(i, part) for i in (*usual, *others) for part in range(parts[i])]
-    tensor, part = zip(*order, strict=True)
-    device = tensors.device
-    return to_device(tensor, torch.int32, device), to_device(part, torch.int32, device), first
+def usual_first(tensors: Any, chunk: int) -> tuple[Tensor, int]:
+    """int32 (2, chunks), on the CPU: the tensor of each chunk and its part of that, those of usual
+    codes first; and how many these are."""
+    usual = tensors.codes == _USUAL_CODES
+    sizes = [-(-p.numel() // chunk) for p in tensors.params]
+    parts = torch.tensor(sizes, dtype=torch.int64, device="cpu")
+    order = torch.cat([usual.nonzero(), (~usual).nonzero()]).flatten()
+    parts = parts[order]
+    begins = parts.cumsum(0) - parts
+    part = torch.arange(int(parts.sum()), device="cpu") - begins.repeat_interleave(parts)
+    found = torch.stack([order.repeat_interleave(parts), part]).to(torch.int32)
+    return found, int(parts[: int(usual.sum())].sum())
 
 
 _held: dict[torch.device, Tensor] = {}

@@ -12,10 +12,21 @@ __all__ = ["Unmerged"]
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+# Rows are summed so many at a time: the sum widens them first.
+_ROWS = 1024
+
+
 def _sums(tensor: Tensor) -> list[Tensor]:
     """The sums of the tensor's bits along each dimension: other for other values, but by chance."""
     bits = tensor.detach().view(_BITS[tensor.element_size()])
-    return [bits.sum(dim, dtype=torch.int64).cpu() for dim in range(bits.dim())]
+    if bits.dim() < 2:
+        return [bits.to("cpu", copy=True)]
+    columns, rows = torch.zeros((), dtype=torch.int64, device=bits.device), []
+    for part in bits.split(_ROWS):
+        wide = part.to(torch.int64)
+        columns = columns + wide.sum(0)
+        rows.append(wide.flatten(1).sum(1))
+    return [columns.cpu(), torch.cat(rows).cpu()]
 
 
 class Unmerged:

@@ -74,6 +74,7 @@ class Batch:
         index = {id(group): i for i, group in enumerate(self._groups)}
         self._group_of = [index[id(group)] for _, group in members]
         self._rows: list[tuple[Any, ...]] = []
+        self._captured: list[Tensor] = []  # host memory that graphs copy from
         self._lay_out(optimizer, [optimizer.random_key(p) for p, _ in members])
         shape = (len(self._group_of), len(HYPER))
         self.hyper = torch.zeros(shape, dtype=torch.float32, device=self._params[0].device)
@@ -207,6 +208,7 @@ class Batch:
             self.hyper.copy_(host, non_blocking=True)
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 self._rows = []  # written when the graph runs, not yet
+                self._captured.append(host)  # of which that copies
         for i, column, value in moving:
             # Members of a group are consecutive.
             first = self._group_of.index(i)

@@ -191,13 +191,24 @@ def tokenize_example(
     return [*prefix, *input_ids], [*([IGNORE_INDEX] * len(prefix)), *labels]
 
 
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@functools.lru_cache(maxsize=8)
+def _adds_in_front(tokenizer: Any) -> bool:
+    """Whether a text has other tokens by itself than behind a line break."""
+    apart = _encode(tokenizer, "\n") + _encode(tokenizer, "a")
+    return _encode(tokenizer, "\na") != apart
+
+
 def _ids_of(parts: list[tuple[str, bool]], tokenizer: Any) -> list[list[int]]:
     """The tokens of each segment. They end where it ends, so that a prompt's tokens are those seen
     at generation, but are those it has behind the segment before it: by itself a text may get a
     space in front (Llama 2, Mistral, Phi-3)."""
 
     def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return _encode(tokenizer, text)
 
     def behind(before: str, text: str) -> list[int]:
         # Where a token would reach over the border, a line break stands for what is before.
@@ -208,6 +219,8 @@ def _ids_of(parts: list[tuple[str, bool]], tokenizer: Any) -> list[list[int]]:
         return encode(text)
 
     texts = [text for text, _ in parts]
+    if not _adds_in_front(tokenizer):
+        return [encode(text) for text in texts]
     return [behind(*pair) for pair in itertools.pairwise(["", *texts])]
 
 

@@ -40,13 +40,15 @@ def check_packing(model: Any, collate: Any, device: Any) -> None:
     finally:
         model.train(training)
     expected = torch.cat(alone).double()
-    # Of each token: what is seen of another sequence shows most where one begins.
     apart = (together.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    # Of the second sequence nearly every token moves where it sees the first; rounding may choose
+    # other experts of a mixture for one or two.
+    apart = apart[LENGTHS[0] :].median()
     # Rounding through all layers leaves half of the digits. A GPU may take float32 as TF32.
     eps = torch.finfo(together.dtype).eps
     eps = eps if together.device.type == "cpu" else max(eps, 2.0**-10)
-    if not float(apart.max()) <= eps**0.5:
-        raise _refusal(model, f"logits that differ by {float(apart.max()):.1e} of their size")
+    if not float(apart) <= eps**0.5:
+        raise _refusal(model, f"logits that differ by {float(apart):.1e} of their size")
 
 
 def _refusal(model: Any, got: str) -> ConfigError:

@@ -534,18 +534,23 @@ def test_a_step_on_another_stream(kernel: str, gpu: torch.device) -> None:
 @of("optimizer_step")
 @pytest.mark.parametrize("name", ["adamw", "adamw-8bit-stochastic"])
 def test_a_step_is_captured(kernel: str, name: str, gpu: torch.device) -> None:
-    """A CUDA graph replays steps: counts, corrections and random bits move on."""
-    case = replace(STEP_CASES[name], shapes=((100_000, BF16, BF16),))
+    """A CUDA graph replays steps: counts, corrections and random bits move on. Gradients lie
+    elsewhere than before, so that tables are made in the capture, and go up at each replay."""
+    shapes = ((100_000, BF16, BF16), (300, F32, F32), (20_000, BF16, BF16))
+    case = replace(STEP_CASES[name], shapes=shapes)
     backend = step_backend(kernel, case, gpu)
     eager, graphed = case.make(gpu), case.make(gpu)
     for _ in range(4):
         take_step(eager, backend, seed=5)
     take_step(graphed, backend, seed=5)
+    graphed.grads = [g.clone() for g in graphed.grads]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         take_step(graphed, backend, seed=5)
+    used = [torch.full((1 << 16,), -1, dtype=torch.int64).pin_memory() for _ in range(64)]
     for _ in range(3):
         graph.replay()
+    del used
     torch.cuda.synchronize()
     for key, value in eager.named().items():
         assert torch.equal(graphed.named()[key], value), key

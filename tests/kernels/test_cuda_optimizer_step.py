@@ -44,7 +44,10 @@ def step(library: ctypes.CDLL) -> Callable[..., None]:
     ) -> None:
         chunks = chunks_for(tensors, grads, CHUNK, 0)
         table, _ = tensors.table(grads)
-        tensor, part, usual = usual_first(tensors, chunks, CHUNK)
+        usual = 0
+        tensor, part = chunks.tensor, chunks.part
+        if tensors.state_bits == 8 and tensors.rule in ("adamw", "lion"):
+            (tensor, part), usual = usual_first(tensors, CHUNK)
 
         def pointer(tensor: Tensor) -> ctypes.c_void_p:
             return ctypes.c_void_p(tensor.data_ptr())
@@ -105,7 +108,7 @@ def test_tensors_of_usual_codes_come_first() -> None:
     state = replace(STEP_CASES["adamw-8bit-stochastic"], shapes=SMALL).make()
     chunks = chunks_for(state.tensors, state.grads, CHUNK, 0)
     state.tensors.table(state.grads)
-    tensor, part, usual = usual_first(state.tensors, chunks, CHUNK)
+    (tensor, part), usual = usual_first(state.tensors, CHUNK)
     assert tensor.tolist()[:usual] == [1, *[7] * 9]
     assert part.tolist()[:usual] == [0, *range(9)]
     pairs = set(zip(chunks.tensor.tolist(), chunks.part.tolist(), strict=True))
