@@ -123,7 +123,7 @@ def _reason(op: str, name: str, facts: tuple[tuple[str, Hashable], ...]) -> str 
 
 def explain_op(op: str, **facts: Any) -> list[tuple[str, str | None]]:
     """For each backend in order of preference: None if it can run ``op``, else the reason."""
-    key = tuple(facts.items())  # in its caller's order: sorted, two orders would be one entry
+    key = tuple(sorted(facts.items()))
     return [(name, _reason(op, name, key)) for name in ORDER]
 
 
@@ -152,7 +152,7 @@ def select(op: str, backend: str | None = None, **facts: Any) -> tuple[str, Any]
     """
     if facts.get("device_type") == "meta" and _thread.planned is not None:
         return _thread.planned.select(op)
-    key = tuple(sorted(facts.items()))
+    key = tuple(facts.items())  # in its caller's order: sorted, two orders would be one entry
     if backend is None:
         return _select(op, key)
     if backend not in BACKENDS:

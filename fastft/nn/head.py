@@ -207,8 +207,8 @@ def fleeting_logits() -> Iterator[None]:
 def refusal(source: Logits) -> str | None:
     """Why the loss over these logits cannot be fused; None when it can."""
     weight, hidden = source.weight, source.hidden_states
-    if transform() is not None:
-        return transform()
+    if (followed := transform()) is not None:
+        return followed
     if type(weight) not in (Tensor, nn.Parameter) or type(hidden) is not Tensor:
         return "tensor subclass"
     if weight.device != hidden.device:

@@ -57,8 +57,8 @@ class _Stand:
 def _refusal(arguments: tuple[Any, ...]) -> str | None:
     if len(arguments) != 9:
         return "this version of TRL calls its fused head otherwise"
-    if transform() is not None:
-        return transform()
+    if (followed := transform()) is not None:
+        return followed
     hidden, weight, _, labels, *_, outputs = arguments
     if not set(outputs) <= set(_OUTPUTS):
         return "a result of each token that fastft does not know"

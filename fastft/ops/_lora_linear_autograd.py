@@ -370,8 +370,7 @@ def _differentiable_backward(
     """The backward as torch operations: of x and the first of the saved tensors, as ``needs`` has
     them."""
     inputs = [x, *tensors][: len(needs)]
-    given = [t is not None and need for t, need in zip(inputs, needs)]
-    return plain_gradients(functools.partial(_again, constants), inputs, given, dys)
+    return plain_gradients(functools.partial(_again, constants), inputs, needs, dys)
 
 
 def _again(constants: Constants, x: Tensor, *tensors: Any) -> list[Tensor]:

@@ -164,7 +164,7 @@ def _prefix(example: Example, tokenizer: Any, ids: list[int]) -> list[int]:
 
 @functools.lru_cache(maxsize=8)
 def _prefix_of(tokenizer: Any) -> tuple[int, ...]:
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    plain = _encode(tokenizer, "a")
     whole = tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
@@ -206,9 +206,7 @@ def _ids_of(parts: list[tuple[str, bool]], tokenizer: Any) -> list[list[int]]:
     """The tokens of each segment. They end where it ends, so that a prompt's tokens are those seen
     at generation, but are those it has behind the segment before it: by itself a text may get a
     space in front (Llama 2, Mistral, Phi-3)."""
-
-    def encode(text: str) -> list[int]:
-        return _encode(tokenizer, text)
+    encode = functools.partial(_encode, tokenizer)
 
     def behind(before: str, text: str) -> list[int]:
         # Where a token would reach over the border, a line break stands for what is before.
@@ -229,7 +227,7 @@ def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
     plain text, the first half."""
     parts = _segments(example, tokenizer)
     if example.text is not None:
-        ids = tokenizer(example.text, add_special_tokens=False)["input_ids"]
+        ids = _encode(tokenizer, example.text)
         ids = ids[: max(1, len(ids) // 2)]
     else:
         last = max(i for i, (_, learnt) in enumerate(parts) if learnt)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,7 @@ def read_examples(path: str | Path) -> list[Example]:
         csv.field_size_limit(usual)
     if not rows:
         raise DataError(str(path), "data", expected="at least one example", got="an empty file")
-    return [replace(_example(row, at), where=at) for at, row in
-            ((f"{path}:{line}", row) for line, row in rows)]  # fmt: skip
+    return [_example(row, f"{path}:{line}") for line, row in rows]
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -115,14 +114,15 @@ def _example(row: Any, where: str) -> Example:
     if None in row:
         raise DataError(where, "row", expected="as many fields as the header", got="more")
     if row.get("messages") is not None:
-        return Example(messages=_messages(row["messages"], where))
+        return Example(messages=_messages(row["messages"], where), where=where)
     if row.get("prompt") is not None and row.get("completion") is not None:
         return Example(
             prompt=_text(row["prompt"], "prompt", where),
             completion=_text(row["completion"], "completion", where, filled=True),
+            where=where,
         )
     if row.get("text") is not None:
-        return Example(text=_text(row["text"], "text", where, filled=True))
+        return Example(text=_text(row["text"], "text", where, filled=True), where=where)
     if {"prompt", "completion"} <= row.keys():
         name = "prompt" if row["prompt"] is None else "completion"
         raise DataError(where, name, expected="a text", got="nothing")
