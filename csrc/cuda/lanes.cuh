@@ -143,30 +143,52 @@ struct Random {
   }
 };
 
+// The bits of eight numbers, of NaN those that no rounding makes a number of. kTogether: their sum is
+// asked first, which has a NaN if one of them is one: fewer instructions, more registers.
+template <bool kTogether>
+__device__ void bits_of(uint32_t (&bits)[kLane], const float (&values)[kLane]) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kLane; ++i) {
+    bits[i] = float_bits(values[i]);
+    sum += values[i];
+  }
+  if (!kTogether || sum != sum) {
+#pragma unroll
+    for (int i = 0; i < kLane; ++i)
+      if (values[i] != values[i]) bits[i] = 0x7fc00000u;
+  }
+}
+
 // Eight bfloat16, each up with the probability of what is cut off: elements of one block from
 // `place` on, which is a multiple of eight. words: where those of a parameter or of a state begin.
-template <bool kWhole = false>
+template <bool kWhole = false, bool kTogether = false>
 __device__ void store_stochastic(const float (&values)[kLane], int64_t address, int64_t start,
                                  int count, RoundingKey key, uint32_t place, uint32_t words) {
+  uint32_t bits[kLane];
+  bits_of<kTogether>(bits, values);
   bfloat16 rounded[kLane];
 #pragma unroll
   for (int i = 0; i < kLane; i += 2) {
     const uint32_t word = rounding_word(key, words + place / 2 + i / 2);
-    rounded[i] = round_stochastic(values[i], word & 0xffffu);
-    rounded[i + 1] = round_stochastic(values[i + 1], word >> 16);
+    const uint32_t both =
+        __byte_perm(bits[i] + (word & 0xffffu), bits[i + 1] + (word >> 16), 0x7632);
+    rounded[i] = bfloat16{static_cast<uint16_t>(both)};
+    rounded[i + 1] = bfloat16{static_cast<uint16_t>(both >> 16)};
   }
   store<kWhole>(rounded, address, start, count);
 }
 
 // The same anywhere: of a shard, eight may lie across two blocks.
+template <bool kTogether = false>
 __device__ void store_stochastic_anywhere(const float (&values)[kLane], int64_t address,
                                           int64_t start, int count, const Random& random,
                                           uint64_t first, uint32_t words) {
   uint64_t block = first / kStateBlock;
   RoundingKey key = random.key(block);
   if (first % kLane == 0)
-    return store_stochastic(values, address, start, count, key,
-                            static_cast<uint32_t>(first % kStateBlock), words);
+    return store_stochastic<false, kTogether>(values, address, start, count, key,
+                                              static_cast<uint32_t>(first % kStateBlock), words);
   bfloat16 rounded[kLane];
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {  // one key a turn

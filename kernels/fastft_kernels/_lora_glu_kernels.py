@@ -47,7 +47,7 @@ def _thin_parts(
     return tl.dot(s, dy, db, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["M", "r", "rows_per_split"])
+@triton.jit(do_not_specialize=["M", "rows_per_split"])
 def _glu_pair_kernel(
     d_gate_ptr, d_up_ptr,  # (M, N), rows d_stride apart
     d_out_ptr,  # (M, N)

@@ -12,7 +12,7 @@ import triton.language as tl
 __all__ = ["_pair_partial_kernel", "_pair_reduce_kernel"]
 
 
-@triton.jit(do_not_specialize=["M", "r", "rows_per_split"])
+@triton.jit(do_not_specialize=["M", "rows_per_split"])
 def _pair_partial_kernel(
     dy_ptr,  # (M, N)
     b_ptr,  # (N, r)
@@ -72,7 +72,7 @@ def _pair_partial_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["size", "strips", "r"])
+@triton.jit(do_not_specialize=["strips"])
 def _pair_reduce_kernel(
     ds_ptr,  # (M, r)
     copy_ptr,  # the first of its columns in a bordered operand of rows copy_stride apart

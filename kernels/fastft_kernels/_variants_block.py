@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+from fastft_kernels import config
 from fastft_kernels._variant import BOOLEANS, DTYPES, Variant
 from fastft_kernels.optimizer_step import N_SCALARS
 
@@ -97,6 +98,8 @@ def _glu(dtype: str, activation: int, backward: bool, aligned: bool = True) -> V
 
 
 _NORM = "fastft_kernels.rms_norm"
+# A longer row is walked.
+_LARGEST = config.NormConfig().rows[-1].block
 
 
 def _norm(dtype: str, backward: bool, columns: int, residual: bool = False, **flags: bool):
@@ -112,6 +115,7 @@ def _norm(dtype: str, backward: bool, columns: int, residual: bool = False, **fl
     constants = {"RESIDUAL": residual, "ROUND_FIRST": round_first}
     if backward:
         constants = {"MORE": residual}
+    constants["WHOLE"] = columns <= _LARGEST
     return Variant(
         _NORM, f"_rms_norm_{'backward' if backward else 'forward'}_kernel",
         f"x={dtype} columns={columns} residual={residual} round_first={round_first}", types,
@@ -137,7 +141,7 @@ def _layer_norm(dtype: str, backward: bool, columns: int, affine: bool = True) -
         "rstd_ptr": "*fp32", "columns": "i32", "offset": "fp32",
         **({} if backward else {"eps": "fp32"}),
     }  # fmt: skip
-    constants = {"HAS_WEIGHT": affine}
+    constants = {"HAS_WEIGHT": affine, "WHOLE": columns <= _LARGEST}
     if not backward:
         constants |= {"HAS_BIAS": affine, "ROUND_FIRST": affine}
     return Variant(

@@ -163,7 +163,9 @@ class NormConfig:
     rows: tuple[RowConfig, ...] = (
         RowConfig(128, Launch(num_warps=4), rows=16),
         RowConfig(1024, Launch(num_warps=4)),
-        RowConfig(2048, Launch(num_warps=8)),
+        RowConfig(2048, Launch(num_warps=4)),
+        RowConfig(4096, Launch(num_warps=4)),
+        RowConfig(8192, Launch(num_warps=8)),
     )
     # The weight's gradient: columns of a program, and the rows one program sums. Fixed, so that
     # sums have one order on every GPU.
@@ -180,7 +182,7 @@ class RopeConfig:
     """Rotary embedding: a program takes ``heads`` heads of a token, each whole."""
 
     heads: int = 8
-    launch: Launch = Launch(num_warps=1)
+    launch: Launch = Launch(num_warps=4)
 
 
 @dataclass(frozen=True)
@@ -290,30 +292,40 @@ _OUTER_LARGE: TileTable = {
     **dict.fromkeys([(2, 16, form) for form in FORMS], TileConfig(64, 64, Launch(4, 4))),
     **dict.fromkeys([(2, 64, form) for form in FORMS[1:]], TileConfig(32, 64, Launch(8, 4), 1)),
 }
-# Measured on an H200, 2026-11-26: the fastest of seven or eight tiles each, at 8192 tokens.
+# Measured on an H200, 2026-11-26 and 27: the fastest of eight to fifteen tiles each, at 8192 tokens.
 _SHRINK_SM90: TileTable = {
     **_SHRINK_LARGE,
-    (2, 16, "several"): TileConfig(64, 128, Launch(4, 3)),
+    (2, 16, "several"): TileConfig(64, 128, Launch(4, 4)),
     (2, 16, "masked"): TileConfig(32, 64, Launch(4, 4)),
+    (2, 64, "one"): TileConfig(64, 128, Launch(4, 4)),
+    (2, 64, "several"): TileConfig(64, 64, Launch(4, 5)),
 }
 _EXPAND_SM90: TileTable = {
     **_EXPAND_LARGE,
     (2, 16, "one"): TileConfig(64, 128, Launch(4, 2)),
     (2, 16, "several"): TileConfig(64, 64, Launch(4, 2)),
     (2, 16, "masked"): TileConfig(32, 128, Launch(4, 2)),
+    (2, 64, "one"): TileConfig(64, 64, Launch(4, 2)),
+    (2, 64, "masked"): TileConfig(64, 64, Launch(4, 2)),
 }
 _OUTER_SM90: TileTable = {
     **_OUTER_LARGE,
-    (2, 16, "masked"): TileConfig(32, 64, Launch(4, 4), 4),
+    (2, 16, "one"): TileConfig(128, 64, Launch(4, 3)),
+    (2, 16, "several"): TileConfig(128, 64, Launch(4, 3)),
+    (2, 16, "masked"): TileConfig(64, 64, Launch(4, 3), 2),
+    (2, 64, "one"): TileConfig(128, 64, Launch(4, 3)),
+    (2, 64, "several"): TileConfig(64, 128, Launch(4, 3)),
 }
 
 # Registers bound how many run at a time. Without Hopper's matrix unit, whose operands stay in
 # shared memory, Triton 3.6 and 3.7 spill a tile of 64 tokens.
 _PAIR_SMALL = dict.fromkeys((16, 32), TileConfig(32, 256, Launch(8, 3), 1))
 _PAIR_LARGE = {16: TileConfig(64, 128, Launch(4, 3), 2)}
+_PAIR_SM90 = {16: TileConfig(64, 256, Launch(8, 3, registers=128), 2)}
 # Of wider adapters the parts of dS would be as many bytes as another read of the gradients.
 _GLU_PAIR_SMALL = {16: TileConfig(16, 128, Launch(4, 2, registers=128), 3)}
 _GLU_PAIR_LARGE = {16: TileConfig(16, 128, Launch(4, 2, registers=128), 4)}
+_GLU_PAIR_SM90 = {16: TileConfig(16, 128, Launch(4, 3, registers=128), 4)}
 
 # The masked product holds its thin term apart from the accumulator until the mask has met it.
 _GEMM_SM90 = {
@@ -345,8 +357,8 @@ ARCHS: dict[int, Arch] = {
             _GLU_PAIR_SMALL,
         ),
         Arch(
-            "sm_90", 90, 227 * _KIB, 132, _SHRINK_SM90, _EXPAND_SM90, _OUTER_SM90, _PAIR_LARGE,
-            _GLU_PAIR_LARGE, _GEMM_SM90,
+            "sm_90", 90, 227 * _KIB, 132, _SHRINK_SM90, _EXPAND_SM90, _OUTER_SM90, _PAIR_SM90,
+            _GLU_PAIR_SM90, _GEMM_SM90,
         ),
         Arch(
             "sm_100", 100, 227 * _KIB, 148, _SHRINK_LARGE, _EXPAND_LARGE, _OUTER_LARGE,

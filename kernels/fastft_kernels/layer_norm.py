@@ -20,6 +20,27 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
+def _load(ptr, lanes, columns):
+    return tl.load(ptr + lanes, mask=lanes < columns, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_normed(
+    y_row, weight_ptr, bias_ptr, x, mean, rstd, lanes, columns, offset,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ROUND_FIRST: tl.constexpr,
+):  # fmt: skip
+    """(x - mean) rstd (weight + offset) + bias."""
+    y = (x - mean) * rstd
+    if ROUND_FIRST:
+        y = y.to(y_row.dtype.element_ty).to(tl.float32)
+    if HAS_WEIGHT:
+        y *= _load(weight_ptr, lanes, columns) + offset
+    if HAS_BIAS:
+        y += _load(bias_ptr, lanes, columns)
+    tl.store(y_row + lanes, y, mask=lanes < columns)
+
+
+@triton.jit
 def _layer_norm_forward_kernel(
     y_ptr,  # (rows, columns), as x
     mean_ptr,  # float32 (rows,)
@@ -33,39 +54,51 @@ def _layer_norm_forward_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
+    WHOLE: tl.constexpr,  # columns <= BLOCK
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
     x_row = x_ptr + row.to(tl.int64) * columns
     y_row = y_ptr + row.to(tl.int64) * columns
     lanes = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, columns, BLOCK):
-        inside = start + lanes < columns
-        total += tl.load(x_row + start + lanes, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(total, 0) / columns
-    # About the mean: the row is in cache, and nothing cancels.
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, columns, BLOCK):
-        inside = start + lanes < columns
-        x = tl.load(x_row + start + lanes, mask=inside, other=0.0).to(tl.float32)
-        centred = tl.where(inside, x - mean, 0.0)
-        squares += centred * centred
-    rstd = 1.0 / tl.sqrt(tl.sum(squares, 0) / columns + eps)
+    # The squares are about the mean: nothing cancels.
+    if WHOLE:
+        x = _load(x_row, lanes, columns)
+        mean = tl.sum(x, 0) / columns
+        centred = tl.where(lanes < columns, x - mean, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / columns + eps)
+        _store_normed(
+            y_row, weight_ptr, bias_ptr, x, mean, rstd, lanes, columns, offset,
+            HAS_WEIGHT, HAS_BIAS, ROUND_FIRST,
+        )  # fmt: skip
+    else:
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, columns, BLOCK):
+            total += _load(x_row, start + lanes, columns)
+        mean = tl.sum(total, 0) / columns
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, columns, BLOCK):
+            x = _load(x_row, start + lanes, columns)
+            centred = tl.where(start + lanes < columns, x - mean, 0.0)
+            squares += centred * centred
+        rstd = 1.0 / tl.sqrt(tl.sum(squares, 0) / columns + eps)
+        for start in range(0, columns, BLOCK):
+            x = _load(x_row, start + lanes, columns)
+            _store_normed(
+                y_row, weight_ptr, bias_ptr, x, mean, rstd, start + lanes, columns, offset,
+                HAS_WEIGHT, HAS_BIAS, ROUND_FIRST,
+            )  # fmt: skip
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
-    for start in range(0, columns, BLOCK):
-        inside = start + lanes < columns
-        y = tl.load(x_row + start + lanes, mask=inside, other=0.0).to(tl.float32)
-        y = (y - mean) * rstd
-        if ROUND_FIRST:
-            y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
-        if HAS_WEIGHT:
-            weight = tl.load(weight_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32)
-            y *= weight + offset
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y_row + start + lanes, y, mask=inside)
+
+
+@triton.jit
+def _scaled(dy_row, weight_ptr, lanes, columns, offset, HAS_WEIGHT: tl.constexpr):
+    """dy (weight + offset)."""
+    g = _load(dy_row, lanes, columns)
+    if HAS_WEIGHT:
+        g *= _load(weight_ptr, lanes, columns) + offset
+    return g
 
 
 @triton.jit
@@ -79,36 +112,38 @@ def _layer_norm_backward_kernel(
     columns,
     offset,
     HAS_WEIGHT: tl.constexpr,
+    WHOLE: tl.constexpr,  # columns <= BLOCK
     BLOCK: tl.constexpr,
 ):
     """dx = rstd (g - mean(g) - xhat mean(g xhat)), g = dy (weight + offset)."""
     row = tl.program_id(0)
     begin = row.to(tl.int64) * columns
+    x_row, dy_row, dx_row = x_ptr + begin, dy_ptr + begin, dx_ptr + begin
     mean = tl.load(mean_ptr + row)
     rstd = tl.load(rstd_ptr + row)
     lanes = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    products = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, columns, BLOCK):
-        inside = start + lanes < columns
-        x = tl.load(x_ptr + begin + start + lanes, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(dy_ptr + begin + start + lanes, mask=inside, other=0.0).to(tl.float32)
-        if HAS_WEIGHT:
-            weight = tl.load(weight_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32)
-            g *= weight + offset
-        total += g
-        products += g * (x - mean)
-    mean_g = tl.sum(total, 0) / columns
-    slope = tl.sum(products, 0) * rstd * rstd / columns
-    for start in range(0, columns, BLOCK):
-        inside = start + lanes < columns
-        x = tl.load(x_ptr + begin + start + lanes, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(dy_ptr + begin + start + lanes, mask=inside, other=0.0).to(tl.float32)
-        if HAS_WEIGHT:
-            weight = tl.load(weight_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32)
-            g *= weight + offset
+    if WHOLE:
+        x = _load(x_row, lanes, columns)
+        g = _scaled(dy_row, weight_ptr, lanes, columns, offset, HAS_WEIGHT)
+        mean_g = tl.sum(g, 0) / columns
+        slope = tl.sum(g * (x - mean), 0) * rstd * rstd / columns
         dx = rstd * (g - mean_g - (x - mean) * slope)
-        tl.store(dx_ptr + begin + start + lanes, dx, mask=inside)
+        tl.store(dx_row + lanes, dx, mask=lanes < columns)
+    else:
+        total = tl.zeros((BLOCK,), tl.float32)
+        products = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, columns, BLOCK):
+            x = _load(x_row, start + lanes, columns)
+            g = _scaled(dy_row, weight_ptr, start + lanes, columns, offset, HAS_WEIGHT)
+            total += g
+            products += g * (x - mean)
+        mean_g = tl.sum(total, 0) / columns
+        slope = tl.sum(products, 0) * rstd * rstd / columns
+        for start in range(0, columns, BLOCK):
+            x = _load(x_row, start + lanes, columns)
+            g = _scaled(dy_row, weight_ptr, start + lanes, columns, offset, HAS_WEIGHT)
+            dx = rstd * (g - mean_g - (x - mean) * slope)
+            tl.store(dx_row + start + lanes, dx, mask=start + lanes < columns)
 
 
 @triton.jit
@@ -172,7 +207,8 @@ def fwd(
         _layer_norm_forward_kernel[(x.shape[0],)](
             y, mean, rstd, x, x if weight is None else weight, x if bias is None else bias,
             x.shape[1], eps, offset, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-            ROUND_FIRST=round_first, BLOCK=block.block, **block.launch.options(),
+            ROUND_FIRST=round_first, WHOLE=x.shape[1] <= block.block, BLOCK=block.block,
+            **block.launch.options(),
         )  # fmt: skip
 
 
@@ -195,7 +231,8 @@ def bwd(
     with device_guard(x):
         _layer_norm_backward_kernel[(rows,)](
             dx, dy, x, x if weight is None else weight, mean, rstd, columns, offset,
-            HAS_WEIGHT=weight is not None, BLOCK=block.block, **block.launch.options(),
+            HAS_WEIGHT=weight is not None, WHOLE=columns <= block.block, BLOCK=block.block,
+            **block.launch.options(),
         )  # fmt: skip
         if d_weight is None and d_bias is None:
             return

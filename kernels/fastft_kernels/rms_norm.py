@@ -1,6 +1,6 @@
 """``rms_norm`` in Triton: a program a row, or several short ones, in float32.
 
-A row is walked twice, the second time from cache. The weight's gradient, wanted only where norms
+A row that fits stays in registers; a longer one is walked twice, the second time from cache. The weight's gradient, wanted only where norms
 are trained, is summed in two stages of fixed shape: no atomics, the same bits each time.
 """
 
@@ -20,6 +20,27 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
+def _row_block(x_ptr, residual_ptr, at, inside, RESIDUAL: tl.constexpr):
+    """x, or x + residual rounded as it is kept: the norm is of that."""
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        x += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _normed(y_ptr, weight_ptr, x, rstd, at, columns_at, columns, inside, offset,
+            ROUND_FIRST: tl.constexpr):  # fmt: skip
+    """Stores x rstd (weight + offset)."""
+    weight = tl.load(weight_ptr + columns_at, mask=columns_at < columns, other=0.0)
+    normed = x * rstd[:, None]
+    if ROUND_FIRST:
+        normed = normed.to(y_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(y_ptr + at, normed * (weight.to(tl.float32) + offset), mask=inside)
+
+
+@triton.jit
 def _rms_norm_forward_kernel(
     y_ptr,  # (rows, columns), as x
     rstd_ptr,  # float32 (rows,)
@@ -33,6 +54,7 @@ def _rms_norm_forward_kernel(
     offset,
     RESIDUAL: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
+    WHOLE: tl.constexpr,  # columns <= BLOCK
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -40,31 +62,50 @@ def _rms_norm_forward_kernel(
     there = (row < rows)[:, None]
     begin = row.to(tl.int64)[:, None] * columns
     lanes = tl.arange(0, BLOCK)[None, :]
-    squares = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, columns, BLOCK):
-        inside = there & (start + lanes < columns)
-        at = begin + start + lanes
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if WHOLE:
+        inside = there & (lanes < columns)
+        x = _row_block(x_ptr, residual_ptr, begin + lanes, inside, RESIDUAL)
+        rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1) / columns + eps)
         if RESIDUAL:
-            x += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            # The norm is of the sum as it is kept.
-            x = x.to(y_ptr.dtype.element_ty).to(tl.float32)
-            tl.store(summed_ptr + at, x, mask=inside)
-        squares += x * x
-    rstd = 1.0 / tl.sqrt(tl.sum(squares, 1) / columns + eps)
+            tl.store(summed_ptr + begin + lanes, x, mask=inside)
+        _normed(
+            y_ptr, weight_ptr, x, rstd, begin + lanes, lanes, columns, inside, offset, ROUND_FIRST
+        )
+    else:
+        squares = tl.zeros((ROWS, BLOCK), tl.float32)
+        for start in range(0, columns, BLOCK):
+            inside = there & (start + lanes < columns)
+            at = begin + start + lanes
+            x = _row_block(x_ptr, residual_ptr, at, inside, RESIDUAL)
+            if RESIDUAL:
+                tl.store(summed_ptr + at, x, mask=inside)
+            squares += x * x
+        rstd = 1.0 / tl.sqrt(tl.sum(squares, 1) / columns + eps)
+        for start in range(0, columns, BLOCK):
+            inside = there & (start + lanes < columns)
+            at = begin + start + lanes
+            # Added again: another thread may have stored the sum.
+            x = _row_block(x_ptr, residual_ptr, at, inside, RESIDUAL)
+            _normed(
+                y_ptr, weight_ptr, x, rstd, at, start + lanes, columns, inside, offset, ROUND_FIRST
+            )
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
-    for start in range(0, columns, BLOCK):
-        inside = there & (start + lanes < columns)
-        at = begin + start + lanes
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if RESIDUAL:  # added again: another thread may have stored the sum
-            x += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            x = x.to(y_ptr.dtype.element_ty).to(tl.float32)
-        weight = tl.load(weight_ptr + start + lanes, mask=start + lanes < columns, other=0.0)
-        normed = x * rstd[:, None]
-        if ROUND_FIRST:
-            normed = normed.to(y_ptr.dtype.element_ty).to(tl.float32)
-        tl.store(y_ptr + at, normed * (weight.to(tl.float32) + offset), mask=inside)
+
+
+@triton.jit
+def _scaled(dy_ptr, weight_ptr, at, columns_at, columns, inside, offset):
+    """dy (weight + offset)."""
+    dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns_at, mask=columns_at < columns, other=0.0)
+    return dy * (weight.to(tl.float32) + offset)
+
+
+@triton.jit
+def _store_dx(dx_ptr, more_ptr, scaled, x, rstd, mean, at, inside, MORE: tl.constexpr):
+    dx = rstd[:, None] * (scaled - x * mean[:, None])
+    if MORE:
+        dx += tl.load(more_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + at, dx, mask=inside)
 
 
 @triton.jit
@@ -79,6 +120,7 @@ def _rms_norm_backward_kernel(
     columns,
     offset,
     MORE: tl.constexpr,
+    WHOLE: tl.constexpr,  # columns <= BLOCK
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -88,25 +130,28 @@ def _rms_norm_backward_kernel(
     begin = row.to(tl.int64)[:, None] * columns
     rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
     lanes = tl.arange(0, BLOCK)[None, :]
-    products = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, columns, BLOCK):
-        inside = there & (start + lanes < columns)
-        at = begin + start + lanes
+    if WHOLE:
+        inside = there & (lanes < columns)
+        at = begin + lanes
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + start + lanes, mask=start + lanes < columns, other=0.0)
-        products += dy * (weight.to(tl.float32) + offset) * x
-    mean = tl.sum(products, 1) * rstd * rstd / columns
-    for start in range(0, columns, BLOCK):
-        inside = there & (start + lanes < columns)
-        at = begin + start + lanes
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + start + lanes, mask=start + lanes < columns, other=0.0)
-        dx = rstd[:, None] * (dy * (weight.to(tl.float32) + offset) - x * mean[:, None])
-        if MORE:
-            dx += tl.load(more_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + at, dx, mask=inside)
+        scaled = _scaled(dy_ptr, weight_ptr, at, lanes, columns, inside, offset)
+        mean = tl.sum(scaled * x, 1) * rstd * rstd / columns
+        _store_dx(dx_ptr, more_ptr, scaled, x, rstd, mean, at, inside, MORE)
+    else:
+        products = tl.zeros((ROWS, BLOCK), tl.float32)
+        for start in range(0, columns, BLOCK):
+            inside = there & (start + lanes < columns)
+            at = begin + start + lanes
+            x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            scaled = _scaled(dy_ptr, weight_ptr, at, start + lanes, columns, inside, offset)
+            products += scaled * x
+        mean = tl.sum(products, 1) * rstd * rstd / columns
+        for start in range(0, columns, BLOCK):
+            inside = there & (start + lanes < columns)
+            at = begin + start + lanes
+            x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            scaled = _scaled(dy_ptr, weight_ptr, at, start + lanes, columns, inside, offset)
+            _store_dx(dx_ptr, more_ptr, scaled, x, rstd, mean, at, inside, MORE)
 
 
 @triton.jit
@@ -160,8 +205,9 @@ def fwd(
         _rms_norm_forward_kernel[(triton.cdiv(x.shape[0], block.rows),)](
             y, rstd, x, weight, x if residual is None else residual,
             x if summed is None else summed, *x.shape, eps, offset,
-            RESIDUAL=residual is not None, ROUND_FIRST=round_first, ROWS=block.rows,
-            BLOCK=block.block, **block.launch.options(),
+            RESIDUAL=residual is not None, ROUND_FIRST=round_first,
+            WHOLE=x.shape[1] <= block.block, ROWS=block.rows, BLOCK=block.block,
+            **block.launch.options(),
         )  # fmt: skip
 
 
@@ -183,7 +229,8 @@ def bwd(
     with device_guard(x):
         _rms_norm_backward_kernel[(triton.cdiv(rows, block.rows),)](
             dx, dy, x, weight, rstd, dy if more is None else more, rows, columns, offset,
-            MORE=more is not None, ROWS=block.rows, BLOCK=block.block, **block.launch.options(),
+            MORE=more is not None, WHOLE=columns <= block.block, ROWS=block.rows,
+            BLOCK=block.block, **block.launch.options(),
         )  # fmt: skip
         if d_weight is None:
             return

@@ -81,8 +81,16 @@ def _rope_kernel(
     k_to = b * k_out_batch + m * k_out_token + of_k * k_out_head
     known = known[None, :]
     pair = pair[None, :]
-    _turned(q_out_ptr, q_ptr, q_from + pair, q_to + pair, ca, cb, of_a, of_b, next, is_q & known)
-    _turned(k_out_ptr, k_ptr, k_from + pair, k_to + pair, ca, cb, of_a, of_b, next, is_k & known)
+    # Few programs have heads of both; the others pass one half over.
+    first = tl.program_id(1) * HEADS
+    if first < q_heads:
+        _turned(
+            q_out_ptr, q_ptr, q_from + pair, q_to + pair, ca, cb, of_a, of_b, next, is_q & known
+        )
+    if first + HEADS > q_heads:
+        _turned(
+            k_out_ptr, k_ptr, k_from + pair, k_to + pair, ca, cb, of_a, of_b, next, is_k & known
+        )
     if REST:
         for start in range(0, width - 2 * half, BLOCK):
             column = 2 * half + start + lanes

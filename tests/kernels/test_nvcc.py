@@ -59,8 +59,8 @@ def test_compiles(source: Path, tmp_path: Path) -> None:
     if "__global__" in source.read_text():
         spills = re.findall(r"(\d+) bytes spill stores", done.stderr)
         assert len(spills) >= len(architectures), "ptxas reports every kernel"
-        # Two or three registers: an H200 is faster so than with a block fewer a multiprocessor.
-        allowed = 12 if source.stem == "optimizer_step" else 0
+        # Up to five registers: an H200 is faster so than with a block fewer a multiprocessor.
+        allowed = 20 if source.stem == "optimizer_step" else 0
         assert max(map(int, spills)) <= allowed, f"spills: {spills}"
     for forbidden in ("torch/", "Python.h", "pybind11"):
         assert forbidden not in source.read_text()
