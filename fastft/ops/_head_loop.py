@@ -30,8 +30,12 @@ __all__ = [
 # Labels as the kernels see them: in no column of this slab, and not counted at all.
 ELSEWHERE, IGNORED = -1, -2
 
-# The slab of logits: at most this many bytes, an eighth of all logits, an eighth of free memory.
+# The slab of logits: at most this many bytes, and an eighth of free memory.
 _SLAB_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
+# Tokens a slab that a GPU's products want: with fewer, tiles of the hidden states' gradient are too
+# few for all multiprocessors, and the weight is read more often than it need be.
+_GPU_TOKENS = 2048
+_GPU_TILE = 128
 # Ignored tokens are dropped on a GPU where the products cost at least this: finding them takes a
 # few small launches.
 _COMPACT_FLOPS = 1e12
@@ -100,7 +104,8 @@ def default_chunk(
     trained: bool = False,
     free_bytes: int | None = None,
 ) -> int:
-    """Tokens a slab: an eighth of them, the slab within its limits of bytes, at least 16.
+    """Tokens a slab: an eighth of them, at least 16 and on a GPU 2048, the slab within its limits of
+    bytes.
 
     A trained head's float32 gradient is read and written once a slab, and is larger than the slab:
     half of the tokens then. free_bytes: memory there is; the slab takes at most an eighth.
@@ -109,7 +114,12 @@ def default_chunk(
     if free_bytes is not None:
         limit = min(limit, free_bytes // 8)
     within = limit // max(1, vocabulary * itemsize)
-    return max(16, min(-(-tokens // (2 if trained else 8)), within))
+    wanted = -(-tokens // (2 if trained else 8))
+    if device_type == "cuda":
+        wanted = max(wanted, min(tokens, _GPU_TOKENS))
+        if _GPU_TILE < within < wanted:
+            within -= within % _GPU_TILE
+    return max(16, min(wanted, within))
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -20,7 +20,7 @@ from fastft.ops._checks import without_autocast
 from fastft.ops._differentiable import plain_gradients, wanted
 from fastft.ops._head_loop import NO_GRADIENTS, Needs, empty_gradients
 from fastft.ops._library import register
-from fastft.ops._linear_cross_entropy_run import WHERE, Again, Given, Shard, run
+from fastft.ops._linear_cross_entropy_run import WHERE, Again, Given, Shard, choose, run
 from fastft.reference import linear_cross_entropy as reference
 
 __all__ = ["LinearCrossEntropy"]
@@ -82,15 +82,23 @@ def _bwd_fake(
 _PANEL = 1 << 19
 
 
-def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     # The float32 scale, of as many dimensions, keeps the product in float32: 1/n has too few bits
     # else. Rounded as it is written: a float32 product of a head's size is memory for nothing, and
     # on a CPU, where torch makes one all the same, time.
     out = torch.empty_like(gradient, dtype=dtype)
     # A compiler's tensors, too, are scaled at once: it fuses the cast itself.
-    plain = type(gradient) is Tensor and gradient.device.type == "cpu"
-    if not plain or not gradient.numel() or dtype == torch.result_type(gradient, scale):
+    there = gradient.is_cuda or gradient.device.type == "cpu"
+    if type(gradient) is not Tensor or not gradient.numel() or not there:
         return torch.mul(gradient, scale, out=out)
+    if dtype == torch.result_type(gradient, scale):
+        return torch.mul(gradient, scale, out=out)
+    if gradient.is_cuda:
+        launcher = choose(backend, gradient)[1]
+        if gradient.dim() != 2 or not hasattr(launcher, "scaled"):
+            return torch.mul(gradient, scale, out=out)
+        launcher.scaled(out, gradient, scale.flatten())
+        return out
     rows = min(gradient.shape[0], max(1, _PANEL // gradient[:1].numel()))
     room = scale.new_empty(rows, *gradient.shape[1:])
     for first in range(0, gradient.shape[0], rows):
@@ -110,7 +118,9 @@ def _likes(inputs: Sequence[Any]) -> list[Like]:
     return [None if t is None else (t.shape, t.dtype) for t in inputs[:6]]
 
 
-def _to_inputs(gradients: Sequence[Tensor], likes: list[Like], d_losses: Tensor | None) -> Any:
+def _to_inputs(
+    gradients: Sequence[Tensor], likes: list[Like], d_losses: Tensor | None, backend: str
+) -> Any:
     """Gradients in the order and the dtypes of the inputs; None where none was wanted.
 
     d_losses: where they are of the summed loss: a token's are scaled by its own, what the tokens
@@ -124,10 +134,10 @@ def _to_inputs(gradients: Sequence[Tensor], likes: list[Like], d_losses: Tensor 
         elif d_losses is None:
             found.append(gradient.to(like[1]))
         elif gradient is hidden or gradient is lora_s:
-            found.append(_scaled(gradient, d_losses[:, None], like[1]))
+            found.append(_scaled(gradient, d_losses[:, None], like[1], backend))
         else:
             one = d_losses[:1] if d_losses.numel() else d_losses.new_zeros(1)
-            found.append(_scaled(gradient, one, like[1]))
+            found.append(_scaled(gradient, one, like[1], backend))
     return found
 
 
@@ -173,7 +183,7 @@ def _backward(ctx: Any, d_losses: Any, d_entropy: Any, again: Any) -> list[Tenso
         d_entropy = None
     made = none
     if not ctx.recompute and d_losses is not None:
-        made = _to_inputs(kept, ctx.likes, d_losses)
+        made = _to_inputs(kept, ctx.likes, d_losses, ctx.rest[3])
     if d_entropy is None and (d_losses is None or not ctx.recompute):
         return made
     top, log_sum, entropy, *inputs = rest
@@ -181,7 +191,7 @@ def _backward(ctx: Any, d_losses: Any, d_entropy: Any, again: Any) -> list[Tenso
         d_losses = torch.zeros_like(top)  # theirs is made
     entropy = entropy if ctx.moments else None
     more = again(d_losses, d_entropy, top, log_sum, entropy, *inputs, *ctx.rest)
-    found = zip(made, _to_inputs(more, ctx.likes, None), strict=True)
+    found = zip(made, _to_inputs(more, ctx.likes, None, ctx.rest[3]), strict=True)
     return [b if a is None else a if b is None else a + b for a, b in found]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["_cross_entropy_kernel", "_divergence_kernel"]
+__all__ = ["_cross_entropy_kernel", "_divergence_kernel", "_scaled_kernel"]
 
 
 @triton.jit
@@ -287,3 +287,21 @@ def _divergence_kernel(
                 gradient *= 1.0 - bent * bent
             tl.store(student + columns, gradient.to(student_ptr.dtype.element_ty),
                      mask=columns < V)  # fmt: skip
+
+
+@triton.jit
+def _scaled_kernel(
+    out_ptr,  # (rows, columns)
+    gradient_ptr,  # (rows, columns)
+    scale_ptr,  # float32 (rows,) where EACH, else (1,)
+    columns,
+    EACH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = gradient scale: a pass of its own, for the scale is known in the backward only."""
+    row = tl.program_id(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    begin = row.to(tl.int64) * columns
+    gradient = tl.load(gradient_ptr + begin + at, mask=at < columns, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + (row if EACH else 0))
+    tl.store(out_ptr + begin + at, gradient * scale, mask=at < columns)

@@ -56,6 +56,15 @@ def _divergence(slab: str, teacher: str, kind: int, gradient: bool, full: bool) 
     )  # fmt: skip
 
 
+def _scaled(gradient: str, out: str, each: bool) -> Variant:
+    types = {
+        "out_ptr": f"*{out}", "gradient_ptr": f"*{gradient}", "scale_ptr": "*fp32",
+        "columns": "i32",
+    }  # fmt: skip
+    label = f"gradient={gradient} out={out} each={each}"
+    return Variant(_LOSS, "_scaled_kernel", label, types, {"EACH": each}, "scaled")
+
+
 def _adamw_norm(grad: str, aligned: bool = True) -> Variant:
     types = {
         "table_ptr": "*i64", "chunk_tensor_ptr": "*i32", "chunk_part_ptr": "*i32",
@@ -217,6 +226,8 @@ VARIANTS: list[Variant] = [
     _divergence("bf16", "bf16", 2, True, True),
     _divergence("fp32", "fp32", 1, True, False),
     _divergence("fp16", "fp32", 0, True, False),
+    _scaled("fp32", "bf16", False),
+    _scaled("fp16", "fp16", True),
     _adamw_norm("fp32"),
     _adamw_norm("bf16"),
     _adamw_prepare(),
@@ -258,6 +269,8 @@ def _all_variants() -> list[Variant]:
         variants += [_loss(slab, **{name: True}) for name in _LOSS_FLAGS]
         cases = itertools.product(dict.fromkeys((slab, "fp32")), (0, 1, 2), (False, True))
         variants += [_divergence(slab, *case, full) for case in cases]
+    variants += [_scaled("fp32", dtype, False) for dtype in DTYPES]
+    variants += [_scaled(dtype, dtype, True) for dtype in DTYPES]
     variants += [_adamw_norm(*c) for c in itertools.product(DTYPES, BOOLEANS)]
     variants += [_adamw_update(*c) for c in itertools.product(DTYPES, DTYPES, BOOLEANS)]
     flags = itertools.product(DTYPES, (0, 1, 2), BOOLEANS, BOOLEANS)

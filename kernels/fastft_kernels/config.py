@@ -129,8 +129,6 @@ class CrossEntropyConfig:
 
     block_v: int = 4096
     launch: Launch = Launch(num_warps=16)
-    # Rows of the vocabulary whose float32 weight gradient is made at a time: bounds the scratch.
-    d_weight_rows: int = 8192
 
 
 @dataclass(frozen=True)
@@ -213,6 +211,8 @@ class Arch:
     reduce: BlockConfig = BlockConfig(512)
     cross_entropy: CrossEntropyConfig = CrossEntropyConfig()
     divergence: CrossEntropyConfig = CrossEntropyConfig(block_v=2048)
+    # A head's gradient times the loss's: columns of one row.
+    scaled: BlockConfig = BlockConfig(2048)
     adamw: AdamWConfig = AdamWConfig()
     # Gated linear units: elements of one row.
     elementwise: BlockConfig = BlockConfig(1024)

@@ -11,11 +11,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from fastft_kernels import config
 from fastft_kernels._common import device_guard, supports_device
-from fastft_kernels._cross_entropy_kernels import _cross_entropy_kernel, _divergence_kernel
+from fastft_kernels._cross_entropy_kernels import (
+    _cross_entropy_kernel,
+    _divergence_kernel,
+    _scaled_kernel,
+)
 
 __all__ = [
     "add_d_weight",
@@ -24,6 +29,7 @@ __all__ = [
     "new_slab",
     "project",
     "rows",
+    "scaled",
     "supports",
 ]
 
@@ -54,25 +60,29 @@ def d_hidden(out: Tensor, slab: Tensor, weight: Tensor) -> None:
 
 def add_d_weight(d_weight: Tensor, slab: Tensor, hidden: Tensor, first: bool) -> None:
     """d_weight (V, H) = or += slab^T hidden, in float32 whatever the operands' dtype."""
-    if slab.dtype == torch.float32:
+    factor = slab.t()
+    if slab.dtype == torch.float32 or not slab.is_cuda:
+        factor, hidden = factor.float(), hidden.float()
         if first:
-            torch.mm(slab.t(), hidden, out=d_weight)
+            torch.mm(factor, hidden, out=d_weight)
         else:
-            d_weight.addmm_(slab.t(), hidden)
-        return
-    # torch.addmm takes a float32 addend to 16-bit factors in its newest versions only, so a later
-    # chunk adds a product made in blocks of the vocabulary: bounded scratch, float32 throughout.
-    block_rows = config.for_device(slab.device).cross_entropy.d_weight_rows
-    for begin in range(0, d_weight.shape[0], block_rows):
-        target = d_weight[begin : begin + block_rows]
-        factor = slab[:, begin : begin + block_rows].t()
-        product = target if first else torch.empty_like(target)
-        if slab.is_cuda:
-            torch.mm(factor, hidden, out_dtype=torch.float32, out=product)
-        else:
-            torch.mm(factor.float(), hidden.float(), out=product)
-        if not first:
-            target.add_(product)
+            d_weight.addmm_(factor, hidden)
+    elif first:
+        torch.mm(factor, hidden, out_dtype=torch.float32, out=d_weight)
+    else:
+        torch.addmm(d_weight, factor, hidden, out_dtype=torch.float32, out=d_weight)
+
+
+def scaled(out: Tensor, gradient: Tensor, scale: Tensor) -> None:
+    """out = gradient scale, both (rows, columns) and contiguous, rounded once; scale: (rows,) or
+    (1,)."""
+    rows, columns = gradient.shape
+    block = config.for_device(out.device).scaled
+    with device_guard(out):
+        _scaled_kernel[(rows, triton.cdiv(columns, block.block))](
+            out, gradient, scale, columns, EACH=scale.numel() > 1, BLOCK=block.block,
+            **block.launch.options(),
+        )  # fmt: skip
 
 
 def rows(

@@ -195,3 +195,13 @@ def test_same_inputs_same_bits() -> None:
 def test_supports() -> None:
     assert launcher.supports("cpu", BF16) is None
     assert "float64" in (launcher.supports("cpu", torch.float64) or "")
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_scaled_rounds_once(dtype: torch.dtype, each: bool) -> None:
+    columns = config.ARCHS[90].scaled.block + 3  # more than a program's
+    gradient, scale = torch.randn(5, columns), torch.rand(5 if each else 1)
+    out = torch.empty(5, columns, dtype=dtype)
+    launcher.scaled(out, gradient, scale)
+    assert torch.equal(out, (gradient * scale[:, None]).to(dtype))
