@@ -104,8 +104,7 @@ def default_chunk(
     trained: bool = False,
     free_bytes: int | None = None,
 ) -> int:
-    """Tokens a slab: an eighth of them, at least 16 and on a GPU 2048, the slab within its limits of
-    bytes.
+    """Tokens a slab: an eighth of them, at least 16 and on a GPU 2048, within its limits of bytes.
 
     A trained head's float32 gradient is read and written once a slab, and is larger than the slab:
     half of the tokens then. free_bytes: memory there is; the slab takes at most an eighth.

@@ -12,7 +12,16 @@ from fastft_kernels._common import device_guard
 from fastft_kernels._lora_calls import at, by, choose_way, clear_padding, dense, plain, scales_kept
 from fastft_kernels._lora_glu import GluPair
 from fastft_kernels._lora_routed import Route, routes
-from fastft_kernels._lora_skinny import Copy, expand_add, outer, pair, pairs_well, shrink
+from fastft_kernels._lora_skinny import (
+    Copy,
+    PairParts,
+    expand_add,
+    outer,
+    pair,
+    pairs_well,
+    reduce_pairs,
+    shrink,
+)
 
 __all__ = ["bwd"]
 
@@ -52,14 +61,16 @@ def bwd(
             left, way = made.left, "expand" if way == "border" else way
         elif way == "border" and held is not None:
             left, copies = _bordered_dys(held, dys)
-        for (owner, span), members in by(zip(owners, spans, strict=True)).items():
-            if made is not None:
-                break
-            _d_s_and_d_b(
+        parts: dict[tuple[int, int], list[PairParts]] = {}
+        adapters = {} if made is not None else by(zip(owners, spans, strict=True))
+        for (owner, span), members in adapters.items():
+            parts.setdefault(span, []).extend(_d_s_and_d_b(
                 d_ss, dbs, dys[owner][slice(*span)], members, ss, lora_bs, scalings,
                 dx is not None or any(das[j] is not None for j in members),
                 None if copies is None else copies[owner],
-            )  # fmt: skip
+            ))  # fmt: skip
+        for pairs in parts.values():
+            reduce_pairs(pairs)
         added = False
         if dx is not None and left is not None and held is not None:
             right = held.backward_operand(None if dropped else lora_as)
@@ -114,14 +125,14 @@ def _d_s_and_d_b(
     scalings: Sequence[float],
     need_ds: bool,
     copy: Copy | None,
-) -> None:
-    """dS_j and dB_j of one layer's adapters over the rows of dy."""
+) -> list[PairParts]:
+    """dS_j and dB_j of one layer's adapters over the rows of dy, or what is left to add up."""
     first = members[0]
     db = dbs[first]
     both = len(members) == 1 and need_ds
     if both and db is not None and pairs_well(dy, lora_bs[first].shape[1]):
-        pair(d_ss[first], db, dy, ss[first], lora_bs[first], float(scalings[first]), copy)
-        return
+        scale = float(scalings[first])
+        return [pair(d_ss[first], db, dy, ss[first], lora_bs[first], scale, copy)]
     wanted = [j for j in members if dbs[j] is not None]
     none = [None] * len(members)
     if wanted:
@@ -134,6 +145,7 @@ def _d_s_and_d_b(
             at(d_ss, members), dy, at(lora_bs, members), at(scalings, members), none,
             transposed=True, copy=copy,
         )  # fmt: skip
+    return []
 
 
 def _bwd_routed(

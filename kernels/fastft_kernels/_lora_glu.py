@@ -13,8 +13,7 @@ from fastft_kernels import border, config
 from fastft_kernels._common import INTERPRETED, device_guard
 from fastft_kernels._lora_calls import choose_way, clear_padding, dense
 from fastft_kernels._lora_glu_kernels import _glu_pair_kernel
-from fastft_kernels._lora_pair_kernels import _pair_reduce_kernel
-from fastft_kernels._lora_skinny import pair_block, reduce_parts, split_rows
+from fastft_kernels._lora_skinny import PairParts, pair_block, reduce_pairs, split_rows
 from fastft_kernels.glu import CODES
 
 __all__ = ["GluPair", "glu_bwd"]
@@ -92,13 +91,9 @@ def glu_bwd(
         )  # fmt: skip
         d_ss = [torch.empty_like(s) for s in ss]
         dbs = [torch.empty_like(b) for b in bs]
-        for i, scale in enumerate(scalings):
-            copy = d_ss[i] if thins is None else thins[i]
-            _pair_reduce_kernel[(triton.cdiv(tokens * r, arch.reduce.block),)](
-                d_ss[i], copy, parts[i], tokens * r, strips, r, copy.stride(0), float(scale),
-                COPY=thins is not None, BLOCK=arch.reduce.block, **arch.reduce.launch.options(),
-            )  # fmt: skip
-            reduce_parts(dbs[i], sums[i], float(scale), arch, transposed=True)
+        places = [None, None] if thins is None else thins
+        made = zip(d_ss, dbs, places, parts, sums, map(float, scalings), strict=True)
+        reduce_pairs([PairParts(*one) for one in made])
     return GluPair(dys, d_ss, dbs, left)
 
 

@@ -13,7 +13,6 @@ __all__ = [
     "_dropout_mask_kernel",
     "_expand_add_kernel",
     "_outer_partial_kernel",
-    "_outer_reduce_kernel",
     "_shrink_kernel",
 ]
 
@@ -372,25 +371,3 @@ def _outer_partial_kernel(
         _outer_store(p1_ptr, acc1, split, rank, column, K, r1, BLOCK_R, BLOCK_K)
     if SIBLINGS > 2:
         _outer_store(p2_ptr, acc2, split, rank, column, K, r2, BLOCK_R, BLOCK_K)
-
-
-@triton.jit(do_not_specialize=["splits", "r"])
-def _outer_reduce_kernel(
-    out_ptr,  # (r, K), or (K, r) where TRANSPOSED
-    p_ptr,  # float32 (splits, r, K)
-    splits,
-    K,
-    r,
-    scale,
-    TRANSPOSED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out = scale * sum over the splits, always in the same order."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    size = r.to(tl.int64) * K
-    inside = index < size
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for split in range(splits):
-        acc += tl.load(p_ptr + split * size + index, mask=inside, other=0.0)
-    target = (index % K) * r + index // K if TRANSPOSED else index
-    tl.store(out_ptr + target, (acc * scale).to(out_ptr.dtype.element_ty), mask=inside)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["_pair_partial_kernel", "_pair_reduce_kernel"]
+__all__ = ["_pair_partial_kernel"]
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split"])
@@ -70,30 +70,3 @@ def _pair_partial_kernel(
         db,
         mask=(rank < r)[:, None] & (columns < N)[None, :],
     )
-
-
-@triton.jit(do_not_specialize=["strips"])
-def _pair_reduce_kernel(
-    ds_ptr,  # (M, r)
-    copy_ptr,  # the first of its columns in a bordered operand of rows copy_stride apart
-    p_ptr,  # float32 (strips, M, r)
-    size,  # M * r
-    strips,
-    r,
-    copy_stride,
-    scale,
-    COPY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """dS = scale * sum over the strips, always in the same order."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < size
-    acc = tl.zeros((BLOCK,), tl.float32)
-    part = p_ptr + index
-    for _ in range(strips):
-        acc += tl.load(part, mask=inside, other=0.0)
-        part += size
-    ds = (acc * scale).to(ds_ptr.dtype.element_ty)
-    tl.store(ds_ptr + index, ds, mask=inside)
-    if COPY:
-        tl.store(copy_ptr + (index // r) * copy_stride + index % r, ds, mask=inside)

@@ -15,26 +15,30 @@ from fastft_kernels import config
 from fastft_kernels._lora_linear_kernels import (
     _expand_add_kernel,
     _outer_partial_kernel,
-    _outer_reduce_kernel,
     _shrink_kernel,
 )
-from fastft_kernels._lora_pair_kernels import _pair_partial_kernel, _pair_reduce_kernel
+from fastft_kernels._lora_pair_kernels import _pair_partial_kernel
+from fastft_kernels._lora_reduce_kernels import _outer_reduce_kernel, _pair_reduce_kernel
 
 __all__ = [
     "Copy",
+    "PairParts",
     "expand_add",
     "outer",
     "padded",
     "pair",
     "pair_block",
     "pairs_well",
-    "reduce_parts",
+    "reduce_pairs",
     "shrink",
     "split_rows",
 ]
 
 # Grid axes 1 and 2 hold at most 65535 programs; rank blocks and splits stay far below.
 _MAX_SPLITS = 1024
+# Every program of a shrink reads the whole of the adapters' matrices. Where these have more ranks
+# together than this (without dropout, with it), wider ones than x are cast before, in one launch.
+_CAST_RANKS = {False: 48, True: 32}
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,18 @@ def _scales(scales: Sequence[float], group: Sequence[int]) -> list[float]:
     return padded([float(scales[i]) for i in group])
 
 
+def _as_read(
+    matrices: Sequence[Tensor], x: Tensor, ranks: int, masks: Sequence[Tensor | None]
+) -> Sequence[Tensor]:
+    """The matrices of a shrink, in x's dtype where they are read so often that a cast pays."""
+    wider = matrices[0].element_size() > x.element_size()
+    if not wider or ranks <= _CAST_RANKS[any(mask is not None for mask in masks)]:
+        return matrices
+    cast = [torch.empty_like(matrix, dtype=x.dtype) for matrix in matrices]
+    torch._foreach_copy_(cast, list(matrices))
+    return cast
+
+
 def shrink(
     outs: Sequence[Tensor],
     x: Tensor,
@@ -101,6 +117,7 @@ def shrink(
     if tokens == 0:
         return
     arch = config.for_device(x.device)
+    matrices = _as_read(matrices, x, sum(out.shape[1] for out in outs), masks)
     for number, group in enumerate(_groups(masks)):
         group_outs = _pick(outs, group)
         ranks = _ranks(group_outs)
@@ -192,22 +209,27 @@ def outer(
             BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_K=tile.block_n,
             **tile.launch.options(),
         )  # fmt: skip
-        for i, partial in zip(group, partials, strict=True):
-            reduce_parts(outs[i], partial, float(scales[i]), arch, transposed=transposed)
+        chosen = [outs[i] for i in group]
+        _reduce_outers(chosen, partials, [float(scales[i]) for i in group], transposed=transposed)
 
 
-def reduce_parts(
-    out: Tensor, partial: Tensor, scale: float, arch: config.Arch, *, transposed: bool
+def _reduce_outers(
+    outs: Sequence[Tensor], partials: Sequence[Tensor], scales: Sequence[float], *, transposed: bool
 ) -> None:
-    """out = scale * partial (splits, r, K) summed over the splits, transposed or not."""
-    splits, r, features = partial.shape
-    dense = out if out.is_contiguous() else out.new_empty(out.shape)
-    _outer_reduce_kernel[(triton.cdiv(out.numel(), arch.reduce.block),)](
-        dense, partial, splits, features, r, scale,
+    """At most three out_i = scale_i * partial_i (splits_i, r_i, K_i) summed over the splits,
+    transposed or not."""
+    arch = config.for_device(outs[0].device)
+    dense = [out if out.is_contiguous() else out.new_empty(out.shape) for out in outs]
+    most = max(out.numel() for out in outs)
+    shapes = padded([partial.shape for partial in partials])
+    _outer_reduce_kernel[(triton.cdiv(most, arch.reduce.block), len(outs))](
+        *padded(dense), *padded(partials), *[shape[0] for shape in shapes],
+        *[shape[2] for shape in shapes], *[shape[1] for shape in shapes], *padded(scales),
         TRANSPOSED=transposed, BLOCK=arch.reduce.block, **arch.reduce.launch.options(),
     )  # fmt: skip
-    if dense is not out:
-        out.copy_(dense)
+    for out, made in zip(outs, dense, strict=True):
+        if made is not out:
+            out.copy_(made)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -245,10 +267,24 @@ def pair_block(table: dict[int, config.TileConfig], r: int) -> int:
     return next(block for block in sorted(table) if r <= block)
 
 
+@dataclass(frozen=True)
+class PairParts:
+    """What :func:`pair` leaves to :func:`reduce_pairs`: parts of dS (strips, M, r) and of dB
+    (splits, r, N), and where they belong."""
+
+    ds: Tensor
+    db: Tensor
+    thin: Tensor | None
+    ds_parts: Tensor
+    db_parts: Tensor
+    scale: float
+
+
 def pair(
     ds: Tensor, db: Tensor, dy: Tensor, s: Tensor, b: Tensor, scale: float, copy: Copy | None = None
-) -> None:
-    """ds (M, r) = scale * dy b and db (N, r) = scale * dy^T s in one read of dy (M, N)."""
+) -> PairParts:
+    """ds (M, r) = scale * dy b and db (N, r) = scale * dy^T s in one read of dy (M, N), both in
+    parts."""
     tokens, features = dy.shape
     r, arch = b.shape[1], config.for_device(dy.device)
     block_r = pair_block(arch.pair, r)
@@ -259,14 +295,29 @@ def pair(
     ds_parts = torch.empty((strips, tokens, r), dtype=torch.float32, device=dy.device)
     db_parts = torch.empty((splits, r, features), dtype=torch.float32, device=dy.device)
     copies = copy is not None
-    wide, thin = (copy.wide, copy.thin[0]) if copy is not None else (dy, ds)
+    wide = dy if copy is None else copy.wide
     _pair_partial_kernel[(strips, splits)](
         dy, b, s, ds_parts, db_parts, wide, tokens, features, r, rows, wide.stride(0),
         COPY=copies, BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_N=tile.block_n,
         **tile.launch.options(),
     )  # fmt: skip
-    _pair_reduce_kernel[(triton.cdiv(tokens * r, arch.reduce.block),)](
-        ds, thin, ds_parts, tokens * r, strips, r, thin.stride(0), scale,
-        COPY=copies, BLOCK=arch.reduce.block, **arch.reduce.launch.options(),
-    )  # fmt: skip
-    reduce_parts(db, db_parts, scale, arch, transposed=True)
+    return PairParts(ds, db, None if copy is None else copy.thin[0], ds_parts, db_parts, scale)
+
+
+def reduce_pairs(pairs: Sequence[PairParts]) -> None:
+    """The ds and dbs of layers over the same rows, three at a time; all leave a copy of ds in one
+    bordered operand, or none does."""
+    for begin in range(0, len(pairs), config.MAX_SIBLINGS):
+        group = pairs[begin : begin + config.MAX_SIBLINGS]
+        arch, first = config.for_device(group[0].ds.device), group[0].thin
+        most = max(p.ds.numel() for p in group)
+        shapes = padded([p.ds_parts.shape for p in group])
+        thins = [p.ds if p.thin is None else p.thin for p in group]
+        scales = [p.scale for p in group]
+        _pair_reduce_kernel[(triton.cdiv(most, arch.reduce.block), len(group))](
+            *padded([p.ds for p in group]), *padded(thins), *padded([p.ds_parts for p in group]),
+            shapes[0][1], *[shape[0] for shape in shapes], *[shape[2] for shape in shapes],
+            thins[0].stride(0), *padded(scales),
+            COPY=first is not None, BLOCK=arch.reduce.block, **arch.reduce.launch.options(),
+        )  # fmt: skip
+        _reduce_outers([p.db for p in group], [p.db_parts for p in group], scales, transposed=True)

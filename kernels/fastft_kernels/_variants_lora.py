@@ -11,6 +11,7 @@ from fastft_kernels._variant import BOOLEANS, DTYPES, Variant
 __all__ = ["ALL_VARIANTS", "VARIANTS"]
 
 _LORA = "fastft_kernels._lora_linear_kernels"
+_REDUCE = "fastft_kernels._lora_reduce_kernels"
 
 # Sizes that are no multiples of 16, which no model's are, load element by element: three masked
 # siblings may then spill this much. Measured: at most 72 bytes (Triton 3.6, sm_90, rank 16).
@@ -99,12 +100,13 @@ def _lora_variants() -> list[Variant]:
 
 def _reduce(out: str, transposed: bool) -> Variant:
     types = {
-        "out_ptr": f"*{out}", "p_ptr": "*fp32", "splits": "i32", "K": "i32", "r": "i32",
-        "scale": "fp32",
+        **_numbered("out", f"*{out}", "_ptr"), **_numbered("p", "*fp32", "_ptr"),
+        **_numbered("splits", "i32"),
+        **_numbered("K", "i32"), **_numbered("r", "i32"), **_numbered("scale", "fp32"),
     }  # fmt: skip
     constants = {"TRANSPOSED": transposed}
     return Variant(
-        _LORA, "_outer_reduce_kernel", f"out={out} transposed={transposed}", types, constants,
+        _REDUCE, "_outer_reduce_kernel", f"out={out} transposed={transposed}", types, constants,
         "reduce",
     )  # fmt: skip
 
@@ -140,13 +142,14 @@ def _glu_pair(x: str, adapter: str, r: int, activation: int = 0) -> Variant:
 
 def _pair_reduce(out: str, copy: bool) -> Variant:
     types = {
-        "ds_ptr": f"*{out}", "copy_ptr": f"*{out}", "p_ptr": "*fp32", "size": "i32",
-        "strips": "i32", "r": "i32", "copy_stride": "i32", "scale": "fp32",
+        **_numbered("ds", f"*{out}", "_ptr"), **_numbered("copy", f"*{out}", "_ptr"),
+        **_numbered("p", "*fp32", "_ptr"),
+        **_numbered("strips", "i32"), **_numbered("r", "i32"),
+        **_numbered("scale", "fp32"), "M": "i32", "copy_stride": "i32",
     }  # fmt: skip
     return Variant(
-        "fastft_kernels._lora_pair_kernels", "_pair_reduce_kernel", f"ds={out} copy={copy}", types,
-        {"COPY": copy}, "reduce",
-    )  # fmt: skip
+        _REDUCE, "_pair_reduce_kernel", f"ds={out} copy={copy}", types, {"COPY": copy}, "reduce"
+    )
 
 
 def _routed(

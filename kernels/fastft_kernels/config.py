@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from fastft_kernels import _tiles as tiles
+from fastft_kernels._tiles import FORMS, GemmTile, Launch, TileConfig, TileTable
 
 __all__ = [
     "ARCHS",
@@ -63,64 +65,11 @@ def form_of(siblings: int, masked: bool) -> str:
 
 
 @dataclass(frozen=True)
-class Launch:
-    """Compiler options of a launch."""
-
-    num_warps: int = 4
-    num_stages: int = 2
-    # Registers of a thread at most, where fewer let more programs run at a time.
-    registers: int | None = None
-
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of a launch and of ``triton.compile`` alike.
-
-        Fused multiply-add is named because its default differs between Triton versions, and with
-        it the last bit of results.
-        """
-        chosen: dict[str, Any] = {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "enable_fp_fusion": True,
-        }
-        return chosen if self.registers is None else {**chosen, "maxnreg": self.registers}
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """A two-dimensional tile: ``block_m`` tokens by ``block_n`` features; ``resident``: programs
-    that a multiprocessor runs at a time, for sums whose programs are split to fill all."""
-
-    block_m: int
-    block_n: int
-    launch: Launch
-    resident: int = 2
-
-
-# One matrix, siblings that share a launch, and either with dropout.
-FORMS = ("one", "several", "masked")
-# Key: (bytes of an element of x, rank block, form).
-TileTable = dict[tuple[int, int, str], TileConfig]
-
-
-@dataclass(frozen=True)
 class BlockConfig:
     """A one-dimensional kernel: ``block`` items for each program."""
 
     block: int
     launch: Launch = Launch()
-
-
-@dataclass(frozen=True)
-class GemmTile:
-    """A tile of the persistent LoRA product; ``block_r``: ranks of its thin term at a time;
-    ``group_m``: rows of tiles that are walked together."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    block_r: int
-    launch: Launch
-    group_m: int = 8
 
 
 @dataclass(frozen=True)
@@ -220,124 +169,6 @@ class Arch:
     rope: RopeConfig = RopeConfig()
 
 
-# Consumer parts (99 KiB of shared memory): shallow pipelines. Where a launch serves one matrix
-# without dropout the tile may be wider; three accumulators and the unpacked keep bits need more
-# warps to stay in registers.
-def _forms(table: dict[tuple[int, int, bool], TileConfig]) -> TileTable:
-    """A table whose last key says only whether a launch has siblings or dropout."""
-    names = {False: FORMS[:1], True: FORMS[1:]}
-    return {(*key, form): tile for (*key, more), tile in table.items() for form in names[more]}  # type: ignore[misc]
-
-
-_SHRINK_SMALL: TileTable = _forms(
-    {
-        (2, 16, False): TileConfig(64, 64, Launch(4, 3)),
-        (2, 32, False): TileConfig(64, 64, Launch(4, 3)),
-        (2, 64, False): TileConfig(64, 64, Launch(4, 3)),
-        (4, 16, False): TileConfig(64, 32, Launch(4, 3)),
-        (4, 32, False): TileConfig(64, 32, Launch(4, 2)),
-        (2, 16, True): TileConfig(64, 64, Launch(8, 3)),
-        (2, 32, True): TileConfig(64, 64, Launch(8, 3)),
-        (2, 64, True): TileConfig(32, 64, Launch(8, 2)),
-        (4, 16, True): TileConfig(64, 32, Launch(4, 2)),
-        (4, 32, True): TileConfig(64, 32, Launch(8, 2)),
-    }
-)
-_EXPAND_SMALL: TileTable = _forms(
-    {
-        (2, 16, False): TileConfig(64, 128, Launch(4, 2)),
-        (2, 32, False): TileConfig(64, 128, Launch(4, 2)),
-        (2, 64, False): TileConfig(64, 128, Launch(8, 2)),
-        (4, 16, False): TileConfig(64, 64, Launch(8, 2)),
-        (4, 32, False): TileConfig(64, 64, Launch(8, 2)),
-        (2, 16, True): TileConfig(64, 128, Launch(8, 2)),
-        (2, 32, True): TileConfig(64, 128, Launch(8, 2)),
-        (2, 64, True): TileConfig(64, 64, Launch(8, 2)),
-        (4, 16, True): TileConfig(64, 64, Launch(8, 2)),
-        (4, 32, True): TileConfig(32, 64, Launch(8, 2)),
-    }
-)
-_OUTER_SMALL: TileTable = _forms(
-    {
-        (2, 16, False): TileConfig(64, 64, Launch(4, 3)),
-        (2, 32, False): TileConfig(64, 64, Launch(4, 3)),
-        (2, 64, False): TileConfig(64, 64, Launch(4, 3)),
-        (4, 16, False): TileConfig(32, 64, Launch(4, 3)),
-        (4, 32, False): TileConfig(32, 64, Launch(8, 2)),
-        (2, 16, True): TileConfig(64, 64, Launch(4, 3)),
-        (2, 32, True): TileConfig(32, 64, Launch(8, 3)),
-        (2, 64, True): TileConfig(32, 64, Launch(8, 3), 1),
-        (4, 16, True): TileConfig(16, 64, Launch(8, 2)),
-        (4, 32, True): TileConfig(16, 64, Launch(8, 2), 1),
-    }
-)
-
-# Data-centre parts: more bytes in flight to cover the latency of their memory.
-_SHRINK_LARGE: TileTable = {
-    **_SHRINK_SMALL,
-    (2, 16, "one"): TileConfig(64, 128, Launch(4, 4)),
-    (2, 32, "one"): TileConfig(64, 64, Launch(4, 4)),
-    (2, 64, "one"): TileConfig(64, 64, Launch(4, 4)),
-    **dict.fromkeys([(2, 16, form) for form in FORMS[1:]], TileConfig(64, 64, Launch(4, 4))),
-    **dict.fromkeys([(2, 64, form) for form in FORMS[1:]], TileConfig(64, 32, Launch(8, 4))),
-}
-# Without Hopper's matrix unit, whose operands stay in shared memory, that tile spills.
-_SHRINK_SM80: TileTable = {
-    **_SHRINK_LARGE,
-    **dict.fromkeys([(2, 64, form) for form in FORMS[1:]], TileConfig(32, 64, Launch(8, 3))),
-}
-_EXPAND_LARGE: TileTable = {**_EXPAND_SMALL, (2, 16, "one"): TileConfig(128, 128, Launch(8, 2))}
-_OUTER_LARGE: TileTable = {
-    **_OUTER_SMALL,
-    **dict.fromkeys([(2, 16, form) for form in FORMS], TileConfig(64, 64, Launch(4, 4))),
-    **dict.fromkeys([(2, 64, form) for form in FORMS[1:]], TileConfig(32, 64, Launch(8, 4), 1)),
-}
-# Measured on an H200, 2026-11-26 and 27: the fastest of eight to fifteen tiles each, at 8192 tokens.
-_SHRINK_SM90: TileTable = {
-    **_SHRINK_LARGE,
-    (2, 16, "several"): TileConfig(64, 128, Launch(4, 4)),
-    (2, 16, "masked"): TileConfig(32, 64, Launch(4, 4)),
-    (2, 64, "one"): TileConfig(64, 128, Launch(4, 4)),
-    (2, 64, "several"): TileConfig(64, 64, Launch(4, 5)),
-}
-_EXPAND_SM90: TileTable = {
-    **_EXPAND_LARGE,
-    (2, 16, "one"): TileConfig(64, 128, Launch(4, 2)),
-    (2, 16, "several"): TileConfig(64, 64, Launch(4, 2)),
-    (2, 16, "masked"): TileConfig(32, 128, Launch(4, 2)),
-    (2, 64, "one"): TileConfig(64, 64, Launch(4, 2)),
-    (2, 64, "masked"): TileConfig(64, 64, Launch(4, 2)),
-}
-_OUTER_SM90: TileTable = {
-    **_OUTER_LARGE,
-    (2, 16, "one"): TileConfig(128, 64, Launch(4, 3)),
-    (2, 16, "several"): TileConfig(128, 64, Launch(4, 3)),
-    (2, 16, "masked"): TileConfig(64, 64, Launch(4, 3), 2),
-    (2, 64, "one"): TileConfig(128, 64, Launch(4, 3)),
-    (2, 64, "several"): TileConfig(64, 128, Launch(4, 3)),
-}
-
-# Registers bound how many run at a time. Without Hopper's matrix unit, whose operands stay in
-# shared memory, Triton 3.6 and 3.7 spill a tile of 64 tokens.
-_PAIR_SMALL = dict.fromkeys((16, 32), TileConfig(32, 256, Launch(8, 3), 1))
-_PAIR_LARGE = {16: TileConfig(64, 128, Launch(4, 3), 2)}
-_PAIR_SM90 = {16: TileConfig(64, 256, Launch(8, 3, registers=128), 2)}
-# Of wider adapters the parts of dS would be as many bytes as another read of the gradients.
-_GLU_PAIR_SMALL = {16: TileConfig(16, 128, Launch(4, 2, registers=128), 3)}
-_GLU_PAIR_LARGE = {16: TileConfig(16, 128, Launch(4, 2, registers=128), 4)}
-_GLU_PAIR_SM90 = {16: TileConfig(16, 128, Launch(4, 3, registers=128), 4)}
-
-# The masked product holds its thin term apart from the accumulator until the mask has met it.
-_GEMM_SM90 = {
-    False: GemmTile(128, 256, 64, 32, Launch(8, 3)),
-    True: GemmTile(128, 128, 64, 16, Launch(8, 4)),
-}
-_GEMM_SM100 = {**_GEMM_SM90, True: GemmTile(128, 64, 64, 16, Launch(8, 4))}
-_GEMM_SM120 = {
-    False: GemmTile(128, 64, 64, 32, Launch(8, 3)),
-    True: GemmTile(64, 128, 32, 32, Launch(8, 3)),
-}
-
 _KIB = 1024
 
 # fmt: off
@@ -345,28 +176,28 @@ ARCHS: dict[int, Arch] = {
     arch.capability: arch
     for arch in (
         Arch(
-            "sm_80", 80, 163 * _KIB, 108, _SHRINK_SM80, _EXPAND_LARGE, _OUTER_LARGE, _PAIR_SMALL,
-            _GLU_PAIR_LARGE,
+            "sm_80", 80, 163 * _KIB, 108, tiles.SHRINK_SM80, tiles.EXPAND_LARGE, tiles.OUTER_LARGE,
+            tiles.PAIR_SMALL, tiles.GLU_PAIR_LARGE,
         ),
         Arch(
-            "sm_86", 86, 99 * _KIB, 84, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL, _PAIR_SMALL,
-            _GLU_PAIR_SMALL,
+            "sm_86", 86, 99 * _KIB, 84, tiles.SHRINK_SMALL, tiles.EXPAND_SMALL, tiles.OUTER_SMALL,
+            tiles.PAIR_SMALL, tiles.GLU_PAIR_SMALL,
         ),
         Arch(
-            "sm_89", 89, 99 * _KIB, 128, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL, _PAIR_SMALL,
-            _GLU_PAIR_SMALL,
+            "sm_89", 89, 99 * _KIB, 128, tiles.SHRINK_SMALL, tiles.EXPAND_SMALL, tiles.OUTER_SMALL,
+            tiles.PAIR_SMALL, tiles.GLU_PAIR_SMALL,
         ),
         Arch(
-            "sm_90", 90, 227 * _KIB, 132, _SHRINK_SM90, _EXPAND_SM90, _OUTER_SM90, _PAIR_SM90,
-            _GLU_PAIR_SM90, _GEMM_SM90,
+            "sm_90", 90, 227 * _KIB, 132, tiles.SHRINK_SM90, tiles.EXPAND_SM90, tiles.OUTER_SM90,
+            tiles.PAIR_SM90, tiles.GLU_PAIR_SM90, tiles.GEMM_SM90,
         ),
         Arch(
-            "sm_100", 100, 227 * _KIB, 148, _SHRINK_LARGE, _EXPAND_LARGE, _OUTER_LARGE,
-            _PAIR_LARGE, _GLU_PAIR_LARGE, _GEMM_SM100,
+            "sm_100", 100, 227 * _KIB, 148, tiles.SHRINK_LARGE, tiles.EXPAND_LARGE,
+            tiles.OUTER_LARGE, tiles.PAIR_LARGE, tiles.GLU_PAIR_LARGE, tiles.GEMM_SM100,
         ),
         Arch(
-            "sm_120", 120, 99 * _KIB, 170, _SHRINK_SMALL, _EXPAND_SMALL, _OUTER_SMALL, _PAIR_SMALL,
-            _GLU_PAIR_SMALL, _GEMM_SM120,
+            "sm_120", 120, 99 * _KIB, 170, tiles.SHRINK_SMALL, tiles.EXPAND_SMALL,
+            tiles.OUTER_SMALL, tiles.PAIR_SMALL, tiles.GLU_PAIR_SMALL, tiles.GEMM_SM120,
         ),
     )
 }

@@ -1,7 +1,8 @@
 """``rms_norm`` in Triton: a program a row, or several short ones, in float32.
 
-A row that fits stays in registers; a longer one is walked twice, the second time from cache. The weight's gradient, wanted only where norms
-are trained, is summed in two stages of fixed shape: no atomics, the same bits each time.
+A row that fits stays in registers; a longer one is walked twice, the second time from cache. The
+weight's gradient, wanted only where norms are trained, is summed in two stages of fixed shape: no
+atomics, the same bits each time.
 """
 
 from __future__ import annotations
