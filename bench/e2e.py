@@ -72,7 +72,7 @@ class Results:
 
 
 def run(options: Options, emit: Callable[[Record], None]) -> list[Record]:
-    """Measures every implementation and hands its records to `emit`."""
+    """Measures every implementation and hands its records to `emit` as soon as they are known."""
     records: list[Record] = []
 
     def out(record: Record) -> None:
@@ -86,14 +86,20 @@ def run(options: Options, emit: Callable[[Record], None]) -> list[Record]:
     results = {impl.name: Results(reason=_not_here(impl, options)) for impl in IMPLS}
     with tempfile.TemporaryDirectory(prefix="fastft-bench-") as folder:
         _work({"role": "truth", "model": model, **_files(Path(folder))}, options)
+        judged, measured = False, list[Impl]()
         for number in range(options.rounds):
             for impl in IMPLS:
                 if results[impl.name].reason is None:
                     _one_round(impl, number == 0, model, Path(folder), options, results[impl.name])
-            if number == 0:
-                _judge(results, options)
-    for impl in IMPLS:
-        _report(impl, results[impl.name], case, options, out)
+                # Nobody is judged, or has a number, before what the errors are measured by.
+                judged = judged or impl.name == _yardstick(options)
+                if judged and number == 0:
+                    _judge(results, options)
+                if number == options.rounds - 1:
+                    measured.append(impl)
+                while judged and measured:
+                    own = measured.pop(0)
+                    _report(own, results[own.name], case, options, out)
     return records
 
 

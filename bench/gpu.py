@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,14 @@ TOTAL_LIMIT_S = 520.0
 # A step that could get less than this is not worth starting.
 _SHORTEST_S = 5.0
 _REPORT = "FASTFT_GPU_REPORT"
-SUITES = ("ways", "layer", "optim", "e2e", "loss", "block", "lora", "memory")
+# Steps whose lines are kept in bench/results.
+SUITES = ("ways", "layer", "optim", "e2e", "loss", "block", "lora", "memory", "e2e-checkpointed")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command with a time limit; ``{out}`` in it is the output folder."""
+    """A command with a time limit; ``{out}`` in it is the output folder, ``{layers}`` how many
+    layers of a model this GPU has room for (`layers_for`)."""
 
     name: str
     command: tuple[str, ...]
@@ -72,10 +74,17 @@ _LINES = {_REPORT: "{out}/tests.jsonl"}
 _BENCH = (sys.executable, "-m", "bench")
 
 
-def _bench(suite: str, limit_s: float, *more: str) -> Step:
-    command = (*_BENCH, suite, "--device", "cuda", "--json", f"{{out}}/{suite}.jsonl", *more)
-    return Step(suite, command, limit_s)
+def _bench(suite: str, limit_s: float, *more: str, name: str | None = None) -> Step:
+    name = name or suite
+    command = (*_BENCH, suite, "--device", "cuda", "--json", f"{{out}}/{name}.jsonl", *more)
+    return Step(name, command, limit_s)
 
+
+# One round, of more steps than usual: a start takes longer than they do.
+_E2E = (
+    *("--model", "llama-3.1-8b:{layers}", "--batch", "2", "--tokens", "4096"),
+    *("--rounds", "1", "--steps", "5", "--impls", "peft,peft-bf16,peft-bf16+liger,fastft"),
+)
 
 STEPS: tuple[Step, ...] = (
     Step(
@@ -91,25 +100,22 @@ STEPS: tuple[Step, ...] = (
     Step("table", (sys.executable, "-m", "bench.ways", "{out}/ways.jsonl"), 20),
     _bench("layer", 60, "--rounds", "5"),
     _bench("optim", 40, "--rounds", "5"),
-    _bench(
-        "e2e",
-        120,
-        "--model",
-        "llama-3.1-8b:8",
-        "--batch",
-        "2",
-        "--tokens",
-        "4096",
-        "--rounds",
-        "1",
-        "--impls",
-        "peft,peft-bf16,peft-bf16+liger,fastft",
-    ),
+    _bench("e2e", 120, *_E2E),
     _bench("loss", 30, "--rounds", "5"),
     _bench("block", 30, "--rounds", "5"),
     _bench("lora", 40, "--rounds", "5"),
     _bench("memory", 90, "--quick", "--rounds", "1"),
+    _bench("e2e", 90, *_E2E, "--checkpointing", name="e2e-checkpointed"),
 )
+
+
+def layers_for(memory_bytes: int) -> int:
+    """How many layers of Llama-3.1-8B e2e takes, so that every implementation has room.
+
+    PEFT needs about 4.3 GB a layer at 2 x 4096 tokens without checkpoints, beside the weights and
+    logits: 16 layers on a card of 130 GB and more, 8 on one of 80 GB.
+    """
+    return 16 if memory_bytes >= 130e9 else 8
 
 
 def obstacles() -> list[str]:
@@ -260,10 +266,12 @@ def run(out: Path, steps: Sequence[Step] = STEPS, results: Path | None = None) -
     environment = environment_for(found["capability"])
     print(f"{found['device']}, commit {found['commit']}", flush=True)
     outcomes = []
+    layers = str(layers_for(found["memory_bytes"]))
     for step in steps:
-        outcome = run_step(step, out, deadline, environment)
+        command = tuple(part.replace("{layers}", layers) for part in step.command)
+        outcome = run_step(replace(step, command=command), out, deadline, environment)
         outcomes.append(outcome)
-        print(f"{outcome.name:8} {outcome.state:12} {outcome.seconds:6.1f} s", flush=True)
+        print(f"{outcome.name:16} {outcome.state:12} {outcome.seconds:6.1f} s", flush=True)
         if outcome.state == "failed":
             print("".join(f"    {line}\n" for line in _tail(out / outcome.log)), end="", flush=True)
     tests = out / "tests.jsonl"

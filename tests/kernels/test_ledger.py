@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from bench import gpu, ledger
+from bench.__main__ import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL = "triton/optimizer_step"
 FACTS: dict[str, Any] = {
     "device": "NVIDIA H100 80GB HBM3",
     "capability": "9.0",
+    "memory_bytes": 85_000_000_000,
     "date": "2026-01-02T03:04:05+00:00",
     "commit": "0123456789ab",
     "versions": {"torch": "2.11.0"},
@@ -182,7 +184,11 @@ def test_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             60,
             {"WHERE": "{out}/tests.jsonl"},
         ),
-        gpu.Step("lora", (*_python("import sys; open(sys.argv[1], 'w')"), "{out}/lora.jsonl"), 60),
+        gpu.Step(
+            "lora",
+            (*_python("import sys; open(sys.argv[1], 'w')"), "{out}/lora.jsonl", "m:{layers}"),
+            60,
+        ),
         gpu.Step("loss", _python("import time; time.sleep(60)"), 5),
     )
     out, results = tmp_path / "out", tmp_path / "results"
@@ -192,6 +198,7 @@ def test_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = json.loads((out / "gpu.json").read_text())
     states = {step["name"]: step["state"] for step in document["steps"]}
     assert states == {"build": "failed", "tests": "ok", "lora": "ok", "loss": "timed out"}
+    assert next(s for s in document["steps"] if s["name"] == "lora")["command"].endswith(" m:8")
     assert "no compiler" in (out / "build.log").read_text()
     assert set(document["kernels"]) == {KERNEL}
     assert document["device"] == FACTS["device"]
@@ -212,16 +219,33 @@ def test_steps_build_test_and_measure_within_the_limit() -> None:
     names = [step.name for step in gpu.STEPS]
     # The table of ways is written before anything is measured that chooses by it.
     suites = ["ways", "table", "layer", "optim", "e2e", "loss", "block", "lora", "memory"]
+    suites.append("e2e-checkpointed")
     assert names == ["build", "tests", "times", *suites]
     assert set(gpu.SUITES) == set(names[3:]) - {"table"}
     assert gpu.TOTAL_LIMIT_S < 540
     build = gpu.STEPS[0]
     assert build.environment["FASTFT_CUDA"] == "1"
     assert gpu.environment_for("9.0")["TORCH_CUDA_ARCH_LIST"].startswith("9.0")
-    suites = subprocess.run(
-        [sys.executable, "-m", "bench", "--help"], cwd=ROOT, capture_output=True, text=True
-    ).stdout
-    assert all(suite in suites for suite in gpu.SUITES)
+
+
+def test_steps_are_commands_that_the_benchmarks_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    written = []
+    for step in gpu.STEPS:
+        if step.name in gpu.SUITES:
+            found = parse([part.replace("{layers}", "8") for part in step.command[3:]])
+            assert found.device == "cuda"
+            assert found.checkpointing is step.name.endswith("-checkpointed")
+            assert found.suite == step.name.removesuffix("-checkpointed")
+            written.append(str(found.json))
+            if found.suite == "e2e":
+                assert (found.model, found.rounds, found.steps) == ("llama-3.1-8b:8", 1, 5)
+    assert sorted(written) == sorted(f"{{out}}/{name}.jsonl" for name in gpu.SUITES)
+
+
+def test_a_model_has_the_layers_a_card_has_room_for() -> None:
+    h200, h100, a100 = 150_000_000_000, 85_000_000_000, 42_000_000_000
+    assert [gpu.layers_for(size) for size in (h200, h100, a100)] == [16, 8, 8]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
