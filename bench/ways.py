@@ -253,11 +253,19 @@ def table(lines: Sequence[str], arch: str) -> list[dict[str, Any]]:
         if shape["direction"] == "fwd":  # with dropout the same products are made
             twin = rows.setdefault(f"{case.name} dropped", {**row, "dropout": True})
             twin["time_ms"] = row["time_ms"]
-    return list(rows.values())
+    # Of the case at which a run was stopped some ways are missing.
+    most = max((len(row["time_ms"]) for row in rows.values()), default=0)
+    return [row for row in rows.values() if len(row["time_ms"]) == most]
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a row is of."""
+    names = ("arch", "direction", "tokens", "features", "r", "dropout")
+    return (*(row[name] for name in names), *row["widths"])
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Replaces the rows of this GPU's architecture in the table."""
+    """Replaces the rows of this GPU's architecture in the table that were measured anew."""
     if len(arguments) != 1:
         print("usage: python -m bench.ways RESULTS.jsonl", file=sys.stderr)
         return 2
@@ -268,7 +276,8 @@ def main(arguments: Sequence[str]) -> int:
     if not rows:
         print(f"bench.ways: no measured way in {arguments[0]}", file=sys.stderr)
         return 1
-    others = [row for row in json.loads(TABLE.read_text()) if row["arch"] != arch]
+    measured = {_key(row) for row in rows}
+    others = [row for row in json.loads(TABLE.read_text()) if _key(row) not in measured]
     text = ",\n".join(json.dumps(row) for row in [*others, *rows])
     write_atomically(TABLE, f"[\n{text}\n]\n")
     print(f"{len(rows)} rows for {arch} in {TABLE}")

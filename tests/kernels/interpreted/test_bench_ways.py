@@ -61,16 +61,21 @@ def test_the_table_it_makes_is_the_one_that_is_read(
             record = {"suite": "ways", "case": case.name, "impl": impl, "metric": "time_ms"}
             lines.append(json.dumps({**record, "value": value, "device": "X", "commit": "c"}))
     results, target = tmp_path / "ways.jsonl", tmp_path / "ways.json"
-    results.write_text("\n".join(lines))
-    target.write_text(json.dumps([{"arch": "sm_80"}, {"arch": "sm_90", "old": True}]))
+    # The run was stopped in one more case than it has ended.
+    results.write_text("\n".join(lines[:-1]))
+    first, last = (
+        {k: v for k, v in case.facts.items() if k != "p"} for case in (cases[0], cases[-1])
+    )
+    old = [{"arch": "sm_80", **first}, {"arch": "sm_90", **first}, {"arch": "sm_90", **last}]
+    target.write_text(json.dumps(old))
     monkeypatch.setattr(ways, "TABLE", target)
     monkeypatch.setattr(config, "for_device", lambda device: config.ARCHS[90])
     assert ways.main([str(results)]) == 0
     rows = json.loads(target.read_text())
-    assert rows[0] == {"arch": "sm_80"}, "another architecture's rows stay"
+    assert rows[:2] == [old[0], old[2]], "what was not measured anew stays"
     # Forward, each case also speaks for dropout.
     forward = sum(case["direction"] == "fwd" for case in cases)
-    assert len(rows) == 1 + len(cases) + forward
+    assert len(rows) == 2 + len(cases) - 1 + forward
     monkeypatch.setattr(table, "TABLE", target)
     table._rows.cache_clear()
     table._picked.cache_clear()
