@@ -93,38 +93,44 @@ def _shrink_step(
 
 @triton.jit
 def _shrink_store(
-    s_ptr, copy, acc, scale, row, r0, M, r,
-    COPY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    s_ptr, copy, acc, scale, split, row, r0, M, r,
+    COPY: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Writes s, and with COPY once more from the pointers ``copy`` on, one a row."""
+    """Writes s, or the split's part of it, and with COPY once more from the pointers ``copy`` on,
+    one a row."""
     rows = tl.arange(0, BLOCK_M)
     rank = r0 + tl.arange(0, BLOCK_R)
     s = (acc * scale).to(s_ptr.dtype.element_ty)
     inside = (row + rows < M)[:, None] & (rank < r)[None, :]
-    tl.store(s_ptr + row.to(tl.int64) * r + rows[:, None] * r + rank[None, :], s, mask=inside)
-    if COPY:
+    first = row.to(tl.int64) * r
+    if SPLIT:
+        first += split.to(tl.int64) * M * r
+    tl.store(s_ptr + first + rows[:, None] * r + rank[None, :], s, mask=inside)
+    if COPY and not SPLIT:
         tl.store(copy + rank[None, :], s, mask=inside)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "k_per_split"])
 def _shrink_kernel(
     x_ptr,  # (M, K)
     a0_ptr, a1_ptr, a2_ptr,  # (r_i, K), or (K, r_i) where TRANSPOSED
-    s0_ptr, s1_ptr, s2_ptr,  # (M, r_i)
+    s0_ptr, s1_ptr, s2_ptr,  # (M, r_i), or float32 (splits, M, r_i) where SPLIT
     mask0_ptr, mask1_ptr, mask2_ptr,  # uint8 (M, ceil(K / 8))
     copy_ptr,  # (M, copy_stride): x, then every s_i from column K + first_i
-    M, K, r0, r1, r2, scale0, scale1, scale2, copy_stride, first0, first1, first2,
+    M, K, r0, r1, r2, scale0, scale1, scale2, copy_stride, first0, first1, first2, k_per_split,
     SIBLINGS: tl.constexpr,
     MASKED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     COPY: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """s_i = scale_i * drop_i(x) a_i^T for all siblings, reading x once (for each rank block).
 
-    With COPY also [x | s_0 | s_1 ..] for a library product on bordered operands.
+    With COPY also [x | s_0 | s_1 ..] for a library product on bordered operands; with SPLIT the
+    parts of s_i that splits of K make, which ``_pair_reduce_kernel`` adds up.
     """
     row = tl.program_id(0) * BLOCK_M
     rank = tl.program_id(1) * BLOCK_R
@@ -140,13 +146,17 @@ def _shrink_kernel(
     # Bits of a block are loaded while the one before it is multiplied: no copy in the background is
     # as narrow as theirs would be.
     bits0, bits1, bits2 = 0, 0, 0
+    split, begin, end = tl.program_id(2), 0, K
+    if SPLIT:
+        begin = split * k_per_split
+        end = tl.minimum(begin + k_per_split, K)
     if MASKED:
-        bits0 = _keep_bytes(mask0_ptr, row, 0, M, K, BLOCK_M, BLOCK_K)
+        bits0 = _keep_bytes(mask0_ptr, row, begin, M, K, BLOCK_M, BLOCK_K)
         if SIBLINGS > 1:
-            bits1 = _keep_bytes(mask1_ptr, row, 0, M, K, BLOCK_M, BLOCK_K)
+            bits1 = _keep_bytes(mask1_ptr, row, begin, M, K, BLOCK_M, BLOCK_K)
         if SIBLINGS > 2:
-            bits2 = _keep_bytes(mask2_ptr, row, 0, M, K, BLOCK_M, BLOCK_K)
-    for k0 in range(0, K, BLOCK_K):
+            bits2 = _keep_bytes(mask2_ptr, row, begin, M, K, BLOCK_M, BLOCK_K)
+    for k0 in range(begin, end, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         x = tl.load(
             x_tile + k[None, :], mask=(row + rows < M)[:, None] & (k < K)[None, :], other=0.0
@@ -177,18 +187,18 @@ def _shrink_kernel(
             )  # fmt: skip
         bits0, bits1, bits2 = next0, next1, next2
     _shrink_store(
-        s0_ptr, copy_tile + K + first0, acc0, scale0, row, rank, M, r0,
-        COPY, BLOCK_M, BLOCK_R,
+        s0_ptr, copy_tile + K + first0, acc0, scale0, split, row, rank, M, r0,
+        COPY, SPLIT, BLOCK_M, BLOCK_R,
     )  # fmt: skip
     if SIBLINGS > 1:
         _shrink_store(
-            s1_ptr, copy_tile + K + first1, acc1, scale1, row, rank, M, r1,
-            COPY, BLOCK_M, BLOCK_R,
+            s1_ptr, copy_tile + K + first1, acc1, scale1, split, row, rank, M, r1,
+            COPY, SPLIT, BLOCK_M, BLOCK_R,
         )  # fmt: skip
     if SIBLINGS > 2:
         _shrink_store(
-            s2_ptr, copy_tile + K + first2, acc2, scale2, row, rank, M, r2,
-            COPY, BLOCK_M, BLOCK_R,
+            s2_ptr, copy_tile + K + first2, acc2, scale2, split, row, rank, M, r2,
+            COPY, SPLIT, BLOCK_M, BLOCK_R,
         )  # fmt: skip
 
 

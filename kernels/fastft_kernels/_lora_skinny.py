@@ -39,6 +39,8 @@ _MAX_SPLITS = 1024
 # Every program of a shrink reads the whole of the adapters' matrices. Where these have more ranks
 # together than this (without dropout, with it), wider ones than x are cast before, in one launch.
 _CAST_RANKS = {False: 48, True: 32}
+# Blocks of features that a split of a shrink has at least: two more are its begin and its end.
+_FEWEST_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -130,16 +132,38 @@ def shrink(
         if copy is not None and copies:
             target, stride = copy.wide, copy.wide.stride(0)
             firsts = padded([copy.first(i) for i in group])
-        _shrink_kernel[grid](
-            x, *_pick(matrices, group), *group_outs, *_pick_masks(masks, group, x), target,
-            tokens, features, *ranks, *_scales(scales, group), stride, *firsts,
+        splits, k_per_split = _split_features(
+            features, tile.block_n, grid[0] * grid[1], arch.multiprocessors
+        )
+        results, factors = group_outs, _scales(scales, group)
+        if splits > 1:
+            parts = [x.new_empty(splits, tokens, r, dtype=torch.float32) for r in ranks]
+            results, factors = parts, [1.0] * len(parts)
+        _shrink_kernel[(*grid, splits)](
+            x, *_pick(matrices, group), *results, *_pick_masks(masks, group, x), target,
+            tokens, features, *ranks, *factors, stride, *firsts, k_per_split,
             SIBLINGS=len(group), MASKED=masked, TRANSPOSED=transposed, COPY=copies,
-            BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_K=tile.block_n,
+            SPLIT=splits > 1, BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_K=tile.block_n,
             **tile.launch.options(),
         )  # fmt: skip
+        if splits > 1:
+            thins = [copy.thin[i] for i in group] if copy is not None and copies else None
+            factors = [float(scales[i]) for i in group]
+            _add_up([outs[i] for i in group], thins, parts[: len(group)], factors)
         if copy is not None and not copies:
             for i in group:
                 copy.thin[i].copy_(outs[i])
+
+
+@functools.lru_cache(maxsize=1024)
+def _split_features(features: int, block_k: int, programs: int, slots: int) -> tuple[int, int]:
+    """(splits, features in each) of a shrink whose programs alone would leave much of a GPU idle."""
+    steps = triton.cdiv(features, block_k)
+    splits = min(slots // programs, steps // _FEWEST_STEPS)
+    if splits < 2:
+        return 1, features
+    width = triton.cdiv(steps, splits) * block_k
+    return triton.cdiv(features, width), width
 
 
 def expand_add(
@@ -309,15 +333,26 @@ def reduce_pairs(pairs: Sequence[PairParts]) -> None:
     bordered operand, or none does."""
     for begin in range(0, len(pairs), config.MAX_SIBLINGS):
         group = pairs[begin : begin + config.MAX_SIBLINGS]
-        arch, first = config.for_device(group[0].ds.device), group[0].thin
-        most = max(p.ds.numel() for p in group)
-        shapes = padded([p.ds_parts.shape for p in group])
-        thins = [p.ds if p.thin is None else p.thin for p in group]
         scales = [p.scale for p in group]
-        _pair_reduce_kernel[(triton.cdiv(most, arch.reduce.block), len(group))](
-            *padded([p.ds for p in group]), *padded(thins), *padded([p.ds_parts for p in group]),
-            shapes[0][1], *[shape[0] for shape in shapes], *[shape[2] for shape in shapes],
-            thins[0].stride(0), *padded(scales),
-            COPY=first is not None, BLOCK=arch.reduce.block, **arch.reduce.launch.options(),
-        )  # fmt: skip
+        thins = [p.thin for p in group if p.thin is not None]
+        _add_up([p.ds for p in group], thins or None, [p.ds_parts for p in group], scales)
         _reduce_outers([p.db for p in group], [p.db_parts for p in group], scales, transposed=True)
+
+
+def _add_up(
+    outs: Sequence[Tensor],
+    thins: Sequence[Tensor] | None,
+    parts: Sequence[Tensor],
+    scales: Sequence[float],
+) -> None:
+    """At most three out_i (M, r_i) = scale_i * parts_i (strips_i, M, r_i) summed over the strips;
+    thins: where each belongs in one bordered operand, too."""
+    arch = config.for_device(outs[0].device)
+    most = max(out.numel() for out in outs)
+    strips, rows, ranks = zip(*[part.shape for part in padded(parts)], strict=True)
+    copies = list(outs if thins is None else thins)
+    _pair_reduce_kernel[(triton.cdiv(most, arch.reduce.block), len(outs))](
+        *padded(outs), *padded(copies), *padded(parts), rows[0], *strips, *ranks,
+        copies[0].stride(0), *padded(scales),
+        COPY=thins is not None, BLOCK=arch.reduce.block, **arch.reduce.launch.options(),
+    )  # fmt: skip

@@ -34,10 +34,11 @@ def _lora(kernel: str, x: str, adapter: str, r: int, siblings: int, masked: bool
     masks = _numbered("mask", "*u8", "_ptr")
     scales = _numbered("scale", "fp32")
     if kernel == "shrink":
+        made = "fp32" if flags.setdefault("SPLIT", False) else x
         types = {
             "x_ptr": f"*{x}", **_numbered("a", f"*{adapter}", "_ptr"),
-            **_numbered("s", f"*{x}", "_ptr"), **masks, "copy_ptr": f"*{x}", **shape, **scales,
-            "copy_stride": "i32", **_numbered("first", "i32"),
+            **_numbered("s", f"*{made}", "_ptr"), **masks, "copy_ptr": f"*{x}", **shape, **scales,
+            "copy_stride": "i32", **_numbered("first", "i32"), "k_per_split": "i32",
         }  # fmt: skip
         flags.setdefault("COPY", False)
     elif kernel == "expand":
@@ -76,6 +77,7 @@ def _lora_variants() -> list[Variant]:
             ]
         variants += [
             _lora("shrink", "bf16", "fp32", r, 1, False, TRANSPOSED=True),
+            _lora("shrink", "bf16", "bf16", r, 3, False, TRANSPOSED=False, COPY=True, SPLIT=True),
             _lora("expand", "bf16", "fp32", r, 1, False, HAS_BIAS=True, TRANSPOSED=True),
         ]
     variants += [
@@ -203,7 +205,7 @@ def _all_variants() -> list[Variant]:
             variants.append(_lora("expand", *case, HAS_BIAS=False, **flags))
         # s B^T of one sibling at a time, where a bias may be; dY B likewise.
         alone, flags = (x, a, r, 1, False), {"TRANSPOSED": True, "aligned": aligned}
-        variants.append(_lora("shrink", *alone, **flags))
+        variants += [_lora("shrink", *alone, SPLIT=split, **flags) for split in BOOLEANS]
         variants += [_lora("expand", *alone, HAS_BIAS=bias, **flags) for bias in BOOLEANS]
     for (x, a), copy in itertools.product(pairs, BOOLEANS):
         if DTYPES[x] == 2:
@@ -217,7 +219,8 @@ def _all_variants() -> list[Variant]:
             variants += [_routed(kernel, *rest) for kernel in ("shrink", "expand", "outer")]
         for siblings, masked in itertools.product((1, 2, 3), BOOLEANS):
             flags = {"TRANSPOSED": False, "COPY": True}
-            variants.append(_lora("shrink", x, a, r, siblings, masked, **flags))
+            for split in BOOLEANS:
+                variants.append(_lora("shrink", x, a, r, siblings, masked, SPLIT=split, **flags))
         variants.append(_lora("shrink", x, a, r, 1, False, TRANSPOSED=True, COPY=True))
     for x, a in (both for both in pairs if DTYPES[both[0]] == 2):
         flags = {"TRANSPOSED": True, "MASKED": False}
