@@ -110,7 +110,7 @@ def _shrink_store(
         tl.store(copy + rank[None, :], s, mask=inside)
 
 
-@triton.jit(do_not_specialize=["M", "k_per_split"])
+@triton.jit(do_not_specialize=["M"])
 def _shrink_kernel(
     x_ptr,  # (M, K)
     a0_ptr, a1_ptr, a2_ptr,  # (r_i, K), or (K, r_i) where TRANSPOSED
