@@ -14,7 +14,7 @@ from fastft.nn.dora import scale_of
 from fastft.ops._checks import autocast_dtype
 
 if TYPE_CHECKING:
-    from fastft.nn.lora import Parts, Plan
+    from fastft.nn.plans import Parts, Plan
 
 __all__ = ["few_rows", "lora_linear", "takes"]
 

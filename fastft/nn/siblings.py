@@ -20,7 +20,8 @@ from fastft.nn import packing
 from fastft.ops._checks import autocast_dtype
 
 if TYPE_CHECKING:
-    from fastft.nn.lora import FusedLoraLinear, Plan
+    from fastft.nn.lora import FusedLoraLinear
+    from fastft.nn.plans import Plan
 
 __all__ = ["begin_forward", "end_forward", "forget", "forward", "group_of", "see"]
 
