@@ -20,8 +20,8 @@ __all__ = ["Parts", "Plan", "parameter", "plain_plan"]
 
 
 def parameter(module: nn.Module, name: str) -> Any:
-    """``getattr(module, name)`` of a parameter: the walk through ``nn.Module`` takes as long as half
-    a product's launch. What has taken the parameter's place, or holds it, is asked as usual."""
+    """``getattr(module, name)`` of a parameter, without the walk through ``nn.Module``, which takes
+    as long as half a product's launch. What has taken the parameter's place is asked as usual."""
     held = module._parameters
     if name in held and name not in module.__dict__:
         return held[name]
