@@ -37,9 +37,9 @@ def _hook(*_: Any) -> None:
     pass
 
 
-def _set_adapter(layer: Any, r: int) -> None:
+def _set_adapter(layer: Any, r: int, width: int = 6) -> None:
     layer.lora_A["default"] = nn.Linear(8, r, bias=False)
-    layer.lora_B["default"] = nn.Linear(r, 6, bias=False)
+    layer.lora_B["default"] = nn.Linear(r, width, bias=False)
 
 
 Change = Callable[[Any], Any]
@@ -73,7 +73,10 @@ CHANGES: dict[str, list[Change]] = {
         lambda m: m.scaling.update(default=torch.ones(2)),
         lambda m: m.scaling.update(default=None),
     ],
-    "r larger than the layer's features": [lambda m: _set_adapter(m, 7)],
+    "r larger than the layer's features": [
+        lambda m: _set_adapter(m, 7),
+        lambda m: _set_adapter(m, 9, 20),
+    ],
     "no active adapter": [lambda m: m._active_adapter.clear()],
     "tensor subclass": [
         lambda m: X.as_subclass(Subclass),
@@ -82,10 +85,17 @@ CHANGES: dict[str, list[Change]] = {
         ),
     ],
     "input has no dimension": [lambda m: torch.ones(())],
-    "several devices": [lambda m: X.to("meta"), lambda m: m.lora_B.to("meta") and None],
+    "several devices": [
+        lambda m: X.to("meta"),
+        *[
+            lambda m, name=name: getattr(m, name).to("meta") and None
+            for name in ("base_layer", "lora_A", "lora_B")
+        ],
+    ],
     "mixed dtypes": [
         lambda m: X.double(),
         lambda m: m.lora_A.double() and None,
+        lambda m: m.lora_B.double() and None,
         lambda m: m.lora_A.double() and m.lora_B.double() and None,
         lambda m: setattr(m.base_layer.weight, "data", m.base_layer.weight.data.double()),
     ],
@@ -133,6 +143,15 @@ def test_nothing_is_plain_under_what_watches_every_call() -> None:
 
     torch.func.vmap(inner)(X)
     assert plain_plan(layer, X) is not None
+
+
+def test_whole_numbers_are_no_frozen_weight_under_autocast_either() -> None:
+    layer = _layer()
+    whole = layer.base_layer.weight.data.to(torch.int32)
+    layer.base_layer.weight = nn.Parameter(whole, requires_grad=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _refusal(layer, X) == "mixed dtypes"
+        assert plain_plan(layer, X) is None
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {}], ids=str)
