@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fastft import ops
 
 if TYPE_CHECKING:
-    from fastft.nn.lora import Plan
+    from fastft.nn.plans import Plan
 
 __all__ = ["dropped", "forget_norms", "scale_of"]
 

@@ -14,7 +14,7 @@ from fastft.nn.dora import scale_of
 from fastft.ops._checks import autocast_dtype
 
 if TYPE_CHECKING:
-    from fastft.nn.lora import Parts, Plan
+    from fastft.nn.plans import Parts, Plan
 
 __all__ = ["few_rows", "lora_linear", "takes"]
 
@@ -38,8 +38,9 @@ def few_rows(layer: nn.Module, x: Tensor) -> bool:
 
 def takes(layer: nn.Module, plan: Plan, x: Tensor) -> bool:
     """Whether this call of a LoRA layer is :func:`lora_linear`."""
-    plain = autocast_dtype(x.device.type) is None and not any(p.dropout_p() for p in plan.parts)
-    return few_rows(layer, x) and plain
+    if not few_rows(layer, x):
+        return False
+    return autocast_dtype(x.device.type) is None and not any(p.dropout_p() for p in plan.parts)
 
 
 def lora_linear(plan: Plan, x: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from fastft import ops
 from fastft.nn import trl_head
 from fastft.nn.calls import count
 from fastft.nn.deferred import CALLS, DeferredLogits, HeadAdapter, Logits
-from fastft.nn.lora import FusedLoraLinear, Parts
+from fastft.nn.lora import FusedLoraLinear
+from fastft.nn.plans import Parts
 from fastft.nn.rules import hooked
 from fastft.ops._checks import autocast_dtype
 from fastft.ops._differentiable import transform

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from fastft.nn import few, packing, siblings
 from fastft.nn.calls import count
 from fastft.nn.dora import dropped, forget_norms, scale_of
 from fastft.nn.mixed import adapter_names_of
+from fastft.nn.plans import Parts, Plan, plain_plan
 from fastft.nn.rules import ADAPTER_STATE, LAYER_STATE, Rule, first, hooked
 from fastft.nn.unmerged import Unmerged
 from fastft.ops._checks import autocast_dtype
@@ -33,107 +33,6 @@ __all__ = [
 
 # Where a merged layer keeps its weights from before the merge.
 UNMERGED = "fastft_unmerged"
-
-
-class Parts:
-    """What one adapter of a layer computes with, looked up once a call: a look-up through
-    ``nn.Module`` takes as long as half a product's launch."""
-
-    __slots__ = ("_tensors", "a", "b", "base", "dropout", "magnitude", "scaling", "variant")
-
-    def __init__(self, layer: PeftLinear, name: str) -> None:
-        modules = layer._modules
-        self.base = modules["base_layer"]
-        self.a, self.b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-        self.dropout = modules["lora_dropout"]._modules[name]
-        self.scaling = layer.scaling[name]
-        self.variant = type(layer.lora_variant[name]) if name in layer.lora_variant else None
-        self.magnitude = None
-        self._tensors: tuple[Any, Any, Any] | None = None
-        if self.variant is DoraLinearVariant:
-            self.magnitude = layer.lora_magnitude_vector[name]
-
-    def tensors(self) -> tuple[Any, Any, Any]:
-        """The frozen weight as its layer holds it, A and B; asked of the modules once a call."""
-        if self._tensors is None:
-            self._tensors = self.base.weight, self.a.weight, self.b.weight
-        return self._tensors
-
-    def dropout_p(self) -> float:
-        """The probability in force: 0 outside training."""
-        dropout = self.dropout
-        return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-
-def _identity(tensor: Tensor) -> tuple[int, int, int]:
-    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
-class Plan:
-    """One call of a layer: its adapters and, in a mixed batch, the rows of each.
-
-    parts: the adapters that take part. names: theirs. spans: None where each takes all rows, else
-    (adapter, first row, past the last row) for each run of samples with one adapter.
-    adapter_names: that of each sample, in a mixed batch. few: whether ``few.lora_linear`` runs it.
-    """
-
-    __slots__ = ("adapter_names", "base", "few", "names", "parts", "spans")
-
-    def __init__(self, layer: PeftLinear, adapter_names: Sequence[str] | None) -> None:
-        held = layer._modules["lora_A"]._modules
-        self.adapter_names, self.few = adapter_names, False
-        wanted = layer.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
-        self.names = [name for name in wanted if name in held]
-        self.parts = [Parts(layer, name) for name in self.names]
-        self.base = layer._modules["base_layer"]
-        self.spans: list[tuple[int, int, int]] | None = None
-
-    def route(self, adapter_names: Sequence[str], rows: int) -> None:
-        """Gives each run of samples with one adapter its share of ``rows``."""
-        size = rows // len(adapter_names)
-        self.spans, stop = [], 0
-        for name, run in itertools.groupby(adapter_names):
-            start, stop = stop, stop + size * len(list(run))
-            if name in self.names:
-                self.spans.append((self.names.index(name), start, stop))
-
-    def weight(self) -> Tensor:
-        """The frozen matrix (out_features, in_features); GPT-2's Conv1D holds its transpose."""
-        weight: Tensor = self.parts[0].tensors()[0]
-        return weight.t() if type(self.base) is Conv1D else weight
-
-    def adapter_dtype(self) -> torch.dtype:
-        """Of A and B, which all have."""
-        dtype: torch.dtype = self.parts[0].tensors()[1].dtype
-        return dtype
-
-    def magnitude(self) -> nn.Module | None:
-        """DoRA's, whose layer has this one adapter."""
-        return self.parts[0].magnitude
-
-    def facts(self) -> list[Any]:
-        """What tells the call's result from another's with the same x: between two siblings' calls
-        hooks may alter it."""
-        found: list[Any] = [*self.names]
-        for p in self.parts:
-            magnitude = None if p.magnitude is None else p.magnitude.weight
-            held = (*p.tensors(), self.base.bias, p.b.bias, magnitude, p.scaling)
-            found += [_identity(t) if isinstance(t, Tensor) else t for t in held]
-            found.append(p.dropout_p())
-        return found
-
-    def drops_all(self) -> bool:
-        """Whether the adapter's dropout is also the frozen product's (DoRA)."""
-        return self.magnitude() is not None and self.parts[0].dropout_p() > 0
-
-    def bias(self) -> Tensor | None:
-        """base bias + scaling * adapter biases (``lora_bias=True``), which get their gradient."""
-        bias: Tensor | None = self.base.bias
-        for p in self.parts:
-            if p.b.bias is not None:
-                own = p.b.bias * float(p.scaling)
-                bias = own if bias is None else bias + own
-        return bias if bias is self.base.bias else bias.to(self.base.weight.dtype)  # type: ignore[union-attr]
 
 
 # What the layer is, whatever its adapters.
@@ -274,9 +173,27 @@ class FusedLoraLinear(PeftLinear):
 
     def plan(self, x: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Plan | str:
         """What a call with x computes, or why it cannot be fused."""
-        names = adapter_names_of(self, kwargs or {})
-        others = [k for k, v in (kwargs or {}).items() if v is not None and k != "adapter_names"]
-        if args or others:
+        compiling = torch.compiler.is_compiling()
+        plain = not (args or kwargs or compiling) and adapter_names_of(self, {}) is None
+        plan = (plain_plan(self, x) if plain else None) or self._ruled(x, args, kwargs or {})
+        if isinstance(plan, str) or compiling:
+            return plan  # compiled, the operation chooses when the graph runs
+        plan.few = few.takes(self, plan, x)
+        if plan.few:
+            return plan  # the library runs it on any device
+        chosen, _ = backends.select(
+            "lora_linear",
+            device_type=x.device.type,
+            dtype=autocast_dtype(x.device.type) or x.dtype,
+            adapter_dtype=plan.adapter_dtype(),
+            r=max([p.tensors()[1].shape[0] for p in plan.parts]),
+        )
+        return "no fused backend for this device and dtype" if chosen == "reference" else plan
+
+    def _ruled(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | str:
+        """The plan of a call with x, or the reason of the first rule that applies to it."""
+        names = adapter_names_of(self, kwargs)
+        if args or any(v is not None and k != "adapter_names" for k, v in kwargs.items()):
             return "arguments passed to the layer"
         reason = first(LAYER_RULES, self)
         if reason is not None:
@@ -289,21 +206,7 @@ class FusedLoraLinear(PeftLinear):
         reason = _plan_refusal(plan)
         for parts in plan.parts:
             reason = reason or first(CALL_RULES, parts, x)
-        if reason is not None:
-            return reason
-        if torch.compiler.is_compiling():
-            return plan  # compiled, the operation chooses when the graph runs
-        plan.few = few.takes(self, plan, x)
-        if plan.few:
-            return plan  # the library runs it on any device
-        chosen, _ = backends.select(
-            "lora_linear",
-            device_type=x.device.type,
-            dtype=autocast_dtype(x.device.type) or x.dtype,
-            adapter_dtype=plan.adapter_dtype(),
-            r=max(p.tensors()[1].shape[0] for p in plan.parts),
-        )
-        return "no fused backend for this device and dtype" if chosen == "reference" else plan
+        return reason or plan
 
     def standing_plan(self) -> Plan | str:
         """What the layer, whatever the call, computes, or why that cannot be fused."""
@@ -354,6 +257,8 @@ class FusedLoraLinear(PeftLinear):
     def fused_call(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
         """The outputs of layers that share x: in one operation, but for DoRA under dropout."""
         together = [plan for plan in plans if not plan.drops_all()]
+        if len(together) == len(plans):
+            return _in_one_operation(plans, x)
         ys = iter(_in_one_operation(together, x) if together else ())
         return tuple(dropped(plan, x) if plan.drops_all() else next(ys) for plan in plans)
 
@@ -367,15 +272,17 @@ def _in_one_operation(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
     for owner, plan in enumerate(plans):
         for k, start, stop in plan.spans or [(k, 0, 0) for k in range(len(plan.parts))]:
             terms.append((owner, plan.parts[k], (start, stop)))
+    adapters = [p for _, p, _ in terms]
+    scaled = any(plan.magnitude() is not None for plan in plans)
     return ops.lora_linear_siblings(
         x,
         [plan.weight() for plan in plans],
-        [p.tensors()[1] for _, p, _ in terms],
-        [p.tensors()[2] for _, p, _ in terms],
-        scalings=[float(p.scaling) for _, p, _ in terms],
+        [p.tensors()[1] for p in adapters],
+        [p.tensors()[2] for p in adapters],
+        scalings=[float(p.scaling) for p in adapters],
         biases=[plan.bias() for plan in plans],
-        dropout_ps=[p.dropout_p() for _, p, _ in terms],
+        dropout_ps=[p.dropout_p() for p in adapters],
         owners=[owner for owner, _, _ in terms],
         spans=None if plans[0].spans is None else [span for _, _, span in terms],
-        scales=[scale_of(plan) for plan in plans],
+        scales=[scale_of(plan) for plan in plans] if scaled else None,
     )

@@ -19,7 +19,8 @@ from fastft import ops
 from fastft.ops._checks import autocast_dtype
 
 if TYPE_CHECKING:
-    from fastft.nn.lora import FusedLoraLinear, Plan
+    from fastft.nn.lora import FusedLoraLinear
+    from fastft.nn.plans import Plan
 
 __all__ = ["pack", "packed", "packs", "shared_storages", "unpack", "wanted"]
 

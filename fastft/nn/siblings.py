@@ -20,7 +20,8 @@ from fastft.nn import packing
 from fastft.ops._checks import autocast_dtype
 
 if TYPE_CHECKING:
-    from fastft.nn.lora import FusedLoraLinear, Plan
+    from fastft.nn.lora import FusedLoraLinear
+    from fastft.nn.plans import Plan
 
 __all__ = ["begin_forward", "end_forward", "forget", "forward", "group_of", "see"]
 
@@ -40,7 +41,7 @@ class Group:
     def layers(self) -> list[FusedLoraLinear]:
         """The layers; empty when one is gone."""
         found = [ref() for ref in self._layers]
-        return [] if any(layer is None for layer in found) else found  # type: ignore[return-value]
+        return [] if None in found else found  # type: ignore[return-value]
 
     def forward(self, layer: FusedLoraLinear, x: Tensor, plan: Plan) -> Tensor:
         """The layer's output, computed with its siblings' when it is the first of them."""
@@ -55,7 +56,8 @@ class Group:
             if facts == plan.facts():
                 return output  # type: ignore[no-any-return]
             return layer.fused_call([plan], x)[0]
-        self.clear()
+        if held:
+            self.clear()
         layers = self.layers()
         if not layers or layers[0] is not layer:
             return layer.fused_call([plan], x)[0]

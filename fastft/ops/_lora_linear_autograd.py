@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -48,14 +47,13 @@ def choose(backend: str | None, x: Tensor, lora_as: Sequence[Tensor]) -> tuple[s
         device_type=x.device.type,
         dtype=x.dtype,
         adapter_dtype=lora_as[0].dtype,
-        r=max(a.shape[0] for a in lora_as),
+        r=max([a.shape[0] for a in lora_as]),
     )
 
 
-@dataclass(frozen=True)
-class Constants:
+class Constants(NamedTuple):
     """What a call holds beside tensors: one scaling, dropout, owner and two row numbers (first,
-    past the last) an adapter; and whether results are scaled (DoRA)."""
+    past the last) an adapter; whether results are scaled (DoRA); the launcher, once chosen."""
 
     layers: int
     scalings: list[float]
@@ -64,12 +62,13 @@ class Constants:
     spans: list[int]
     backend: str
     scaled: bool = False
+    launcher: Any = None
 
     def split(self, tensors: Sequence[Any]) -> list[Sequence[Any]]:
         """weights, biases, lora_as, lora_bs, masks, scales (none of a call without) and, where
         there are more, ss and the results of a scaled call."""
         n, adapters = self.layers, len(self.owners)
-        sizes = [n, n, adapters, adapters, adapters, n if self.scaled else 0, adapters]
+        sizes = (n, n, adapters, adapters, adapters, n if self.scaled else 0, adapters)
         found, end = [], 0
         for size in sizes:
             found.append(tensors[end : end + size])
@@ -103,7 +102,7 @@ def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def _cast_biases(biases: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    return [None if b is None else b.to(dtype) for b in biases]
+    return [b if b is None or b.dtype == dtype else b.to(dtype) for b in biases]
 
 
 def _pairs(spans: Sequence[int]) -> list[tuple[int, int]]:
@@ -131,13 +130,13 @@ def _room(
 ) -> tuple[list[Tensor], Tensor]:
     """Room for the ss in one piece, which comes last: what is made again at once."""
     step = _ALIGN // x.element_size()
-    shapes = [(b - a, lora_a.shape[0]) for (a, b), lora_a in zip(_pairs(spans), lora_as)]
-    starts = [0]
-    for rows, r in shapes:
-        starts.append(starts[-1] + -(-rows * r // step) * step)
-    held = new_empty(x, (starts[-1],))
-    ss = [held[start : start + rows * r].view(rows, r) for start, (rows, r) in zip(starts, shapes)]
-    return ss, held
+    places, end = [], 0
+    for i, lora_a in enumerate(lora_as):
+        rows, r = spans[2 * i + 1] - spans[2 * i], lora_a.shape[0]
+        places.append(((rows, r), (r, 1), end))
+        end += -(-rows * r // step) * step
+    held = new_empty(x, (end,))
+    return [held.as_strided(*place) for place in places], held
 
 
 def forward_of(*call: Any) -> list[Tensor]:
@@ -161,12 +160,13 @@ def _launch(
     spans: Sequence[int],
     backend: str,
     scales: Sequence[Tensor | None] = (),
+    launcher: Any = None,
 ) -> list[Tensor]:
     """ys and ss, written into ``outputs``; part: "fwd", or only the ss ("fwd_adapters"), or then
-    only the ys ("fwd_values")."""
+    only the ys ("fwd_values"). launcher: None where the call has still to choose."""
     n = len(weights)
     with without_autocast(x.device.type):
-        getattr(choose(backend, x, lora_as)[1], part)(
+        getattr(launcher or choose(backend, x, lora_as)[1], part)(
             outputs[:n],
             outputs[n:],
             x,
@@ -202,6 +202,7 @@ def backward_of(
     need_db: Sequence[bool],
     made: Any = None,
     scaled: Any = None,
+    launcher: Any = None,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """dx, dAs and dBs, from the launcher; of these ``made`` has the dBs already (``_glu_pair``).
     scaled: the scales, results and room for the d_scales of a scaled call."""
@@ -210,7 +211,7 @@ def backward_of(
     needed = zip(lora_bs, need_db, strict=True)
     dbs = [torch.empty_like(b) if need and made is None else None for b, need in needed]
     with without_autocast(x.device.type):
-        choose(backend, x, lora_as)[1].bwd(
+        (launcher or choose(backend, x, lora_as)[1]).bwd(
             dx,
             das,
             dbs,
@@ -231,21 +232,21 @@ def backward_of(
     return dx, das, dbs if made is None else list(made.dbs)
 
 
-def late_values(backend: str, x: Tensor, lora_as: Sequence[Tensor]) -> Late | None:
+def late_values(constants: Constants) -> Late | None:
     """In a recompute, where the backend can: room for a call that saves before it computes."""
-    return Late() if saves_first() and _splits(backend, x, lora_as) else None
+    return Late() if saves_first() and _splits(constants) else None
 
 
-def _splits(backend: str, x: Tensor, lora_as: Sequence[Tensor]) -> bool:
+def _splits(constants: Constants) -> bool:
     """Whether the call's backend has its two halves apart."""
-    return hasattr(choose(backend, x, lora_as)[1], "fwd_adapters")
+    return hasattr(constants.launcher, "fwd_adapters")
 
 
 def _note_adapters(
     constants: Constants, held: Tensor, x: Tensor, lora_as: Sequence[Tensor], masks: Sequence[Any]
 ) -> None:
     """Says how the ss in ``held`` are made again, where that frees enough and the backend can."""
-    if held.numel() >= _WORTH * x.numel() and _splits(constants.backend, x, lora_as):
+    if held.numel() >= _WORTH * x.numel() and _splits(constants):
         note(held, (x, *lora_as, *masks), functools.partial(_adapters_again, constants))
 
 
@@ -254,7 +255,8 @@ def _adapters_again(constants: Constants, x: Tensor, *tensors: Any) -> Tensor:
     half = len(tensors) // 2
     lora_as, masks = list(tensors[:half]), list(tensors[half:])
     ss, held = _room(x, lora_as, constants.spans)
-    _launch("fwd_adapters", ss, x, [], [], lora_as, [], masks, *constants.rest())
+    call: Any = (x, [], [], lora_as, [], masks, *constants.rest(), (), constants.launcher)
+    _launch("fwd_adapters", ss, *call)
     return held
 
 
@@ -300,9 +302,10 @@ class LoraLinear(torch.autograd.Function):
         ctx: Any, late: Late | None, constants: Constants, x: Tensor, *tensors: Tensor | None
     ) -> Any:
         weights, biases, lora_as, lora_bs, masks, scales, *_ = constants.split(tensors)
-        call: Any = (x, weights, biases, lora_as, lora_bs, masks, *constants.rest(), scales)
         ss, held = _room(x, lora_as, constants.spans)
-        outputs = [*(new_empty(x, (x.shape[0], w.shape[0])) for w in weights), *ss]
+        rows, rest = x.shape[0], (*constants.rest(), scales, constants.launcher)
+        outputs = [*[new_empty(x, (rows, w.shape[0])) for w in weights], *ss]
+        call: Any = (x, weights, biases, lora_as, lora_bs, masks, *rest)
         if late is None:
             _launch("fwd", outputs, *call)
             _note_adapters(constants, held, x, lora_as, masks)
@@ -312,8 +315,10 @@ class LoraLinear(torch.autograd.Function):
         ctx.constants = constants
         kept, ctx.make = keeping(x)
         ys = outputs[: constants.layers]
-        read = zip(ys, scales)  # of a call that is not scaled none
-        results, ctx.witnesses = witnessed([y if _trained(scale) else None for y, scale in read])
+        results: Sequence[Tensor | None] = ()
+        if constants.scaled:
+            read = [y if getattr(s, "requires_grad", False) else None for y, s in zip(ys, scales)]
+            results, ctx.witnesses = witnessed(read)
         ctx.save_for_backward(*kept, *tensors, *ss, *results)
         ctx.kept = len(kept)
         return tuple(ys)
@@ -349,15 +354,12 @@ class LoraLinear(torch.autograd.Function):
             need_b,
             None if left is None else left.made,
             (scales, unchanged(results, ctx.witnesses), d_scales) if constants.scaled else None,
+            constants.launcher,
         )
         dws = [(dy.t() @ x).to(w.dtype) if k else None for dy, w, k in zip(dys, weights, need_w)]
         dbiases = [dy.sum(0).to(b.dtype) if k else None for dy, b, k in zip(dys, biases, need_bias)]
         no_masks = [None] * len(masks)
         return None, None, dx, *dws, *dbiases, *das, *dbs, *no_masks, *d_scales
-
-
-def _trained(scale: Tensor | None) -> bool:
-    return scale is not None and scale.requires_grad
 
 
 def _differentiable_backward(

@@ -20,7 +20,6 @@ A result may be scaled by column before the bias, as DoRA does (``fastft.ops.dor
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -142,10 +141,11 @@ def lora_linear_siblings(
     owners = list(range(len(weights))) if owners is None else list(owners)
     check(x, weights, biases, lora_as, lora_bs, scalings, ps, owners)
     dtype = autocast_dtype(x.device.type) or x.dtype
-    scales = [None] * len(weights) if scales is None else list(scales)
-    _check_scales(weights, scales, dtype)
+    if scales is not None:
+        scales = list(scales)
+        _check_scales(weights, scales, dtype)
     flat = x.reshape(-1, x.shape[-1])
-    flat = flat.to(dtype).contiguous()
+    flat = (flat if flat.dtype == dtype else flat.to(dtype)).contiguous()
     rows = flat.shape[0]
     if spans is None:
         bounds = [0, rows] * len(owners)
@@ -155,17 +155,19 @@ def lora_linear_siblings(
     compiling = torch.compiler.is_compiling()
     # A compiled graph chooses when it runs: the choice reads facts that tracing should not guard.
     name, launcher = (backend or AUTO, None) if compiling else choose(backend, flat, lora_as)
-    draw = torch.ops.fastft.dropout_mask if compiling else new_dropout_mask
-    masks: list[Tensor | None] = [
-        None if p == 0.0 else draw(flat[start:stop], p, lora_as[0], name)
-        for p, start, stop in zip(ps, bounds[::2], bounds[1::2], strict=True)
-    ]
-    constants = Constants(len(weights), list(scalings), ps, owners, bounds, name)
+    masks: list[Tensor | None] = [None] * len(ps)
+    if any(ps):
+        draw = torch.ops.fastft.dropout_mask if compiling else new_dropout_mask
+        masks = [
+            None if p == 0.0 else draw(flat[start:stop], p, lora_as[0], name)
+            for p, start, stop in zip(ps, bounds[::2], bounds[1::2], strict=True)
+        ]
+    constants = Constants(len(weights), list(scalings), ps, owners, bounds, name, launcher=launcher)
     adapters = (lora_as, lora_bs, masks)
-    if all(scale is None for scale in scales):
+    if scales is None or all(scale is None for scale in scales):
         ys = _products(constants, flat, weights, biases, *adapters)
     elif _scales_along(launcher, constants, flat, weights, biases, *adapters, scales):
-        constants = dataclasses.replace(constants, scaled=True)
+        constants = constants._replace(scaled=True)
         ys = _products(constants, flat, weights, biases, *adapters, scales)
     else:
         own = [b if scale is None else None for b, scale in zip(biases, scales, strict=True)]
@@ -177,7 +179,8 @@ def lora_linear_siblings(
         ]
     if x.dim() == 2:
         return tuple(ys)
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+    leading = x.shape[:-1]
+    return tuple([y.view(*leading, y.shape[-1]) for y in ys])
 
 
 def _scaled(y: Tensor, scale: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
@@ -221,7 +224,7 @@ def _products(
             for y, b in zip(outputs, biases)
         ]
     # What is scaled along the way reads its value in the backward.
-    late = None if scales else late_values(constants.backend, x, lora_as)
+    late = None if scales else late_values(constants)
     tensors = (*weights, *biases, *lora_as, *lora_bs, *masks, *scales)
     ys: Sequence[Tensor] = LoraLinear.apply(late, constants, x, *tensors)
     if late is not None and values_wanted():  # the recompute goes on

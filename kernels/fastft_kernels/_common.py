@@ -14,11 +14,15 @@ __all__ = ["INTERPRETED", "device_guard", "supports_device"]
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 _OLDEST_CAPABILITY = (8, 0)
+_AS_IT_IS = contextlib.nullcontext()
 
 
 def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes the tensor's GPU the current one, so that Triton launches on its current stream."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    """Makes the tensor's GPU the current one, so that Triton launches on its current stream.
+    Mostly it is already: torch's own context costs more than to ask."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _AS_IT_IS
+    return torch.cuda.device(tensor.device)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ def plain(
     whole: tuple[int, int],
 ) -> bool:
     """One adapter a layer, in order, over all rows."""
-    return list(owners) == list(range(layers)) and all(span == whole for span in spans)
+    return spans.count(whole) == len(spans) and list(owners) == list(range(layers))
 
 
 def choose_way(
@@ -44,7 +44,7 @@ def choose_way(
     if uniform and _lora_gemm.fits([narrow, *wides, *weights]):
         possible.append("gemm")
     tokens, features = narrow.shape
-    widths = tuple(w.shape[0] for w in weights)
+    widths = tuple([w.shape[0] for w in weights])
     shape = ways.Shape(direction, tokens, features, widths, max(ranks), any(masked))
     return ways.pick(config.for_device(narrow.device).name, shape, possible), held
 

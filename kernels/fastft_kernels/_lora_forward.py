@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastft_kernels import _lora_gemm, border
 from fastft_kernels._common import device_guard
-from fastft_kernels._lora_calls import at, by, choose_way, clear_padding, dense, plain, scales_kept
+from fastft_kernels._lora_calls import at, by, choose_way, dense, plain, scales_kept
 from fastft_kernels._lora_routed import Route, routes
 from fastft_kernels._lora_skinny import Copy, expand_add, shrink
 
@@ -53,9 +53,8 @@ def fwd(ys: list[Tensor], ss: list[Tensor], *call: Any) -> None:
         left = copy = None
         if way == "border" and held is not None:
             # The pass over x that makes S leaves [x | S] behind.
-            left = _operand(c.x, held)
-            thin = left[:, c.x.shape[1] :]
-            copy = Copy(left[:, : c.x.shape[1]], [thin[:, p] for p in held.rank_slices()])
+            left, wide, thin = _operand(c.x, held)
+            copy = Copy(wide, thin)
         _adapters(ss, c, copy)
         _values(ys, ss, c, way, held, left)
 
@@ -74,22 +73,29 @@ def fwd_values(ys: list[Tensor], ss: list[Tensor], *call: Any) -> None:
         way, held = c.way(ys)
         left = None
         if way == "border" and held is not None:
-            left = _operand(c.x, held)
-            left[:, : c.x.shape[1]].copy_(c.x)
-            for s, place in zip(ss, held.rank_slices(), strict=True):
-                left[:, c.x.shape[1] :][:, place].copy_(s)
+            left, wide, thin = _operand(c.x, held)
+            wide.copy_(c.x)
+            for s, place in zip(ss, thin, strict=True):
+                place.copy_(s)
         _values(ys, ss, c, way, held, left)
 
 
-def _operand(x: Tensor, held: border.Border) -> Tensor:
-    """Room for [x | S]."""
-    left = border.operand(x, x.shape[0], x.shape[1], held.border)
-    clear_padding(left[:, x.shape[1] :], held.ranks)
-    return left
+def _operand(x: Tensor, held: border.Border) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Room for [x | S], and in it the places of x and of each s."""
+    tokens, features = x.shape
+    left = border.operand(x, tokens, features, held.border)
+    sizes = [features, *held.ranks, held.border - sum(held.ranks)]
+    wide, *thin, padding = left.split_with_sizes(sizes, 1)
+    if sizes[-1]:  # these columns meet zeros, but NaN times zero is NaN
+        padding.zero_()
+    return left, wide, thin
 
 
 def _adapters(ss: list[Tensor], c: _Call, copy: Copy | None) -> None:
     lora_as, kept = dense(c.lora_as), scales_kept(c.masks, c.dropout_ps)
+    if c.spans.count(c.whole) == len(c.spans):
+        shrink(ss, c.x, lora_as, kept, c.masks, transposed=False, copy=copy)
+        return
     if routes(c.owners, c.spans, c.x):
         xs = [c.x] * len(c.owners)
         Route(xs, lora_as, ss, c.spans, kept, c.masks).shrink(transposed=False)
@@ -128,12 +134,13 @@ def _border(
     ys: list[Tensor], c: _Call, lora_bs: list[Tensor], held: border.Border, left: Tensor
 ) -> None:
     """y_i = [x | S] [W_i | scaling_i B_i]^T + bias_i."""
-    right = held.forward_operand(lora_bs, c.scalings)
-    for y, bias, rows in zip(ys, c.biases, right.split(list(held.widths)), strict=True):
+    for y, bias, right in zip(
+        ys, c.biases, held.forward_operands(lora_bs, c.scalings), strict=True
+    ):
         if bias is None:
-            torch.mm(left, rows.t(), out=y)
+            torch.mm(left, right, out=y)
         else:
-            torch.addmm(bias, left, rows.t(), out=y)
+            torch.addmm(bias, left, right, out=y)
 
 
 def _expand(ys: list[Tensor], ss: list[Tensor], c: _Call, lora_bs: list[Tensor]) -> None:
@@ -146,9 +153,10 @@ def _expand(ys: list[Tensor], ss: list[Tensor], c: _Call, lora_bs: list[Tensor])
         )
     else:
         for (owner, span), members in by(zip(c.owners, c.spans, strict=True)).items():
-            bias = c.biases[owner] if span == c.whole else None
+            whole = span == c.whole
+            rows = ys[owner] if whole else ys[owner][slice(*span)]
             expand_add(
-                ys[owner][slice(*span)], bias, at(ss, members), at(lora_bs, members),
+                rows, c.biases[owner] if whole else None, at(ss, members), at(lora_bs, members),
                 at(c.scalings, members), [None] * len(members), transposed=True,
             )  # fmt: skip
         with_bias = {o for o, span in zip(c.owners, c.spans, strict=True) if span == c.whole}

@@ -43,57 +43,62 @@ def _pitch(columns: int, like: Tensor) -> int:
 @dataclass(eq=False)
 class Border:
     """A buffer (N + R, pitch) of the layers ``widths`` over ``features`` columns, and places for
-    one adapter of ``ranks[i]`` a layer. R is a multiple of eight."""
+    one adapter of ``ranks[i]`` a layer. R is a multiple of eight.
+
+    width: N, rows of all layers. border: R, the sum of the ranks rounded up. Its views are made
+    once: at every call, each would take its host as long as a tenth of a launch.
+    """
 
     buffer: Tensor
     features: int
     widths: tuple[int, ...]
     ranks: tuple[int, ...]
+    width: int = field(init=False)
+    border: int = field(init=False)
     weights: list[Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        columns = self.buffer[:, : self.features]
-        self.weights = list(columns[: sum(self.widths)].split(list(self.widths)))
-
-    @property
-    def width(self) -> int:
-        """N: rows of all layers."""
-        return sum(self.widths)
-
-    @property
-    def border(self) -> int:
-        """R: the sum of the ranks, rounded up."""
-        return _round_up(sum(self.ranks), _UNIT)
+        n, k = sum(self.widths), self.features
+        self.width, self.border = n, _round_up(sum(self.ranks), _UNIT)
+        self._columns = self.buffer[:, :k]
+        self._frozen = self._columns[:n]
+        self.weights = list(self._frozen.split(list(self.widths)))
+        self._held_at = [_place(weight) for weight in self.weights]
+        ends = [sum(self.ranks[: i + 1]) for i in range(len(self.ranks))]
+        self._slices = [slice(end - r, end) for end, r in zip(ends, self.ranks)]
+        rows = self.buffer[:n, : k + self.border].split(list(self.widths))
+        self._rows = [own.t() for own in rows]
+        self._bs = [own[:, k:][:, s] for own, s in zip(rows, self._slices)]
+        self._as = [self._columns[n:][s] for s in self._slices]
 
     def rank_slices(self) -> list[slice]:
         """The place of each adapter among the R."""
-        ends = [sum(self.ranks[: i + 1]) for i in range(len(self.ranks))]
-        return [slice(end - r, end) for end, r in zip(ends, self.ranks)]
+        return self._slices
 
-    def forward_operand(self, lora_bs: Sequence[Tensor], scalings: Sequence[float]) -> Tensor:
-        """[W | s B], (N, K + R), with these adapters written into the border."""
-        right = self.buffer[: self.width, self.features : self.features + self.border]
-        places = zip(right.split(list(self.widths)), self.rank_slices(), strict=True)
-        for (rows, columns), b, scaling in zip(places, lora_bs, scalings, strict=True):
-            torch.mul(b, scaling, out=rows[:, columns])
-        return self.buffer[: self.width, : self.features + self.border]
+    def forward_operands(
+        self, lora_bs: Sequence[Tensor], scalings: Sequence[float]
+    ) -> list[Tensor]:
+        """[W_i | s B]^T, (K + R, N_i), of each layer, with these adapters written into the
+        border."""
+        for place, b, scaling in zip(self._bs, lora_bs, scalings, strict=True):
+            torch.mul(b, scaling, out=place)
+        return self._rows
 
     def backward_operand(self, lora_as: Sequence[Tensor] | None) -> Tensor:
         """[W ; A], (N + R, K), with these adapters written into the border; W alone for None."""
-        columns = self.buffer[:, : self.features]
         if lora_as is None:
-            return columns[: self.width]
-        below = columns[self.width :]
-        for rows, a in zip(self.rank_slices(), lora_as, strict=True):
-            below[rows].copy_(a)
-        return columns
+            return self._frozen
+        for place, a in zip(self._as, lora_as, strict=True):
+            place.copy_(a)
+        return self._columns
 
     def holds(self, weights: Sequence[Tensor]) -> bool:
         """Whether these tensors are its views, all of them in order."""
-        return len(weights) == len(self.weights) and all(
-            a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-            for a, b in zip(weights, self.weights)
-        )
+        return [_place(weight) for weight in weights] == self._held_at
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 # By the address of the first weight. A border is held by who made it.

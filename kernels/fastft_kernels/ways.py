@@ -16,9 +16,8 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 __all__ = ["TABLE", "WAYS", "Shape", "counted", "force", "pick"]
 
@@ -28,8 +27,7 @@ TABLE = Path(__file__).with_name("ways.json")
 _NEAR = 2.0
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What a choice depends on. direction: "fwd", "bwd", or "glu", a backward whose dY and dS a
     gated unit's leaves wherever they are wanted. widths: of the layers that share x; r: the largest
     rank."""

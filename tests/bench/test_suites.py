@@ -158,6 +158,7 @@ def test_a_layer_that_falls_back_is_no_fastft(monkeypatch: pytest.MonkeyPatch) -
     from fastft.nn import lora as fused
 
     off = fused.Rule("switched off by the test", lambda plan: True)
+    monkeypatch.setattr(fused, "plain_plan", lambda *_: None)
     monkeypatch.setattr(fused, "PLAN_RULES", (off,))
     suite = small(lora.SUITE)
     found = run_suite(suite, OPTIONS, lambda record: None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -225,7 +224,7 @@ def test_without_a_measurement_bytes_decide(measured: Callable[..., None]) -> No
 
 def test_a_measurement_near_by_decides(measured: Callable[..., None]) -> None:
     times = {"expand": 1.0, "border": 0.9, "gemm": 0.8}
-    row = {"arch": "sm_90", **dataclasses.asdict(SHAPE), "time_ms": times}
+    row = {"arch": "sm_90", **SHAPE._asdict(), "time_ms": times}
     measured(row)
     assert ways.pick("sm_90", SHAPE, ways.WAYS) == "gemm"
     assert ways.pick("sm_90", SHAPE, ("expand", "border")) == "border"

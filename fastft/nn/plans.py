@@ -1,0 +1,206 @@
+"""What one call of a LoRA layer computes: its adapters and their rows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fastft.nn.rules import hooked, hooked_everywhere
+from fastft.ops._checks import autocast_dtype
+from fastft.ops._differentiable import transform
+
+__all__ = ["Parts", "Plan", "parameter", "plain_plan"]
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """``getattr(module, name)`` of a parameter, without the walk through ``nn.Module``, which takes
+    as long as half a product's launch. What has taken the parameter's place is asked as usual."""
+    held = module._parameters
+    if name in held and name not in module.__dict__:
+        return held[name]
+    return getattr(module, name)
+
+
+class Parts:
+    """What one adapter of a layer computes with, looked up once a call: a look-up through
+    ``nn.Module`` takes as long as half a product's launch."""
+
+    __slots__ = ("_tensors", "a", "b", "base", "dropout", "magnitude", "scaling", "variant")
+
+    def __init__(self, layer: PeftLinear, name: str) -> None:
+        modules = layer._modules
+        self.base = modules["base_layer"]
+        self.a, self.b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        self.dropout = modules["lora_dropout"]._modules[name]
+        self.scaling = layer.scaling[name]
+        self.variant = type(layer.lora_variant[name]) if name in layer.lora_variant else None
+        self.magnitude = None
+        self._tensors: tuple[Any, Any, Any] | None = None
+        if self.variant is DoraLinearVariant:
+            self.magnitude = layer.lora_magnitude_vector[name]
+
+    def tensors(self) -> tuple[Any, Any, Any]:
+        """The frozen weight as its layer holds it, A and B; asked of the modules once a call."""
+        if self._tensors is None:
+            weight, a = parameter(self.base, "weight"), parameter(self.a, "weight")
+            self._tensors = weight, a, parameter(self.b, "weight")
+        return self._tensors
+
+    def dropout_p(self) -> float:
+        """The probability in force: 0 outside training."""
+        dropout = self.dropout
+        return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def _identity(tensor: Tensor) -> tuple[int, int, int]:
+    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+class Plan:
+    """One call of a layer: its adapters and, in a mixed batch, the rows of each.
+
+    parts: the adapters that take part. names: theirs. spans: None where each takes all rows, else
+    (adapter, first row, past the last row) for each run of samples with one adapter.
+    adapter_names: that of each sample, in a mixed batch. few: whether ``few.lora_linear`` runs it.
+    """
+
+    __slots__ = ("adapter_names", "base", "few", "names", "parts", "spans")
+
+    def __init__(
+        self,
+        layer: PeftLinear,
+        adapter_names: Sequence[str] | None,
+        only: tuple[str, Parts] | None = None,
+    ) -> None:
+        """only: the name and the parts of the one adapter, where they are at hand."""
+        self.adapter_names, self.few = adapter_names, False
+        self.spans: list[tuple[int, int, int]] | None = None
+        self.base = layer._modules["base_layer"]
+        if only is not None:
+            self.names, self.parts = [only[0]], [only[1]]
+            return
+        held = layer._modules["lora_A"]._modules
+        wanted = layer.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
+        self.names = [name for name in wanted if name in held]
+        self.parts = [Parts(layer, name) for name in self.names]
+
+    def route(self, adapter_names: Sequence[str], rows: int) -> None:
+        """Gives each run of samples with one adapter its share of ``rows``."""
+        size = rows // len(adapter_names)
+        self.spans, stop = [], 0
+        for name, run in itertools.groupby(adapter_names):
+            start, stop = stop, stop + size * len(list(run))
+            if name in self.names:
+                self.spans.append((self.names.index(name), start, stop))
+
+    def weight(self) -> Tensor:
+        """The frozen matrix (out_features, in_features); GPT-2's Conv1D holds its transpose."""
+        weight: Tensor = self.parts[0].tensors()[0]
+        return weight.t() if type(self.base) is Conv1D else weight
+
+    def adapter_dtype(self) -> torch.dtype:
+        """Of A and B, which all have."""
+        dtype: torch.dtype = self.parts[0].tensors()[1].dtype
+        return dtype
+
+    def magnitude(self) -> nn.Module | None:
+        """DoRA's, whose layer has this one adapter."""
+        return self.parts[0].magnitude
+
+    def facts(self) -> list[Any]:
+        """What tells the call's result from another's with the same x: between two siblings' calls
+        hooks may alter it."""
+        found: list[Any] = [*self.names]
+        for p in self.parts:
+            magnitude = None if p.magnitude is None else p.magnitude.weight
+            biases = parameter(self.base, "bias"), parameter(p.b, "bias")
+            held = (*p.tensors(), *biases, magnitude, p.scaling)
+            found += [_identity(t) if isinstance(t, Tensor) else t for t in held]
+            found.append(p.dropout_p())
+        return found
+
+    def drops_all(self) -> bool:
+        """Whether the adapter's dropout is also the frozen product's (DoRA)."""
+        return self.magnitude() is not None and self.parts[0].dropout_p() > 0
+
+    def bias(self) -> Tensor | None:
+        """base bias + scaling * adapter biases (``lora_bias=True``), which get their gradient."""
+        frozen = bias = parameter(self.base, "bias")
+        for p in self.parts:
+            trained = parameter(p.b, "bias")
+            if trained is not None:
+                own = trained * float(p.scaling)
+                bias = own if bias is None else bias + own
+        return bias if bias is frozen else bias.to(self.base.weight.dtype)  # type: ignore[union-attr]
+
+
+_TENSORS = (Tensor, nn.Parameter)
+_BASES = (nn.Linear, Conv1D)
+
+
+def plain_plan(layer: PeftLinear, x: Any) -> Plan | None:
+    """The plan of a call that no rule of ``fastft.nn.lora`` applies to: one active adapter of plain
+    LoRA, over all rows. None where one of them might; they say which.
+
+    All is read anew at each call, in one piece. The rules, asked one by one, take a host as long as
+    a layer's launches, and a call of siblings plans five times.
+    """
+    active = layer.active_adapters
+    if len(active) != 1 or active[0] not in layer._modules["lora_A"]._modules:
+        return None
+    name = active[0]
+    if (
+        "forward" in layer.__dict__
+        or hooked_everywhere(layer)
+        or layer.disable_adapters
+        or layer.merged
+        or name in layer.lora_variant
+        or type(x) not in _TENSORS
+        or transform() is not None
+    ):
+        return None
+    parts = Parts(layer, name)
+    base, a, b, dropout = parts.base, parts.a, parts.b, parts.dropout
+    if (
+        type(base) not in _BASES
+        or type(a) is not nn.Linear
+        or type(b) is not nn.Linear
+        or not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p < 1.0))
+        or hooked(base)
+        or hooked(a)
+        or hooked(b)
+        or hooked(dropout)
+        or type(parts.scaling) not in (float, int)
+    ):
+        return None
+    return Plan(layer, None, (name, parts)) if _suits(x, parts) else None
+
+
+def _suits(x: Tensor, parts: Parts) -> bool:
+    """Whether the tensors are what the operation takes."""
+    weight, a, b = parts.tensors()
+    kinds = type(weight) in _TENSORS and type(a) in _TENSORS and type(b) in _TENSORS
+    if not kinds or a.dim() != 2 or b.dim() != 2 or x.dim() == 0:
+        return False
+    device, dtype = x.device, a.dtype
+    r, features = a.shape
+    if (
+        r > features
+        or r > b.shape[0]
+        or weight.device != device
+        or a.device != device
+        or b.device != device
+        or b.dtype != dtype
+        or not weight.is_floating_point()
+    ):
+        return False
+    if autocast_dtype(device.type) is not None:
+        return True
+    return x.dtype == weight.dtype and dtype in (x.dtype, torch.float32)
