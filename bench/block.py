@@ -3,6 +3,7 @@ backward."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -215,7 +216,8 @@ def build_fastft(inputs: Inputs) -> Step:
 
 
 def build_liger(inputs: Inputs) -> Step:
-    """Liger's autograd functions, called as its patched modules call them."""
+    """Liger's autograd functions, called as its patched modules call them. Some write over what
+    they are given: they get tensors of their own."""
     from liger_kernel.ops import layer_norm, rms_norm, rope, swiglu
 
     run: dict[str, Callable[..., Any]] = {
@@ -224,7 +226,16 @@ def build_liger(inputs: Inputs) -> Step:
         "glu": swiglu.LigerSiLUMulFunction.apply,
         "rope": lambda q, k, cos, sin: rope.LigerRopeFunction.apply(q.clone(), k.clone(), cos, sin),
     }
-    return _step(inputs, run[inputs.case["op"]])
+
+    def step() -> Step:
+        own = [tuple(t.clone() for t in ts) for ts in (inputs.tensors, inputs.pulls)]
+        return _step(
+            dataclasses.replace(inputs, tensors=own[0], pulls=own[1]), run[inputs.case["op"]]
+        )
+
+    given = (*inputs.tensors, *inputs.pulls)
+    size = sum(t.numel() * t.element_size() for t in given)
+    return Step(step().run, lambda: step().outputs(), copies=size)
 
 
 def needs_liger(case: Case, options: Options) -> str | None:

@@ -1,12 +1,12 @@
 """Second stage of the sums that are split over programs: parts added in a fixed order, for up to
-three siblings in one launch."""
+three siblings in one launch; and their adapters cast in one."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["_outer_reduce_kernel", "_pair_reduce_kernel"]
+__all__ = ["_cast_kernel", "_outer_reduce_kernel", "_pair_reduce_kernel"]
 
 
 @triton.jit
@@ -85,3 +85,27 @@ def _pair_reduce_kernel(
         _pair_reduce(ds1_ptr, copy1_ptr, p1_ptr, M, strips1, r1, copy_stride, scale1, COPY, BLOCK)
     else:
         _pair_reduce(ds2_ptr, copy2_ptr, p2_ptr, M, strips2, r2, copy_stride, scale2, COPY, BLOCK)
+
+
+@triton.jit
+def _cast(out_ptr, in_ptr, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(in_ptr + at, mask=at < size, other=0.0)
+    tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _cast_kernel(
+    out0_ptr, out1_ptr, out2_ptr,
+    in0_ptr, in1_ptr, in2_ptr,
+    size0, size1, size2,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out_i = in_i in out_i's type; the siblings are the grid's second axis."""
+    sibling = tl.program_id(1)
+    if sibling == 0:
+        _cast(out0_ptr, in0_ptr, size0, BLOCK)
+    elif sibling == 1:
+        _cast(out1_ptr, in1_ptr, size1, BLOCK)
+    else:
+        _cast(out2_ptr, in2_ptr, size2, BLOCK)

@@ -18,7 +18,11 @@ from fastft_kernels._lora_linear_kernels import (
     _shrink_kernel,
 )
 from fastft_kernels._lora_pair_kernels import _pair_partial_kernel
-from fastft_kernels._lora_reduce_kernels import _outer_reduce_kernel, _pair_reduce_kernel
+from fastft_kernels._lora_reduce_kernels import (
+    _cast_kernel,
+    _outer_reduce_kernel,
+    _pair_reduce_kernel,
+)
 
 __all__ = [
     "Copy",
@@ -100,7 +104,14 @@ def _as_read(
     if not wider or ranks <= _CAST_RANKS[any(mask is not None for mask in masks)]:
         return matrices
     cast = [torch.empty_like(matrix, dtype=x.dtype) for matrix in matrices]
-    torch._foreach_copy_(cast, list(matrices))
+    block = config.for_device(x.device).cast
+    for begin in range(0, len(cast), config.MAX_SIBLINGS):
+        outs, group = (values[begin : begin + config.MAX_SIBLINGS] for values in (cast, matrices))
+        sizes = [out.numel() for out in outs]
+        _cast_kernel[(triton.cdiv(max(sizes), block.block), len(outs))](
+            *padded(outs), *padded(group), *padded(sizes), BLOCK=block.block,
+            **block.launch.options(),
+        )  # fmt: skip
     return cast
 
 
@@ -157,7 +168,7 @@ def shrink(
 
 @functools.lru_cache(maxsize=1024)
 def _split_features(features: int, block_k: int, programs: int, slots: int) -> tuple[int, int]:
-    """(splits, features in each) of a shrink whose programs alone would leave much of a GPU idle."""
+    """(splits, features in each) of a shrink whose programs alone would leave a GPU idle."""
     steps = triton.cdiv(features, block_k)
     splits = min(slots // programs, steps // _FEWEST_STEPS)
     if splits < 2:
@@ -312,13 +323,13 @@ def pair(
     tokens, features = dy.shape
     r, arch = b.shape[1], config.for_device(dy.device)
     block_r = pair_block(arch.pair, r)
-    tile = arch.pair[block_r]
+    copies = copy is not None
+    tile = (arch.pair_copy if copies else arch.pair)[block_r]
     strips = triton.cdiv(features, tile.block_n)
     slots = arch.multiprocessors * tile.resident
     splits, rows = split_rows(tokens, tile.block_m, strips, slots)
     ds_parts = torch.empty((strips, tokens, r), dtype=torch.float32, device=dy.device)
     db_parts = torch.empty((splits, r, features), dtype=torch.float32, device=dy.device)
-    copies = copy is not None
     wide = dy if copy is None else copy.wide
     _pair_partial_kernel[(strips, splits)](
         dy, b, s, ds_parts, db_parts, wide, tokens, features, r, rows, wide.stride(0),

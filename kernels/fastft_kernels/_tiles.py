@@ -153,7 +153,7 @@ OUTER_SM90: TileTable = {
     **OUTER_LARGE,
     (2, 16, "one"): TileConfig(128, 64, Launch(4, 3)),
     (2, 16, "several"): TileConfig(128, 64, Launch(4, 3)),
-    (2, 16, "masked"): TileConfig(64, 64, Launch(4, 3), 2),
+    (2, 16, "masked"): TileConfig(32, 64, Launch(4, 4), 4),
     (2, 64, "one"): TileConfig(128, 64, Launch(4, 3)),
     (2, 64, "several"): TileConfig(64, 128, Launch(4, 3)),
 }

@@ -17,10 +17,9 @@ _REDUCE = "fastft_kernels._lora_reduce_kernels"
 # siblings may then spill this much. Measured: at most 72 bytes (Triton 3.6, sm_90, rank 16).
 _UNALIGNED_STACK = 80
 # In 128 registers: an H200 is faster so than with fewer programs at a time. At most 40 bytes, the
-# exact GELU and its slope 96, and with a copy of dY 88 (Triton 3.9, sm_90 and sm_100).
+# exact GELU and its slope 96 (Triton 3.9, sm_90 and sm_100).
 _PAIR_STACK = 48
 _ERF_STACK = 96
-_COPY_STACK = 96
 
 
 def _numbered(prefix: str, kind: str, suffix: str = "") -> dict[str, str]:
@@ -94,6 +93,7 @@ def _lora_variants() -> list[Variant]:
         _gemm("bf16", "fp32", 3, TRANSPOSED=False, HAS_BIAS=False, MASKED=False),
         _gemm("bf16", "fp32", 3, TRANSPOSED=False, HAS_BIAS=False, MASKED=True),
         _pair_reduce("bf16", True),
+        _cast("bf16", "fp32"),
     ]
     mask_types = {"out_ptr": "*u8", "seed_ptr": "*i64", "n_bytes": "i32", "threshold": "i32"}
     variants.append(Variant(_LORA, "_dropout_mask_kernel", "", mask_types, {}, "mask"))
@@ -121,8 +121,8 @@ def _pair(x: str, adapter: str, r: int, copy: bool) -> Variant:
     }  # fmt: skip
     return Variant(
         "fastft_kernels._lora_pair_kernels", "_pair_partial_kernel",
-        f"dy={x} b={adapter} r={r} copy={copy}", types, {"COPY": copy, "BLOCK_R": r}, "pair",
-        (DTYPES[x], r, False), stack_limit=_COPY_STACK if copy else Variant.stack_limit,
+        f"dy={x} b={adapter} r={r} copy={copy}", types, {"COPY": copy, "BLOCK_R": r},
+        "pair_copy" if copy else "pair", (DTYPES[x], r, False),
     )  # fmt: skip
 
 
@@ -152,6 +152,14 @@ def _pair_reduce(out: str, copy: bool) -> Variant:
     return Variant(
         _REDUCE, "_pair_reduce_kernel", f"ds={out} copy={copy}", types, {"COPY": copy}, "reduce"
     )
+
+
+def _cast(out: str, adapter: str) -> Variant:
+    types = {
+        **_numbered("out", f"*{out}", "_ptr"), **_numbered("in", f"*{adapter}", "_ptr"),
+        **_numbered("size", "i32"),
+    }  # fmt: skip
+    return Variant(_REDUCE, "_cast_kernel", f"out={out} in={adapter}", types, {}, "cast")
 
 
 def _routed(
@@ -230,6 +238,7 @@ def _all_variants() -> list[Variant]:
             variants.append(_gemm(x, a, siblings, MASKED=masked, **flags))
     variants += [_pair_reduce(out, copy) for out in DTYPES for copy in BOOLEANS]
     variants += [_reduce(out, t) for out, t in itertools.product(DTYPES, BOOLEANS)]
+    variants += [_cast("fp16", "fp32")]
     return variants
 
 

@@ -46,9 +46,13 @@ class Report:
     errors: tuple[str, ...] = ()
 
 
+# Tables by the rank block alone.
+_BY_RANK = ("pair", "pair_copy", "glu_pair")
+
+
 def _blocks(variant: Variant, arch: config.Arch) -> tuple[dict[str, int], config.Launch]:
     """Block sizes and launch options of a variant, from the architecture's table."""
-    if variant.table in ("shrink", "expand", "outer", "pair", "glu_pair"):
+    if variant.table in ("shrink", "expand", "outer", *_BY_RANK):
         tile = _tile(variant, arch)
         wide = "BLOCK_K" if variant.table in ("shrink", "outer") else "BLOCK_N"
         return {"BLOCK_M": tile.block_m, wide: tile.block_n}, tile.launch
@@ -77,7 +81,7 @@ def _blocks(variant: Variant, arch: config.Arch) -> tuple[dict[str, int], config
 
 
 def _tile(variant: Variant, arch: config.Arch) -> config.TileConfig:
-    by_rank = variant.table in ("pair", "glu_pair")
+    by_rank = variant.table in _BY_RANK
     key = variant.key[1] if by_rank else variant.key
     found: config.TileConfig = getattr(arch, variant.table)[key]
     return found
@@ -87,7 +91,7 @@ def applies(variant: Variant, arch: config.Arch) -> bool:
     """Whether a launcher makes this variant on the architecture."""
     if variant.table == "gemm":
         return arch.gemm is not None
-    if variant.table in ("pair", "glu_pair"):
+    if variant.table in _BY_RANK:
         return variant.key[1] in getattr(arch, variant.table)
     return True
 
@@ -127,7 +131,7 @@ def compile_variant(variant: Variant, capability: int) -> Report:
         errors.append(f"{stack} bytes of stack, limit {variant.stack_limit}")
     if shared > arch.shared_limit:
         errors.append(f"{shared} bytes of shared memory, limit {arch.shared_limit}")
-    if variant.table in ("outer", "pair", "glu_pair") and variant.aligned:
+    if variant.table in ("outer", *_BY_RANK) and variant.aligned:
         said, runs = _tile(variant, arch).resident, _resident(usage["REG"], shared, launch, arch)
         if runs < said:
             errors.append(f"{runs} run at a time, the table says {said}")

@@ -148,8 +148,10 @@ class Arch:
     expand: TileTable
     # dA = dS^T x and dB = dY^T s: contracted tokens by features.
     outer: TileTable
-    # dS and dB in one read of a 16-bit dY, by rank block: tokens by a strip of features.
+    # dS and dB in one read of a 16-bit dY, by rank block: tokens by a strip of features; with a
+    # copy of dY.
     pair: dict[int, TileConfig]
+    pair_copy: dict[int, TileConfig]
     # The same of gate and up in the backward of their unit, which holds five such tiles.
     glu_pair: dict[int, TileConfig]
     # The persistent product, with dropout or without; None without tensor memory descriptors,
@@ -158,6 +160,8 @@ class Arch:
     # Dropout mask: bytes of eight elements; second stage of dA and dB: elements.
     mask: BlockConfig = BlockConfig(512)
     reduce: BlockConfig = BlockConfig(512)
+    # Adapters cast for a shrink: elements.
+    cast: BlockConfig = BlockConfig(1024)
     cross_entropy: CrossEntropyConfig = CrossEntropyConfig()
     divergence: CrossEntropyConfig = CrossEntropyConfig(block_v=2048)
     # A head's gradient times the loss's: columns of one row.
@@ -177,27 +181,29 @@ ARCHS: dict[int, Arch] = {
     for arch in (
         Arch(
             "sm_80", 80, 163 * _KIB, 108, tiles.SHRINK_SM80, tiles.EXPAND_LARGE, tiles.OUTER_LARGE,
-            tiles.PAIR_SMALL, tiles.GLU_PAIR_LARGE,
+            tiles.PAIR_SMALL, tiles.PAIR_SMALL, tiles.GLU_PAIR_LARGE,
         ),
         Arch(
             "sm_86", 86, 99 * _KIB, 84, tiles.SHRINK_SMALL, tiles.EXPAND_SMALL, tiles.OUTER_SMALL,
-            tiles.PAIR_SMALL, tiles.GLU_PAIR_SMALL,
+            tiles.PAIR_SMALL, tiles.PAIR_SMALL, tiles.GLU_PAIR_SMALL,
         ),
         Arch(
             "sm_89", 89, 99 * _KIB, 128, tiles.SHRINK_SMALL, tiles.EXPAND_SMALL, tiles.OUTER_SMALL,
-            tiles.PAIR_SMALL, tiles.GLU_PAIR_SMALL,
+            tiles.PAIR_SMALL, tiles.PAIR_SMALL, tiles.GLU_PAIR_SMALL,
         ),
         Arch(
             "sm_90", 90, 227 * _KIB, 132, tiles.SHRINK_SM90, tiles.EXPAND_SM90, tiles.OUTER_SM90,
-            tiles.PAIR_SM90, tiles.GLU_PAIR_SM90, tiles.GEMM_SM90,
+            tiles.PAIR_SM90, tiles.PAIR_LARGE, tiles.GLU_PAIR_SM90, tiles.GEMM_SM90,
         ),
         Arch(
             "sm_100", 100, 227 * _KIB, 148, tiles.SHRINK_LARGE, tiles.EXPAND_LARGE,
-            tiles.OUTER_LARGE, tiles.PAIR_LARGE, tiles.GLU_PAIR_LARGE, tiles.GEMM_SM100,
+            tiles.OUTER_LARGE, tiles.PAIR_LARGE, tiles.PAIR_LARGE, tiles.GLU_PAIR_LARGE,
+            tiles.GEMM_SM100,
         ),
         Arch(
             "sm_120", 120, 99 * _KIB, 170, tiles.SHRINK_SMALL, tiles.EXPAND_SMALL,
-            tiles.OUTER_SMALL, tiles.PAIR_SMALL, tiles.GLU_PAIR_SMALL, tiles.GEMM_SM120,
+            tiles.OUTER_SMALL, tiles.PAIR_SMALL, tiles.PAIR_SMALL, tiles.GLU_PAIR_SMALL,
+            tiles.GEMM_SM120,
         ),
     )
 }

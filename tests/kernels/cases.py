@@ -195,7 +195,7 @@ LORA_CASES = {
     ),
     # Few tokens and long rows, whose sum is split over programs, forward and backward.
     "long-rows": LoraCase(70, 1100, (40, 1090, 33), (5, 16, 3), BF16, F32),
-    "long-rows-dropout": LoraCase(70, 1100, (40, 24), (5, 70), BF16, F32, (0.2, 0.3)),
+    "long-rows-dropout": LoraCase(70, 1100, (40, 80), (5, 70), BF16, F32, (0.2, 0.3)),
     "long-rows-f32": LoraCase(33, 520, (530,), (40,), F32, F32, (0.2,)),
     # Rows of whole 16 bytes, as every model's are: what the persistent product takes.
     "aligned-siblings": LoraCase(150, 136, (264, 80, 88), (8, 16, 5), BF16, F32),
