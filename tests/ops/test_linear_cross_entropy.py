@@ -338,6 +338,6 @@ def test_gradients_are_scaled_a_panel_at_a_time(
     monkeypatch.setattr(autograd_module, "_PANEL", 16)
     gradient = torch.randn(shape).to(dtype if each else F32)
     scale = torch.randn(shape[0] if each else 1, *[1] * (len(shape) - 1) if each else [])
-    found = autograd_module._scaled(gradient, scale, BF16)
+    found = autograd_module._scaled(gradient, scale, BF16, "cpu")
     assert found.dtype == BF16
     assert torch.equal(found, (gradient * scale).to(BF16))
