@@ -104,7 +104,8 @@ def default_chunk(
     trained: bool = False,
     free_bytes: int | None = None,
 ) -> int:
-    """Tokens a slab: an eighth of them, at least 16 and on a GPU 2048, within its limits of bytes.
+    """Tokens a slab: an eighth of them, at least 16 and on a GPU 2048 or half of them, within its
+    limits of bytes.
 
     A trained head's float32 gradient is read and written once a slab, and is larger than the slab:
     half of the tokens then. free_bytes: memory there is; the slab takes at most an eighth.
@@ -115,7 +116,7 @@ def default_chunk(
     within = limit // max(1, vocabulary * itemsize)
     wanted = -(-tokens // (2 if trained else 8))
     if device_type == "cuda":
-        wanted = max(wanted, min(tokens, _GPU_TOKENS))
+        wanted = max(wanted, min(-(-tokens // 2), _GPU_TOKENS))
         if _GPU_TILE < within < wanted:
             within -= within % _GPU_TILE
     return max(16, min(wanted, within))

@@ -120,8 +120,8 @@ def linear_cross_entropy(
             everything else is the same on every process, and so are the results. dh is summed over
             the group. Three small all-reduces a slab, one of dh. Not under torch.compile, nor with
             ``return_statistics`` or probabilities.
-        chunk: tokens of one slab; None for one eighth of them, on a GPU at least 2048, within 512
-            MiB (CPU: 48) and an eighth of free memory.
+        chunk: tokens of one slab; None for one eighth of them, on a GPU at least 2048 or half of
+            them, within 512 MiB (CPU: 48) and an eighth of free memory.
 
     Returns:
         loss, float32: a scalar, or of the shape of ``labels``; with no token that counts the mean

@@ -171,6 +171,11 @@ def _shrink_kernel(
         if COPY:
             copied = (row + rows < M)[:, None] & (k < copied_columns)[None, :]
             tl.store(copy_tile + k[None, :], x, mask=copied)
+            if a0_ptr.dtype.element_ty == x_ptr.dtype.element_ty:
+                # Changes nothing but where the products read x, which is not in the buffer that the
+                # copies ahead write: where a loaded tile goes into registers too, Triton 3.6 counts
+                # one buffer too few for products that run on in the background.
+                x = tl.where((row + rows < M)[:, None], x, 0.0).to(x.dtype)
         acc0 = _shrink_step(
             acc0, x, a0_ptr, bits0, k0, rank, K, r0,
             MASKED, TRANSPOSED, BLOCK_M, BLOCK_R, BLOCK_K,

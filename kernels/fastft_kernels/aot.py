@@ -131,6 +131,8 @@ def compile_variant(variant: Variant, capability: int) -> Report:
         errors.append(f"{stack} bytes of stack, limit {variant.stack_limit}")
     if shared > arch.shared_limit:
         errors.append(f"{shared} bytes of shared memory, limit {arch.shared_limit}")
+    if _overwritten(compiled.asm.get("ttgir", "")):
+        errors.append("a product in the background reads a buffer that the next copies write")
     if variant.table in ("outer", *_BY_RANK) and variant.aligned:
         said, runs = _tile(variant, arch).resident, _resident(usage["REG"], shared, launch, arch)
         if runs < said:
@@ -139,6 +141,22 @@ def compile_variant(variant: Variant, capability: int) -> Report:
         arch.name, variant.kernel, variant.label, usage["REG"], stack, shared, arch.shared_limit,
         tuple(errors),
     )  # fmt: skip
+
+
+def _overwritten(ttgir: str) -> bool:
+    """Whether a product that runs on into the next turn of a loop reads from a buffer that is also
+    loaded into registers: Triton 3.6 gives such a tile one buffer too few, and the copies ahead
+    write what the product still reads (Hopper's matrix unit)."""
+    text = re.sub(r" loc\([^\n]*", "", ttgir)
+    if not any(int(n) for n in re.findall(r"warp_group_dot_wait .*?pendings = (\d+)", text)):
+        return False
+    buffer = dict(re.findall(r"%(\S+) = ttg\.memdesc_index %(\S+?)\[", text))
+    for view, of in re.findall(r"%(\S+) = ttg\.memdesc_(?:trans|reshape|subslice) %([\w#]+)", text):
+        if of in buffer:
+            buffer[view] = buffer[of]
+    loaded = {buffer[v] for v in re.findall(r"ttg\.local_load %(\S+) ", text) if v in buffer}
+    products = re.findall(r"ttng\.warp_group_dot %(\S+?), %(\S+?), .*?isAsync = true", text)
+    return any(buffer.get(operand) in loaded for pair in products for operand in pair)
 
 
 def _resident(registers: int, shared: int, launch: config.Launch, arch: config.Arch) -> int:

@@ -21,14 +21,16 @@ from bench.plan import MODELS
 ROOT = Path(__file__).resolve().parents[2]
 # A worker that imports nothing heavy. It says who runs it and when its module was imported.
 TOY = """
-import json, os, sys, time
+import json, os, signal, sys, time
 imported = time.time()
 if os.environ.get("TOY_BROKEN"):
     raise ImportError("no toy here")
 def main():
     job = json.loads(sys.argv[1])
     print("a line before")
-    if job["do"] == "sleep":
+    if job["do"] == "interrupt":  # as Ctrl-C, once the job runs
+        os.kill(os.getppid(), signal.SIGINT)
+    if job["do"] in ("sleep", "interrupt"):
         time.sleep(60)
     if job["do"] == "fail":
         raise ValueError("the job is wrong")
@@ -152,8 +154,7 @@ ENDS = {
     "its end": ("", 0),
     "an error": ("raise ValueError", 1),
     "Ctrl-C in a job": (
-        'import threading; threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()\n'
-        'worker.run_worker("toy", {"do": "sleep"}, 30, spares=2)',
+        'worker.run_worker("toy", {"do": "interrupt"}, 30, spares=2)',
         -signal.SIGINT,
     ),
     "a kill": ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),

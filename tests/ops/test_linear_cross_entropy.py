@@ -209,6 +209,12 @@ def test_slab_is_an_eighth_of_the_logits_and_bounded() -> None:
     assert default_chunk(1024, 32768, 2, "cpu") == 128
     assert default_chunk(1024, 32768, 2, "cpu", trained=True) == 512
     assert default_chunk(100_000, 49152, 4, "cpu") * 49152 * 4 <= 48 << 20
+    # A GPU's products want 2048 tokens, of whole tiles, but at most half of them.
+    assert default_chunk(4096, 128256, 2, "cuda") == 2048
+    assert default_chunk(65536, 128256, 2, "cuda") == 2048
+    assert default_chunk(1024, 128256, 2, "cuda") == 512
+    assert default_chunk(32768, 32768, 2, "cuda") == 4096
+    assert default_chunk(4096, 128256, 2, "cuda", free_bytes=1 << 30) == 512
     assert default_chunk(4, 10, 4, "cpu") == 16
 
 
