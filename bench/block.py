@@ -217,7 +217,7 @@ def build_fastft(inputs: Inputs) -> Step:
 
 def build_liger(inputs: Inputs) -> Step:
     """Liger's autograd functions, called as its patched modules call them. Some write over what
-    they are given: they get tensors of their own."""
+    they are given: they get tensors of their own, rotary's at each call."""
     from liger_kernel.ops import layer_norm, rms_norm, rope, swiglu
 
     run: dict[str, Callable[..., Any]] = {

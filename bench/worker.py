@@ -19,8 +19,8 @@ from .ledger import ROOT
 
 # An import takes longer than many a job: with two on the way the GPU seldom waits.
 SPARES = 2
-# A job's own threads, and the imports of its spares.
-_FEWEST_CORES = 4
+# A job's own threads and autograd's, and the imports of its spares.
+_FEWEST_CORES = 8
 # What every worker needs, sooner or later. None of them touches the GPU when it is imported.
 PRELOAD = (
     "peft",

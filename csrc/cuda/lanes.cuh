@@ -143,8 +143,8 @@ struct Random {
   }
 };
 
-// The bits of eight numbers, of NaN those that no rounding makes a number of. kTogether: their sum is
-// asked first, which has a NaN if one of them is one: fewer instructions, more registers.
+// The bits of eight numbers, of NaN those that no rounding makes a number of. kTogether: their sum
+// is asked first, which has a NaN if one of them is one: fewer instructions, more registers.
 template <bool kTogether>
 __device__ void bits_of(uint32_t (&bits)[kLane], const float (&values)[kLane]) {
   float sum = 0.0f;

@@ -222,8 +222,8 @@ __device__ void update_tile(const ChunkCall& c, int64_t begin, int tile, int64_t
            __shfl_sync(0xffffffffu, c.own.second, tile)};
   const auto stochastic = [&](const float (&values)[kLane], int64_t address, uint32_t words) {
     if (c.aligned)
-      return store_stochastic<kWhole, kCodes != kAnyCodes>(
-          values, address, start, count, key, static_cast<uint32_t>(lane), words);
+      return store_stochastic<kWhole, kCodes != kAnyCodes>(values, address, start, count, key,
+                                                           static_cast<uint32_t>(lane), words);
     store_stochastic_anywhere<kCodes != kAnyCodes>(values, address, start, count, c.random,
                                                    static_cast<uint64_t>(t.offset + start), words);
   };

@@ -86,19 +86,20 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -
     # The float32 scale, of as many dimensions, keeps the product in float32: 1/n has too few bits
     # else. Rounded as it is written: a float32 product of a head's size is memory for nothing, and
     # on a CPU, where torch makes one all the same, time.
-    out = torch.empty_like(gradient, dtype=dtype)
+    out = torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
     # A compiler's tensors, too, are scaled at once: it fuses the cast itself.
     there = gradient.is_cuda or gradient.device.type == "cpu"
     if type(gradient) is not Tensor or not gradient.numel() or not there:
         return torch.mul(gradient, scale, out=out)
     if dtype == torch.result_type(gradient, scale):
         return torch.mul(gradient, scale, out=out)
-    if gradient.is_cuda:
-        launcher = choose(backend, gradient)[1]
-        if gradient.dim() != 2 or not hasattr(launcher, "scaled"):
-            return torch.mul(gradient, scale, out=out)
-        launcher.scaled(out, gradient, scale.flatten())
+    launcher = choose(backend, gradient)[1]
+    if hasattr(launcher, "scaled") and gradient.dim() == 2:
+        # An upstream gradient may be one number that is seen as many.
+        launcher.scaled(out, gradient.contiguous(), scale.flatten().contiguous())
         return out
+    if gradient.is_cuda:
+        return torch.mul(gradient, scale, out=out)
     rows = min(gradient.shape[0], max(1, _PANEL // gradient[:1].numel()))
     room = scale.new_empty(rows, *gradient.shape[1:])
     for first in range(0, gradient.shape[0], rows):

@@ -148,8 +148,10 @@ def shrink(
         )
         results, factors = group_outs, _scales(scales, group)
         if splits > 1:
-            parts = [x.new_empty(splits, tokens, r, dtype=torch.float32) for r in ranks]
-            results, factors = parts, [1.0] * len(parts)
+            parts = [
+                x.new_empty(splits, tokens, r, dtype=torch.float32) for r in ranks[: len(group)]
+            ]
+            results, factors = padded(parts), [1.0] * config.MAX_SIBLINGS
         _shrink_kernel[(*grid, splits)](
             x, *_pick(matrices, group), *results, *_pick_masks(masks, group, x), target,
             tokens, features, *ranks, *factors, stride, *firsts, k_per_split,
@@ -160,7 +162,7 @@ def shrink(
         if splits > 1:
             thins = [copy.thin[i] for i in group] if copy is not None and copies else None
             factors = [float(scales[i]) for i in group]
-            _add_up([outs[i] for i in group], thins, parts[: len(group)], factors)
+            _add_up([outs[i] for i in group], thins, parts, factors)
         if copy is not None and not copies:
             for i in group:
                 copy.thin[i].copy_(outs[i])

@@ -209,7 +209,7 @@ def _all_variants() -> list[Variant]:
             case = (x, a, r, siblings, masked)
             flags = {"TRANSPOSED": False, "aligned": aligned}
             variants.append(_lora("outer", *case, aligned=aligned))
-            variants.append(_lora("shrink", *case, **flags))
+            variants += [_lora("shrink", *case, SPLIT=split, **flags) for split in BOOLEANS]
             variants.append(_lora("expand", *case, HAS_BIAS=False, **flags))
         # s B^T of one sibling at a time, where a bias may be; dY B likewise.
         alone, flags = (x, a, r, 1, False), {"TRANSPOSED": True, "aligned": aligned}
@@ -229,7 +229,8 @@ def _all_variants() -> list[Variant]:
             flags = {"TRANSPOSED": False, "COPY": True}
             for split in BOOLEANS:
                 variants.append(_lora("shrink", x, a, r, siblings, masked, SPLIT=split, **flags))
-        variants.append(_lora("shrink", x, a, r, 1, False, TRANSPOSED=True, COPY=True))
+        flags = {"TRANSPOSED": True, "COPY": True}
+        variants += [_lora("shrink", x, a, r, 1, False, SPLIT=s, **flags) for s in BOOLEANS]
     for x, a in (both for both in pairs if DTYPES[both[0]] == 2):
         flags = {"TRANSPOSED": True, "MASKED": False}
         variants += [_gemm(x, a, 1, HAS_BIAS=bias, **flags) for bias in BOOLEANS]

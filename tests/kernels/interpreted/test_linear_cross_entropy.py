@@ -205,3 +205,16 @@ def test_scaled_rounds_once(dtype: torch.dtype, each: bool) -> None:
     out = torch.empty(5, columns, dtype=dtype)
     launcher.scaled(out, gradient, scale)
     assert torch.equal(out, (gradient * scale[:, None]).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_an_upstream_gradient_that_is_one_number_seen_as_many(dtype: torch.dtype) -> None:
+    inputs = _inputs(13, 24, 40, dtype, False)
+    found = []
+    for reduction in ("none", "sum"):
+        hidden = inputs.hidden.detach().requires_grad_()
+        losses = ops.linear_cross_entropy(
+            hidden, inputs.weight.detach(), inputs.labels, reduction=reduction, backend="triton"
+        )
+        found.append(torch.autograd.grad(losses.sum() / 3, hidden)[0])
+    assert torch.equal(*found)
