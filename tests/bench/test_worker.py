@@ -145,6 +145,7 @@ def test_spares_of_another_worker_are_ended(toy: Path) -> None:
 PARENT = """
 import os, pathlib, signal, sys
 from bench import worker
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 worker.ROOT, worker.PRELOAD = pathlib.Path(sys.argv[1]), ()
 os.environ["PYTHONPATH"] = sys.argv[1]
 worker.run_worker("toy", {"do": "tell"}, 30, spares=2)
