@@ -27,6 +27,7 @@ from fastft_kernels._lora_reduce_kernels import (
 __all__ = [
     "Copy",
     "PairParts",
+    "casts",
     "expand_add",
     "outer",
     "padded",
@@ -41,7 +42,8 @@ __all__ = [
 # Grid axes 1 and 2 hold at most 65535 programs; rank blocks and splits stay far below.
 _MAX_SPLITS = 1024
 # Every program of a shrink reads the whole of the adapters' matrices. Where these have more ranks
-# together than this (without dropout, with it), wider ones than x are cast before, in one launch.
+# together than this (without dropout, with it), each counted as its block, wider ones than x are
+# cast before, in one launch. Tiles are made for that: three blocks of 64 fit as 16 bits only.
 _CAST_RANKS = {False: 48, True: 32}
 # Blocks of features that a split of a shrink has at least: two more are its begin and its end.
 _FEWEST_STEPS = 4
@@ -96,12 +98,20 @@ def _scales(scales: Sequence[float], group: Sequence[int]) -> list[float]:
     return padded([float(scales[i]) for i in group])
 
 
+def casts(siblings: int, block_r: int, masked: bool) -> bool:
+    """Whether a shrink casts matrices that are wider than x."""
+    return siblings * block_r > _CAST_RANKS[masked]
+
+
 def _as_read(
-    matrices: Sequence[Tensor], x: Tensor, ranks: int, masks: Sequence[Tensor | None]
+    matrices: Sequence[Tensor], x: Tensor, r: int, masks: Sequence[Tensor | None]
 ) -> Sequence[Tensor]:
-    """The matrices of a shrink, in x's dtype where they are read so often that a cast pays."""
-    wider = matrices[0].element_size() > x.element_size()
-    if not wider or ranks <= _CAST_RANKS[any(mask is not None for mask in masks)]:
+    """The matrices of a shrink, the largest of rank r, in x's dtype where a cast pays."""
+    size = x.element_size()
+    masked = any(mask is not None for mask in masks)
+    if matrices[0].element_size() <= size or not casts(
+        len(matrices), config.block_r_for(r, size), masked
+    ):
         return matrices
     cast = [torch.empty_like(matrix, dtype=x.dtype) for matrix in matrices]
     block = config.for_device(x.device).cast
@@ -130,7 +140,7 @@ def shrink(
     if tokens == 0:
         return
     arch = config.for_device(x.device)
-    matrices = _as_read(matrices, x, sum(out.shape[1] for out in outs), masks)
+    matrices = _as_read(matrices, x, max(out.shape[1] for out in outs), masks)
     for number, group in enumerate(_groups(masks)):
         group_outs = _pick(outs, group)
         ranks = _ranks(group_outs)

@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 from fastft_kernels import config
+from fastft_kernels._lora_skinny import casts
 from fastft_kernels._variant import BOOLEANS, DTYPES, Variant
 
 __all__ = ["ALL_VARIANTS", "VARIANTS"]
@@ -201,6 +202,14 @@ def _gemm(x: str, adapter: str, siblings: int, **flags: bool) -> Variant:
     )  # fmt: skip
 
 
+def _is_cast(variant: Variant) -> bool:
+    """Whether a shrink casts this variant's matrices before, so that it is never launched."""
+    if variant.kernel != "_shrink_kernel" or variant.types["a0_ptr"] == variant.types["x_ptr"]:
+        return False
+    constants = variant.constants
+    return casts(constants["SIBLINGS"], constants["BLOCK_R"], constants["MASKED"])
+
+
 def _all_variants() -> list[Variant]:
     pairs = [(x, a) for x in DTYPES for a in dict.fromkeys(("fp32", x))]
     variants = []
@@ -237,6 +246,7 @@ def _all_variants() -> list[Variant]:
         flags = {"TRANSPOSED": False, "HAS_BIAS": False}
         for siblings, masked in itertools.product((1, 2, 3), BOOLEANS):
             variants.append(_gemm(x, a, siblings, MASKED=masked, **flags))
+    variants = [v for v in variants if not _is_cast(v)]
     variants += [_pair_reduce(out, copy) for out in DTYPES for copy in BOOLEANS]
     variants += [_reduce(out, t) for out, t in itertools.product(DTYPES, BOOLEANS)]
     variants += [_cast("fp16", "fp32")]
