@@ -88,10 +88,8 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -
     # on a CPU, where torch makes one all the same, time.
     out = torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
     # A compiler's tensors, too, are scaled at once: it fuses the cast itself.
-    there = gradient.is_cuda or gradient.device.type == "cpu"
-    if type(gradient) is not Tensor or not gradient.numel() or not there:
-        return torch.mul(gradient, scale, out=out)
-    if dtype == torch.result_type(gradient, scale):
+    plain = type(gradient) is Tensor and gradient.device.type in ("cpu", "cuda")
+    if not plain or not gradient.numel() or dtype == torch.result_type(gradient, scale):
         return torch.mul(gradient, scale, out=out)
     launcher = choose(backend, gradient)[1]
     if hasattr(launcher, "scaled") and gradient.dim() == 2:

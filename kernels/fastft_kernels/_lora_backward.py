@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastft_kernels import _lora_gemm, border
+from fastft_kernels import _lora_gemm
 from fastft_kernels._common import device_guard
-from fastft_kernels._lora_calls import at, by, choose_way, clear_padding, dense, plain, scales_kept
+from fastft_kernels._lora_calls import at, by, choose_way, dense, plain, scales_kept
 from fastft_kernels._lora_glu import GluPair
 from fastft_kernels._lora_routed import Route, routes
 from fastft_kernels._lora_skinny import (
@@ -60,7 +60,8 @@ def bwd(
         if made is not None:
             left, way = made.left, "expand" if way == "border" else way
         elif way == "border" and held is not None:
-            left, copies = _bordered_dys(held, dys)
+            left, wides, thins = held.room(dys[0], x.shape[0], held.widths)
+            copies = [Copy(wide, [thin]) for wide, thin in zip(wides, thins, strict=True)]
         parts: dict[tuple[int, int], list[PairParts]] = {}
         adapters = {} if made is not None else by(zip(owners, spans, strict=True))
         for (owner, span), members in adapters.items():
@@ -103,16 +104,6 @@ def _frozen_dx(dx: Tensor, dys: Sequence[Tensor], weights: Sequence[Tensor]) -> 
     torch.mm(dys[0], weights[0], out=dx)
     for dy, weight in zip(dys[1:], weights[1:], strict=True):
         dx.addmm_(dy, weight)
-
-
-def _bordered_dys(held: border.Border, dys: Sequence[Tensor]) -> tuple[Tensor, list[Copy]]:
-    """Room for [dY_1 | dY_2 .. | dS_1 | dS_2 ..], and each layer's share of it."""
-    left = border.operand(dys[0], dys[0].shape[0], held.width, held.border)
-    thin = left[:, held.width :]
-    clear_padding(thin, held.ranks)
-    wides = left[:, : held.width].split(list(held.widths), 1)
-    places = held.rank_slices()
-    return left, [Copy(w, [thin[:, p]]) for w, p in zip(wides, places, strict=True)]
 
 
 def _d_s_and_d_b(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastft_kernels import _lora_gemm, border, config, ways
 
-__all__ = ["at", "by", "choose_way", "clear_padding", "dense", "plain", "scales_kept"]
+__all__ = ["at", "by", "choose_way", "dense", "plain", "scales_kept"]
 
 
 def plain(
@@ -47,12 +47,6 @@ def choose_way(
     widths = tuple([w.shape[0] for w in weights])
     shape = ways.Shape(direction, tokens, features, widths, max(ranks), any(masked))
     return ways.pick(config.for_device(narrow.device).name, shape, possible), held
-
-
-def clear_padding(thin: Tensor, ranks: Sequence[int]) -> None:
-    """The border's columns past the last rank meet zeros, but NaN times zero is NaN."""
-    if sum(ranks) < thin.shape[1]:
-        thin[:, sum(ranks) :].zero_()
 
 
 def by(keys: Iterable[Any]) -> dict[Any, list[int]]:

@@ -53,7 +53,7 @@ def fwd(ys: list[Tensor], ss: list[Tensor], *call: Any) -> None:
         left = copy = None
         if way == "border" and held is not None:
             # The pass over x that makes S leaves [x | S] behind.
-            left, wide, thin = _operand(c.x, held)
+            left, (wide,), thin = held.room(c.x, c.x.shape[0], c.x.shape[1:])
             copy = Copy(wide, thin)
         _adapters(ss, c, copy)
         _values(ys, ss, c, way, held, left)
@@ -73,22 +73,11 @@ def fwd_values(ys: list[Tensor], ss: list[Tensor], *call: Any) -> None:
         way, held = c.way(ys)
         left = None
         if way == "border" and held is not None:
-            left, wide, thin = _operand(c.x, held)
+            left, (wide,), thin = held.room(c.x, c.x.shape[0], c.x.shape[1:])
             wide.copy_(c.x)
             for s, place in zip(ss, thin, strict=True):
                 place.copy_(s)
         _values(ys, ss, c, way, held, left)
-
-
-def _operand(x: Tensor, held: border.Border) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Room for [x | S], and in it the places of x and of each s."""
-    tokens, features = x.shape
-    left = border.operand(x, tokens, features, held.border)
-    sizes = [features, *held.ranks, held.border - sum(held.ranks)]
-    wide, *thin, padding = left.split_with_sizes(sizes, 1)
-    if sizes[-1]:  # these columns meet zeros, but NaN times zero is NaN
-        padding.zero_()
-    return left, wide, thin
 
 
 def _adapters(ss: list[Tensor], c: _Call, copy: Copy | None) -> None:

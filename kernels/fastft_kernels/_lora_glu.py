@@ -9,9 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from fastft_kernels import border, config
+from fastft_kernels import config
 from fastft_kernels._common import INTERPRETED, device_guard
-from fastft_kernels._lora_calls import choose_way, clear_padding, dense
+from fastft_kernels._lora_calls import choose_way, dense
 from fastft_kernels._lora_glu_kernels import _glu_pair_kernel
 from fastft_kernels._lora_skinny import PairParts, pair_block, reduce_pairs, split_rows
 from fastft_kernels.glu import CODES
@@ -67,13 +67,10 @@ def glu_bwd(
     splits, rows = split_rows(tokens, tile.block_m, strips, slots)
     with device_guard(gate):
         way, held = choose_way("glu", x, [gate, up], weights, lora_as, masks)
-        left, thins = None, None
+        left: Tensor | None = None
+        thins: Sequence[Tensor | None] = [None, None]
         if way == "border" and held is not None:
-            left = border.operand(gate, tokens, held.width, held.border)
-            thin = left[:, held.width :]
-            clear_padding(thin, held.ranks)
-            dys = list(left[:, : held.width].split(list(held.widths), 1))
-            thins = [thin[:, place] for place in held.rank_slices()]
+            left, dys, thins = held.room(gate, tokens, held.widths)
         else:
             dys = [torch.empty_like(d_out) for _ in ss]
         parts = [torch.empty((strips, tokens, r), dtype=torch.float32, device=gate.device)
@@ -91,8 +88,7 @@ def glu_bwd(
         )  # fmt: skip
         d_ss = [torch.empty_like(s) for s in ss]
         dbs = [torch.empty_like(b) for b in bs]
-        places = [None, None] if thins is None else thins
-        made = zip(d_ss, dbs, places, parts, sums, map(float, scalings), strict=True)
+        made = zip(d_ss, dbs, thins, parts, sums, map(float, scalings), strict=True)
         reduce_pairs([PairParts(*one) for one in made])
     return GluPair(dys, d_ss, dbs, left)
 

@@ -142,7 +142,7 @@ def shrink(
     arch = config.for_device(x.device)
     matrices = _as_read(matrices, x, max(out.shape[1] for out in outs), masks)
     for number, group in enumerate(_groups(masks)):
-        group_outs = _pick(outs, group)
+        group_outs, group_scales = [outs[i] for i in group], [float(scales[i]) for i in group]
         ranks = _ranks(group_outs)
         masked = masks[group[0]] is not None
         form = config.form_of(len(group), masked)
@@ -156,23 +156,20 @@ def shrink(
         splits, k_per_split = _split_features(
             features, tile.block_n, grid[0] * grid[1], arch.multiprocessors
         )
-        results, factors = group_outs, _scales(scales, group)
-        if splits > 1:
-            parts = [
-                x.new_empty(splits, tokens, r, dtype=torch.float32) for r in ranks[: len(group)]
-            ]
-            results, factors = padded(parts), [1.0] * config.MAX_SIBLINGS
+        results, factors = group_outs, group_scales
+        if splits > 1:  # parts, scaled when they are added up
+            size, factors = (splits, tokens), [1.0] * len(group)
+            results = [x.new_empty(*size, *o.shape[1:], dtype=torch.float32) for o in group_outs]
         _shrink_kernel[(*grid, splits)](
-            x, *_pick(matrices, group), *results, *_pick_masks(masks, group, x), target,
-            tokens, features, *ranks, *factors, stride, *firsts, k_per_split,
+            x, *_pick(matrices, group), *padded(results), *_pick_masks(masks, group, x), target,
+            tokens, features, *ranks, *padded(factors), stride, *firsts, k_per_split,
             SIBLINGS=len(group), MASKED=masked, TRANSPOSED=transposed, COPY=copies,
             SPLIT=splits > 1, BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_K=tile.block_n,
             **tile.launch.options(),
         )  # fmt: skip
         if splits > 1:
             thins = [copy.thin[i] for i in group] if copy is not None and copies else None
-            factors = [float(scales[i]) for i in group]
-            _add_up([outs[i] for i in group], thins, parts, factors)
+            _add_up(group_outs, thins, results, group_scales)
         if copy is not None and not copies:
             for i in group:
                 copy.thin[i].copy_(outs[i])

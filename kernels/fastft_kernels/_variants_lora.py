@@ -6,7 +6,6 @@ import itertools
 from typing import Any
 
 from fastft_kernels import config
-from fastft_kernels._lora_skinny import casts
 from fastft_kernels._variant import BOOLEANS, DTYPES, Variant
 
 __all__ = ["ALL_VARIANTS", "VARIANTS"]
@@ -71,12 +70,12 @@ def _lora_variants() -> list[Variant]:
         # Float32 walks ranks in blocks of 32 at most: rank 64 is its heaviest form.
         for x, adapter in (("bf16", "fp32"), ("fp32", "fp32"))[: 1 if r == 16 else 2]:
             variants += [
-                _lora("shrink", x, adapter, r, 3, True, TRANSPOSED=False, COPY=True),
+                _lora("shrink", x, x, r, 3, True, TRANSPOSED=False, COPY=True),
                 _lora("expand", x, adapter, r, 3, True, HAS_BIAS=False, TRANSPOSED=False),
                 _lora("outer", x, adapter, r, 3, True),
             ]
         variants += [
-            _lora("shrink", "bf16", "fp32", r, 1, False, TRANSPOSED=True),
+            _lora("shrink", "bf16", "fp32" if r == 16 else "bf16", r, 1, False, TRANSPOSED=True),
             _lora("shrink", "bf16", "bf16", r, 3, False, TRANSPOSED=False, COPY=True, SPLIT=True),
             _lora("expand", "bf16", "fp32", r, 1, False, HAS_BIAS=True, TRANSPOSED=True),
         ]
@@ -202,14 +201,6 @@ def _gemm(x: str, adapter: str, siblings: int, **flags: bool) -> Variant:
     )  # fmt: skip
 
 
-def _is_cast(variant: Variant) -> bool:
-    """Whether a shrink casts this variant's matrices before, so that it is never launched."""
-    if variant.kernel != "_shrink_kernel" or variant.types["a0_ptr"] == variant.types["x_ptr"]:
-        return False
-    constants = variant.constants
-    return casts(constants["SIBLINGS"], constants["BLOCK_R"], constants["MASKED"])
-
-
 def _all_variants() -> list[Variant]:
     pairs = [(x, a) for x in DTYPES for a in dict.fromkeys(("fp32", x))]
     variants = []
@@ -246,7 +237,6 @@ def _all_variants() -> list[Variant]:
         flags = {"TRANSPOSED": False, "HAS_BIAS": False}
         for siblings, masked in itertools.product((1, 2, 3), BOOLEANS):
             variants.append(_gemm(x, a, siblings, MASKED=masked, **flags))
-    variants = [v for v in variants if not _is_cast(v)]
     variants += [_pair_reduce(out, copy) for out in DTYPES for copy in BOOLEANS]
     variants += [_reduce(out, t) for out, t in itertools.product(DTYPES, BOOLEANS)]
     variants += [_cast("fp16", "fp32")]

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fastft_kernels import config
+from fastft_kernels._lora_skinny import casts
 from fastft_kernels.variants import ALL_VARIANTS, VARIANTS, Variant
 
 __all__ = ["ALL_VARIANTS", "VARIANTS", "Report", "Variant", "check", "compile_variant", "main"]
@@ -93,6 +94,8 @@ def applies(variant: Variant, arch: config.Arch) -> bool:
         return arch.gemm is not None
     if variant.table in _BY_RANK:
         return variant.key[1] in getattr(arch, variant.table)
+    if variant.kernel == "_shrink_kernel" and variant.types["a0_ptr"] != variant.types["x_ptr"]:
+        return not casts(*(variant.constants[n] for n in ("SIBLINGS", "BLOCK_R", "MASKED")))
     return True
 
 

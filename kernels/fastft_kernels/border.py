@@ -45,35 +45,43 @@ class Border:
     """A buffer (N + R, pitch) of the layers ``widths`` over ``features`` columns, and places for
     one adapter of ``ranks[i]`` a layer. R is a multiple of eight.
 
-    width: N, rows of all layers. border: R, the sum of the ranks rounded up. Its views are made
-    once: at every call, each would take its host as long as a tenth of a launch.
+    border: R, the sum of the ranks rounded up. Its views are made once: at every call, each would
+    take its host as long as a tenth of a launch.
     """
 
     buffer: Tensor
     features: int
     widths: tuple[int, ...]
     ranks: tuple[int, ...]
-    width: int = field(init=False)
     border: int = field(init=False)
     weights: list[Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         n, k = sum(self.widths), self.features
-        self.width, self.border = n, _round_up(sum(self.ranks), _UNIT)
+        self.border = _round_up(sum(self.ranks), _UNIT)
         self._columns = self.buffer[:, :k]
         self._frozen = self._columns[:n]
         self.weights = list(self._frozen.split(list(self.widths)))
         self._held_at = [_place(weight) for weight in self.weights]
         ends = [sum(self.ranks[: i + 1]) for i in range(len(self.ranks))]
-        self._slices = [slice(end - r, end) for end, r in zip(ends, self.ranks)]
+        places = [slice(end - r, end) for end, r in zip(ends, self.ranks)]
         rows = self.buffer[:n, : k + self.border].split(list(self.widths))
         self._rows = [own.t() for own in rows]
-        self._bs = [own[:, k:][:, s] for own, s in zip(rows, self._slices)]
-        self._as = [self._columns[n:][s] for s in self._slices]
+        self._bs = [own[:, k:][:, place] for own, place in zip(rows, places)]
+        self._as = [self._columns[n:][place] for place in places]
 
-    def rank_slices(self) -> list[slice]:
-        """The place of each adapter among the R."""
-        return self._slices
+    def room(
+        self, like: Tensor, rows: int, widths: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Room for [x | S] or [dy_1 | dy_2 .. | dS], and in it the places of the wide ones, which
+        have these widths, and of each thin one. The columns past the last rank are zero: they meet
+        zeros, but NaN times zero is NaN."""
+        left = operand(like, rows, sum(widths), self.border)
+        unused = self.border - sum(self.ranks)
+        *parts, padding = left.split_with_sizes([*widths, *self.ranks, unused], 1)
+        if unused:
+            padding.zero_()
+        return left, parts[: len(widths)], parts[len(widths) :]
 
     def forward_operands(
         self, lora_bs: Sequence[Tensor], scalings: Sequence[float]
