@@ -205,7 +205,7 @@ def measure(
 ) -> list[Choice]:
     """What the layer keeps under each policy of ``MIXED`` for these inputs; its random numbers and
     its counts are as if it had not run."""
-    kwargs = without_cache(kwargs)
+    args, kwargs = without_cache(args, kwargs)
     # The first layer's input may need no gradient; the others' do.
     fresh = hidden.detach().requires_grad_()
     args = tuple(fresh if a is hidden else a for a in args)

@@ -37,7 +37,8 @@ POLICIES = ("none", "lora", "attention", "full", "offload")
 
 # Where a layer holds its state.
 STATE = "fastft_memory"
-# Arguments that make a layer write into a cache, which a recompute would do twice.
+# Arguments that make a layer write into a cache, which a recompute would do twice: by their names
+# where they are tuples, whatever their names (and places) where they are caches.
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
@@ -98,13 +99,21 @@ class Layer(Swapped):
             if keeps or torch.compiler.is_compiling():  # a compiler chooses what it recomputes
                 return forward(*args, **kwargs)
             return _with_recipes(self, state, forward, args, kwargs)
-        return _recomputed(state, forward, args, without_cache(kwargs))
+        return _recomputed(state, forward, *without_cache(args, kwargs))
 
 
-def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+def without_cache(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a layer that is run twice."""
-    off = {name: None for name in _CACHES if kwargs.get(name) is not None}
-    return kwargs | off | ({"use_cache": False} if kwargs.get("use_cache") else {})
+    args = tuple(None if _is_cache(value) else value for value in args)
+    off = {name: None for name, v in kwargs.items() if name in _CACHES or _is_cache(v)}
+    return args, kwargs | off | ({"use_cache": False} if kwargs.get("use_cache") else {})
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether this is a cache of Transformers, which this package does not import."""
+    return not isinstance(value, Tensor) and hasattr(value, "get_seq_length")
 
 
 def _with_recipes(

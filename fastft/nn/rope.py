@@ -11,7 +11,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -78,28 +78,63 @@ _thread = threading.local()  # .modules: whose forward this thread is in, innerm
 def _current(forward: Any, facts: RopeFacts) -> Callable[..., Any] | None:
     """The fused code with what its module's names mean now: others may have patched one since.
     None when the rotary function itself is another than the one that was tried."""
-    code, original = _rebound(forward, facts)
-    live, names = forward.__globals__, code.__globals__
+    code, names, original = _rebound(forward, facts)
+    own = inspect.unwrap(forward)
+    live = own.__globals__
     if live.get(facts.name) is not original:
         return None
-    for name in forward.__code__.co_names:
+    for name in own.__code__.co_names:
         if name != facts.name and name in live:
             names[name] = live[name]
     return code
 
 
 @functools.cache
-def _rebound(forward: Any, facts: RopeFacts) -> tuple[FunctionType, Callable[..., Any]]:
-    """``forward`` over the names of its module, with fastft's function in place of its own, which
-    is the second."""
-    names = dict(forward.__globals__)
-    original = names[facts.name]
-    names[facts.name] = fused_rope(original, facts)
-    copy = FunctionType(
-        forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    copy.__kwdefaults__ = forward.__kwdefaults__
-    return copy, original
+def _rebound(
+    forward: Any, facts: RopeFacts
+) -> tuple[FunctionType, dict[str, Any], Callable[..., Any]]:
+    """``forward`` over the names of its module, the second, with fastft's function in place of its
+    own, the third."""
+    wrapper, inner = forward, getattr(forward, "__wrapped__", None)
+    if inner is None:
+        names = dict(forward.__globals__)
+        original = names[facts.name]
+        names[facts.name] = fused_rope(original, facts)
+        return _copied(forward, names, forward.__closure__), names, original
+    # A decorator's function: the same, around the fused code.
+    code, names, original = _rebound(inner, facts)
+    cells = [CellType(code) if _holds(c, inner) else c for c in wrapper.__closure__]
+    return _copied(wrapper, wrapper.__globals__, tuple(cells)), names, original
+
+
+def _holds(cell: CellType, value: Any) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # it is empty
+        return False
+
+
+def _copied(
+    function: FunctionType, names: dict[str, Any], closure: tuple[CellType, ...] | None
+) -> FunctionType:
+    """The function over other names and another closure."""
+    defaults = function.__defaults__
+    copy = FunctionType(function.__code__, names, function.__name__, defaults, closure)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _code_of(forward: Any) -> FunctionType | None:
+    """The function under the decorators of a forward; None where one of them does not hold what it
+    decorates as a plain closure does."""
+    while isinstance(forward, FunctionType):
+        inner = getattr(forward, "__wrapped__", None)
+        if inner is None:
+            return forward
+        if not any(_holds(cell, inner) for cell in forward.__closure__ or ()):
+            return None
+        forward = inner
+    return None
 
 
 def fused_rope(original: Callable[..., Any], facts: RopeFacts) -> Callable[..., Any]:
@@ -151,9 +186,9 @@ def _refusal(q: Any, k: Any, cos: Any, sin: Any, facts: RopeFacts, heads_at: int
 
 def rotary_function(cls: type[nn.Module]) -> str | None:
     """The name of the rotary function that the class's forward calls, by what it takes; None where
-    there is none, or where the forward is wrapped and its code is not all it does."""
-    forward = cls.forward
-    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+    there is none, or where the forward's code cannot be reached through its decorators."""
+    forward = _code_of(cls.forward)
+    if forward is None:
         return None
     for name in forward.__code__.co_names:
         found = forward.__globals__.get(name)
@@ -171,7 +206,9 @@ def rotary_function(cls: type[nn.Module]) -> str | None:
 def rope_facts(cls: Any) -> RopeFacts | None:
     """What the rotary function of this class computes; None when it is nothing we know."""
     name = rotary_function(cls)
-    return None if name is None else facts_of(name, cls.forward.__globals__[name])
+    if name is None:
+        return None
+    return facts_of(name, inspect.unwrap(cls.forward).__globals__[name])
 
 
 def facts_of(name: str, function: Callable[..., Any]) -> RopeFacts | None:

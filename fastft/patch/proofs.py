@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -301,7 +302,7 @@ def run_rope(module: Any, kind: type[nn.Module]) -> list[Tensor]:
     facts = rope_facts(cls)
     if weight is None or facts is None:
         raise TypeError("no floating-point weights, or no rotary function")
-    function: Any = cls.forward.__globals__[facts.name]
+    function: Any = inspect.unwrap(cls.forward).__globals__[facts.name]
     if issubclass(kind, FusedRope):
         function = fused_rope(function, facts)
     width = getattr(module, "head_dim", 64)

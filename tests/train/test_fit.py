@@ -137,7 +137,9 @@ class TestWithoutPadding:
         assert tokens["none"] < tokens["longest"]
 
     def test_a_model_in_which_examples_see_one_another_is_refused(self, settings, tokenizer):
-        """Bloom reads no positions, Falcon takes no ends; what is refused draws no numbers."""
+        """Bloom reads no positions, Falcon took no ends at first; what is refused draws no numbers."""
+        import transformers
+        from packaging.version import Version
         from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig
 
         from fastft.train.data import collator
@@ -148,10 +150,10 @@ class TestWithoutPadding:
         llama.config.use_cache = False  # as in training: with it, Transformers asks for no mask
         check_packing(llama, collate, "cpu")
         small = {"vocab_size": 260, "hidden_size": 32}
-        for config in (
-            BloomConfig(**small, n_layer=2, n_head=2),
-            FalconConfig(**small, num_hidden_layers=2, num_attention_heads=2),
-        ):
+        configs = [BloomConfig(**small, n_layer=2, n_head=2)]
+        if Version(transformers.__version__) < Version("5.24"):
+            configs.append(FalconConfig(**small, num_hidden_layers=2, num_attention_heads=2))
+        for config in configs:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             folder = f"{settings['output_dir']}-{config.model_type}"
             model.save_pretrained(folder)
