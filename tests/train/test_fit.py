@@ -137,7 +137,7 @@ class TestWithoutPadding:
         assert tokens["none"] < tokens["longest"]
 
     def test_a_model_in_which_examples_see_one_another_is_refused(self, settings, tokenizer):
-        """Bloom reads no positions, Falcon took no ends at first; what is refused draws no numbers."""
+        """Bloom reads no positions, Falcon took no ends once; what is refused draws no numbers."""
         import transformers
         from packaging.version import Version
         from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig
