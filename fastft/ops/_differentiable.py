@@ -55,6 +55,9 @@ def plain_gradients(
     with torch.enable_grad():
         # Views: the gradient is that of the function alone, though one input be made of another.
         own = [None if t is None else t.view_as(t) for t in inputs]
+        if not graph:  # then what was not kept has been made again without one
+            lost = [t is not None and n and not t.requires_grad for t, n in zip(own, needs)]
+            own = [t.detach().requires_grad_() if gone else t for t, gone in zip(own, lost)]  # type: ignore[union-attr]
         found = function(*own)
     results = [found] if isinstance(found, Tensor) else found
     reached = [

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fastft import backends
-from fastft.ops._lora_linear_autograd import Left, LoraLinear, cast, identity, saved_of
+from fastft.ops._lora_linear_autograd import Left, LoraLinear, identity, saved_of
+from fastft.ops._lora_linear_call import cast
 
 __all__ = ["backward", "producer"]
 

@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 
 from fastft.ops._library import register
-from fastft.ops._lora_linear_autograd import (
-    Constants,
-    backward_of,
-    forward_of,
-    new_dropout_mask,
-    outputs_of,
-)
+from fastft.ops._lora_linear_call import Constants, forward_of, new_dropout_mask, outputs_of
+from fastft.ops._lora_linear_gradients import backward_of
 
 
 def _fwd_fake(

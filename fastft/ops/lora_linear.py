@@ -37,14 +37,8 @@ from fastft.ops._checks import (
     check_shape,
     check_tensor,
 )
-from fastft.ops._lora_linear_autograd import (
-    AUTO,
-    Constants,
-    LoraLinear,
-    choose,
-    late_values,
-    new_dropout_mask,
-)
+from fastft.ops._lora_linear_autograd import LoraLinear, late_values
+from fastft.ops._lora_linear_call import AUTO, Constants, choose, new_dropout_mask
 from fastft.ops._saving import values_wanted
 from fastft.ops.dora_scale import dora_scale
 

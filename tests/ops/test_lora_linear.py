@@ -9,7 +9,7 @@ from harness import Rejected, assert_as_good_as_torch, assert_rejected, poisoned
 from torch import Tensor
 
 from fastft import backends, errors, ops
-from fastft.ops import _lora_linear_autograd as autograd_module
+from fastft.ops._lora_linear_call import new_dropout_mask
 from fastft.reference import lora_linear as reference
 from tests.kernels.cases import LORA_CASES
 
@@ -122,7 +122,7 @@ def test_as_good_as_torch(
     masks: list[Tensor | None] = []
 
     def recorded(x: Tensor, p: float, lora_a: Tensor, name: str) -> Tensor:
-        masks.append(autograd_module.new_dropout_mask(x, p, lora_a, name))
+        masks.append(new_dropout_mask(x, p, lora_a, name))
         return masks[-1]
 
     globals_ = ops.lora_linear_siblings.__globals__
@@ -165,7 +165,7 @@ def test_registered_operation_passes_opcheck(p: float) -> None:
     shape = SHAPES[6]
     call = Call(shape, F32, F32, True)
     x, lora_as, lora_bs = call.leaves(None)
-    mask = autograd_module.new_dropout_mask(x, p, lora_as[0], "cpu") if p else None
+    mask = new_dropout_mask(x, p, lora_as[0], "cpu") if p else None
     masks = [mask] * len(shape.r)
     ps = [p] * len(shape.r)
     arguments = (
@@ -301,10 +301,10 @@ def test_non_finite_inputs_propagate() -> None:
 def test_dropout_mask(backend: str, p: float) -> None:
     x = torch.empty(500, 1003)
     torch.manual_seed(3)
-    first = autograd_module.new_dropout_mask(x, p, x, backend)
-    second = autograd_module.new_dropout_mask(x, p, x, backend)
+    first = new_dropout_mask(x, p, x, backend)
+    second = new_dropout_mask(x, p, x, backend)
     torch.manual_seed(3)
-    assert torch.equal(first, autograd_module.new_dropout_mask(x, p, x, backend))
+    assert torch.equal(first, new_dropout_mask(x, p, x, backend))
     assert not torch.equal(first, second)
     kept = reference.unpack_mask(first, 1003).double()
     n = kept.numel()
@@ -364,7 +364,7 @@ def test_thin_products_of_every_instruction_set(
     rows, columns, r = shape
     x, dx = (torch.randn(rows, columns).to(dtype) for _ in range(2))
     ds, a = torch.randn(rows, r), torch.randn(r, columns)
-    mask = autograd_module.new_dropout_mask(x, 0.3, a, "reference")
+    mask = new_dropout_mask(x, 0.3, a, "reference")
     kept = reference.unpack_mask(mask, columns).double() * 1.25
     exact_dx = dx.double() + kept * (ds.double() @ a.double())
     exact_da = ds.double().t() @ (x.double() * kept)
@@ -408,9 +408,7 @@ def test_bfloat16_where_the_processor_has_none(
         masks: list[Tensor | None] = [None] * len(ps)
         if p:
             torch.manual_seed(5)
-            masks = [
-                autograd_module.new_dropout_mask(call.x, p, call.lora_as[0], "cpu") for _ in ps
-            ]
+            masks = [new_dropout_mask(call.x, p, call.lora_as[0], "cpu") for _ in ps]
         plain, truth = call.plain(None, masks, ps), call.plain(F64, masks, ps)
         assert_as_good_as_torch(call.names(), got, plain, truth, BF16)
 
@@ -430,7 +428,7 @@ def test_nothing_is_allocated_in_the_steady_state(
     masks: list[Tensor | None] = [None, None]
     if p:
         x, a = call.x, call.lora_as[0]
-        masks = [autograd_module.new_dropout_mask(x, p, a, "cpu") for _ in ss]
+        masks = [new_dropout_mask(x, p, a, "cpu") for _ in ss]
     rest = (call.scalings, masks, [p, p], [0, 1], [(0, 300), (0, 300)])
     arguments = (call.x, call.weights, call.biases, call.lora_as, call.lora_bs, *rest)
     dx, das, dbs = (torch.empty_like(call.x), *([torch.empty_like(t) for t in ts]
