@@ -105,7 +105,8 @@ def test_train_prints_lines_and_leaves_an_adapter(config, tmp_path):
     worker = spawn("train", config(max_steps=3, save_steps=0))
     out, err = worker.communicate()
     assert worker.returncode == 0, err
-    assert err == ""
+    # Where it is installed, bitsandbytes says that it found no kernel on the hub.
+    assert [line for line in err.splitlines() if "kernels-community" not in line] == []
     assert "step 3/3" in out
     assert "held-out loss" in out
     assert "modules fused" in out
