@@ -20,7 +20,7 @@ _UNALIGNED_STACK = 80
 # exact GELU and its slope 96 (Triton 3.9, sm_90 and sm_100).
 _PAIR_STACK = 48
 _ERF_STACK = 96
-# One of the persistent product's on sm_100 spills 16 registers under Triton 3.8, outside its loop over K.
+# Under Triton 3.8 a persistent product of sm_100 spills 16 registers, outside its loop over K.
 _GEMM_STACK = 64
 
 
