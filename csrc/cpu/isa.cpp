@@ -33,6 +33,24 @@
 namespace fastft {
 inline namespace FASTFT_ISA {
 
+template <typename T>
+struct Scalar {
+  using type = T;
+};
+
+// Calls `run` with the Scalar of a DType code.
+template <typename F>
+static inline void by_dtype(int dtype, const F& run) {
+  switch (static_cast<DType>(dtype)) {
+    case DType::kFloat32:
+      return run(Scalar<float>());
+    case DType::kBFloat16:
+      return run(Scalar<bfloat16>());
+    case DType::kFloat16:
+      return run(Scalar<float16>());
+  }
+}
+
 static inline int64_t thread_index() {
 #if defined(_OPENMP)
   return omp_get_thread_num();

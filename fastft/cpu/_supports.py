@@ -10,9 +10,9 @@ __all__ = ["supports"]
 
 
 def supports(*, device_type: str, dtype: torch.dtype) -> str | None:
-    """float32 and bfloat16."""
+    """float32, bfloat16 and float16."""
     if not native.available():
         return f"the compiled module is missing ({native.load_error()})"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"{dtype}; the CPU kernels take float32 and bfloat16"
+    if dtype not in native.DTYPE_CODES:
+        return f"{dtype}; the CPU kernels take {', '.join(map(str, native.DTYPE_CODES))}"
     return None

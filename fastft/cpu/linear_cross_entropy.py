@@ -23,17 +23,19 @@ __all__ = [
 
 
 def supports(*, device_type: str, dtype: torch.dtype, **_: object) -> str | None:
-    """float32 and bfloat16."""
+    """float32, bfloat16 and float16."""
     if not native.available():
         return f"the compiled module is missing ({native.load_error()})"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"hidden states in {dtype}; the CPU kernels take float32 and bfloat16"
+    if dtype not in native.DTYPE_CODES:
+        kinds = ", ".join(map(str, native.DTYPE_CODES))
+        return f"hidden states in {dtype}; the CPU kernels take {kinds}"
     return None
 
 
 def new_slab(name: str, tokens: int, vocabulary: int, hidden: Tensor) -> Tensor:
-    """(tokens, vocabulary): 16-bit where the processor multiplies 16 bits, else float32."""
-    dtype = hidden.dtype if native_bfloat16() else torch.float32
+    """(tokens, vocabulary): bfloat16 where the processor multiplies it, else float32."""
+    narrow = hidden.dtype == torch.bfloat16 and native_bfloat16()
+    dtype = hidden.dtype if narrow else torch.float32
     return scratch(name, (tokens, vocabulary), dtype)
 
 

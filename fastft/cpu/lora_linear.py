@@ -31,12 +31,13 @@ _FUSED_RANK = 32
 def supports(
     *, device_type: str, dtype: torch.dtype, adapter_dtype: torch.dtype, r: int
 ) -> str | None:
-    """float32 and bfloat16 activations, adapters in float32 or bfloat16."""
+    """float32, bfloat16 and float16 activations and adapters."""
     if not native.available():
         return f"the compiled module is missing ({native.load_error()})"
     for name, value in (("activations", dtype), ("adapters", adapter_dtype)):
-        if value not in (torch.float32, torch.bfloat16):
-            return f"{name} in {value}; the CPU kernels take float32 and bfloat16"
+        if value not in native.DTYPE_CODES:
+            kinds = ", ".join(map(str, native.DTYPE_CODES))
+            return f"{name} in {value}; the CPU kernels take {kinds}"
     return None
 
 

@@ -1,7 +1,7 @@
 """Matrix products on the CPU, by torch's own BLAS, into outputs that are given.
 
-float32, and bfloat16 where the processor has it, go to ``torch.mm(out=)`` as they are. On a
-processor without bfloat16 arithmetic torch's 16-bit products run at a hundredth of its float32
+float32, and bfloat16 and float16 where the processor has them, go to ``torch.mm(out=)`` as they are.
+On a processor without their arithmetic torch's 16-bit products run at a hundredth of its float32
 ones; there the operands pass through float32 panels that stay in cache, with float32 accumulation.
 """
 
@@ -54,8 +54,18 @@ def native_bfloat16() -> bool:
     )
 
 
+@functools.cache
+def native_float16() -> bool:
+    """Whether torch's float16 products run on this processor's own instructions."""
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    )
+
+
 def _direct(dtype: torch.dtype) -> bool:
-    return dtype != torch.bfloat16 or native_bfloat16()
+    if dtype == torch.bfloat16:
+        return native_bfloat16()
+    return dtype != torch.float16 or native_float16()
 
 
 def _panels(rows: int, columns: int) -> list[slice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastft import native
@@ -19,9 +20,13 @@ def fwd(
     backward: bool,
 ) -> None:
     """Writes the turned heads of each x; strides of all but the features are free."""
+    if cos.dtype != torch.float32 and any(x.dtype != cos.dtype for x in xs):
+        cos, sin = cos.float(), sin.float()
     table_batch = cos.stride(0) if cos.shape[0] > 1 else 0
     rotary = cos.shape[-1] * (2 if half_tables else 1)
-    for out, x in zip(outs, xs, strict=True):
+    for result, x in zip(outs, xs, strict=True):
+        direct = result.dtype in (x.dtype, torch.float32)
+        out = result if direct else torch.empty_like(result, dtype=torch.float32)
         native.module().rope(
             out.data_ptr(),
             x.data_ptr(),
@@ -37,3 +42,5 @@ def fwd(
             native.DTYPE_CODES[cos.dtype],
             native.DTYPE_CODES[out.dtype],
         )  # fmt: skip
+        if not direct:
+            result.copy_(out)

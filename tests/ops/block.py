@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.kernels.block_cases import BLOCK_CASES
 
-F16, F64 = torch.float16, torch.float64
+F64 = torch.float64
 
 
 def as_good_as_torch(op: str) -> Callable[..., None]:
@@ -21,8 +21,6 @@ def as_good_as_torch(op: str) -> Callable[..., None]:
     @pytest.mark.parametrize("backend", ["cpu", "reference"])
     def test(backend: str, name: str) -> None:
         case = BLOCK_CASES[name]
-        if backend == "cpu" and case.dtype == F16:
-            pytest.skip("the CPU kernels take float32 and bfloat16")
         with poisoned():
             got = case.results(backend)
         plain, truth = case.results(None), case.results(None, F64)
@@ -35,7 +33,7 @@ def as_good_as_torch(op: str) -> Callable[..., None]:
 
 def compiled_and_the_same(op: str) -> Callable[..., None]:
     """In one graph."""
-    names = [n for n, c in BLOCK_CASES.items() if c.op == op and c.dtype != F16]
+    names = [n for n, c in BLOCK_CASES.items() if c.op == op]
 
     @pytest.mark.parametrize("name", names)
     def test(name: str) -> None:

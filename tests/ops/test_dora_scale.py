@@ -9,7 +9,7 @@ from fastft import errors, native, ops
 from fastft.ops.dora_scale import squared_row_norms
 from fastft.reference import dora_scale as reference
 
-F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SHAPES = [(1, 1), (3, 5), (1, 4097), (33, 64), (2, 3, 17), (130, 576), (9,)]
 
 
@@ -26,7 +26,7 @@ def outputs(y: Tensor, leaves: list[Tensor], dy: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_as_good_as_torch(
@@ -69,7 +69,7 @@ def test_a_scale_that_bfloat16_cannot_hold_is_not_lost() -> None:
     assert ops.dora_scale(z, scale).tolist() == [[255.0, 256.0, 254.0, 256.0]]
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)
 def test_norm_is_that_of_the_whole_matrix(dtype: torch.dtype) -> None:
     adapter = dtype if dtype == F64 else F32
     weight = torch.randn(40, 30).to(dtype)

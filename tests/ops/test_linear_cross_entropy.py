@@ -12,7 +12,7 @@ from fastft.ops import _linear_cross_entropy_autograd as autograd_module
 from fastft.ops._head_loop import default_chunk
 from fastft.reference import linear_cross_entropy as reference
 
-F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def inputs(
 
 
 @pytest.mark.parametrize("head", [False, True], ids=["frozen", "trainable"])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_as_good_as_torch(backend: str, case: Case, dtype: torch.dtype, head: bool) -> None:
@@ -133,7 +133,7 @@ def test_shift_mean_sum_and_num_items_are_transformers_own() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_loss_for_each_token(backend: str, dtype: torch.dtype, compiled: bool) -> None:
     """Each with a gradient of its own: log-probabilities, weighted tokens, sums over groups."""
@@ -334,7 +334,7 @@ def test_rejected(case: Rejected) -> None:
     assert_rejected(case)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("each", [False, True], ids=["one", "each-row"])
 @pytest.mark.parametrize("shape", [(7, 5), (9,), (0, 5), (4, 40)], ids=str)
 def test_gradients_are_scaled_a_panel_at_a_time(

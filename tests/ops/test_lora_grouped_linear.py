@@ -10,7 +10,7 @@ from torch import Tensor
 from fastft import errors, ops
 from fastft.reference import lora_grouped_linear as reference
 
-F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 NAMES = ["y", "dx", "da", "db"]
 
 
@@ -69,7 +69,9 @@ def truth(given: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
     )
 
 
-@pytest.mark.parametrize(("dtype", "adapter"), [(F32, F32), (BF16, F32), (BF16, BF16)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "adapter"), [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), (F16, F16)], ids=str
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_as_good_as_torch(

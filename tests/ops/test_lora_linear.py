@@ -13,7 +13,7 @@ from fastft.ops._lora_linear_call import new_dropout_mask
 from fastft.reference import lora_linear as reference
 from tests.kernels.cases import LORA_CASES
 
-F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ SHAPES = [
     Shape(21, 33, (17, 9), (3, 8)),
     Shape(700, 1030, (33,), (16,)),
 ]
-DTYPES = [(F32, F32), (BF16, F32), (BF16, BF16)]
+DTYPES = [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), (F16, F16)]
 ID = str
 
 
@@ -500,15 +500,18 @@ def test_rejected(case: Rejected) -> None:
 
 def test_no_silent_reference() -> None:
     """What the CPU kernels do not take is said, not replaced, when they are asked for."""
-    half = [t.half() for t in (torch.randn(4, 6), torch.randn(5, 6))]
-    with pytest.raises(errors.BackendError, match=r"float16.*float32 and bfloat16"):
+    wide = [t.double() for t in (torch.randn(4, 6), torch.randn(5, 6))]
+    with pytest.raises(errors.BackendError, match=r"float64.*float32, torch.bfloat16"):
         ops.lora_linear(
-            half[0], half[1], torch.randn(2, 6), torch.randn(5, 2), scaling=1.0, backend="cpu"
+            wide[0],
+            wide[1],
+            torch.randn(2, 6).double(),
+            torch.randn(5, 2).double(),
+            scaling=1.0,
+            backend="cpu",
         )
     table = dict(
-        backends.explain_op(
-            "lora_linear", device_type="cpu", dtype=torch.float16, adapter_dtype=F32, r=2
-        )
+        backends.explain_op("lora_linear", device_type="cpu", dtype=F64, adapter_dtype=F64, r=2)
     )
     assert table["reference"] is None
-    assert "float16" in str(table["cpu"])
+    assert "float64" in str(table["cpu"])
