@@ -1,8 +1,9 @@
 """Matrix products on the CPU, by torch's own BLAS, into outputs that are given.
 
-float32, and bfloat16 and float16 where the processor has them, go to ``torch.mm(out=)`` as they are.
-On a processor without their arithmetic torch's 16-bit products run at a hundredth of its float32
-ones; there the operands pass through float32 panels that stay in cache, with float32 accumulation.
+float32, and bfloat16 and float16 where the processor has them, go to ``torch.mm(out=)`` as they
+are. On a processor without their arithmetic torch's 16-bit products run at a hundredth of its
+float32 ones; there the operands pass through float32 panels that stay in cache, with float32
+accumulation.
 """
 
 from __future__ import annotations
