@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastft import backends, ops
 from fastft.nn.calls import count
+from fastft.nn.mixed import adapter_names_of
 from fastft.ops._checks import autocast_dtype
 
 __all__ = ["FusedLoraExperts", "experts_of", "experts_refusal"]
@@ -93,10 +94,14 @@ class FusedLoraExperts(ParamWrapper):
     fastft_original = ParamWrapper
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        reason = self._call_refusal(x, args, kwargs)
+        names = adapter_names_of(self, kwargs)
+        # PEFT refuses it, too, in its own words: one adapter for all would be a wrong answer.
+        reason = "mixed batch" if names is not None else self._call_refusal(x, args, kwargs)
         if not torch.compiler.is_compiling():
             count(self, reason)
         if reason is not None:
+            if names is not None:
+                kwargs["adapter_names"] = names
             return super().forward(x, *args, **kwargs)
         return _experts_forward(self, x, *args)
 
@@ -175,4 +180,4 @@ def _experts_forward(outer: Any, x: Tensor, index: Tensor, weights: Tensor) -> T
     y = y * weights.reshape(-1)[order, None]
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=x.device)
-    return y[back].view(x.shape[0], top_k, -1).sum(1).to(x.dtype)
+    return y[back].view(x.shape[0], top_k, y.shape[-1]).sum(1).to(x.dtype)
