@@ -65,7 +65,9 @@ class FusedLoraConv:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = adapter_names_of(self, kwargs)
         reason = conv_refusal(self)
-        if reason is None and (args or names is not None or any(kwargs.values())):
+        if reason is None and names is not None:
+            reason = "mixed batch"
+        if reason is None and (args or any(kwargs.values())):
             reason = "arguments passed to the layer"
         weight = self.base_layer.weight
         if reason is None and autocast_dtype(x.device.type) is None and x.dtype != weight.dtype:

@@ -62,7 +62,9 @@ class FusedLoraEmbedding(PeftEmbedding):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = adapter_names_of(self, kwargs)
         reason = embedding_refusal(self)
-        if reason is None and (args or names is not None or any(kwargs.values())):
+        if reason is None and names is not None:
+            reason = "mixed batch"
+        if reason is None and (args or any(kwargs.values())):
             reason = "arguments passed to the layer"
         if not torch.compiler.is_compiling():
             count(self, reason)
@@ -76,7 +78,7 @@ class FusedLoraEmbedding(PeftEmbedding):
         # An embedding is no autocast operation: its result stays in the weight's dtype.
         with without_autocast(y.device.type):
             for adapter in _adapters(self):
-                thin = self._embed(x, adapter.a.T).flatten(0, -2)
+                thin = self._embed(x, adapter.a.T).reshape(-1, len(adapter.a))
                 b = adapter.b.T * float(adapter.scaling)
                 if scale is not None:
                     b = b * scale.to(b.dtype)
