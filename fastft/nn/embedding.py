@@ -19,6 +19,7 @@ from fastft.nn.calls import count
 from fastft.nn.mixed import adapter_names_of
 from fastft.nn.rules import LAYER_STATE, Rule, first, odd_scaling, refusal
 from fastft.nn.swap import Swapped, call_refusal
+from fastft.nn.unmerged import KeepsUnmerged
 from fastft.ops._checks import without_autocast
 
 __all__ = ["FusedEmbedding", "FusedLoraEmbedding", "embedding_refusal", "table_refusal"]
@@ -54,7 +55,7 @@ def embedding_refusal(layer: Any) -> str | None:
     return refusal(layer, _LAYER_RULES, _adapters, _ADAPTER_RULES)
 
 
-class FusedLoraEmbedding(PeftEmbedding):
+class FusedLoraEmbedding(KeepsUnmerged, PeftEmbedding):
     """``peft.tuners.lora.Embedding``, fused; a call that cannot be runs PEFT's own forward."""
 
     fastft_original = PeftEmbedding

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from fastft import backends, ops
 from fastft.nn.calls import count
 from fastft.nn.mixed import adapter_names_of
+from fastft.nn.unmerged import KeepsUnmerged
 from fastft.ops._checks import autocast_dtype
 
-__all__ = ["FusedLoraExperts", "experts_of", "experts_refusal"]
+__all__ = ["FusedLoraExperts", "InnerLoraExperts", "experts_of", "experts_refusal"]
 
 # What Transformers' decorator for expert modules leaves on each of them.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "num_experts")
@@ -85,7 +86,16 @@ def _wrapper_refusal(wrapper: Any) -> str | None:
     return None
 
 
-class FusedLoraExperts(ParamWrapper):
+class InnerLoraExperts(KeepsUnmerged, ParamWrapper):
+    """A ``peft.tuners.lora.ParamWrapper`` inside the outermost one, PEFT's but for its merge."""
+
+    fastft_original = ParamWrapper
+
+    def _merged_into(self) -> list[Tensor]:
+        return [self.get_param().data]
+
+
+class FusedLoraExperts(InnerLoraExperts):
     """The outermost ``peft.tuners.lora.ParamWrapper`` around expert weights, computing all of them.
 
     A call that cannot be fused runs PEFT's own forward and is counted with its reason.
@@ -132,7 +142,7 @@ class FusedLoraExperts(ParamWrapper):
         return None
 
 
-FusedLoraExperts.__name__ = "ParamWrapper"
+InnerLoraExperts.__name__ = FusedLoraExperts.__name__ = "ParamWrapper"
 
 
 def _adapters(wrappers: dict[str, Any], experts: Any) -> dict[str, tuple[Tensor, Tensor, float]]:
