@@ -33,6 +33,9 @@ _HOOKS = (
 )
 
 
+# Kinds that are switched together with another.
+_SWITCHES = {"conv": "lora", "experts": "lora", "table": "embedding"}
+
 # Why a rule left a module of an accelerated model alone, by its kind, for explain().
 refusals: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
 
@@ -139,7 +142,8 @@ def accelerate(
                     site.name,
                     expected="a module that can be fused",
                     got=reason,
-                    remedy=f"Use strict=False to leave it as it is, or {kind}=False.",
+                    remedy="Use strict=False to leave it as it is, or "
+                    f"{_SWITCHES.get(kind, kind)}=False.",
                 )
             if reason is None or (site.refusal is not None and site.by_state):
                 planned.append(site)

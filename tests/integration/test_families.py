@@ -83,7 +83,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any], tuple[int, int, int, int, int]]] = 
     "Llama4ForCausalLM": (
         "Llama4TextConfig",
         {**SMALL, "num_local_experts": 2, "head_dim": 8, "intermediate_size_mlp": 48},
-        (5, 0, 2, 0, 1),
+        (5, 2, 2, 0, 1),
     ),
 }
 

@@ -350,3 +350,26 @@ def test_a_frozen_embedding_and_one_that_is_switched_off_are_not_spoken_of() -> 
     frozen = _table().requires_grad_(False)
     for model in (fastft.accelerate(frozen), fastft.accelerate(_table(), embedding=False)):
         assert type(model[0]) is nn.Embedding
+
+
+def test_an_embedding_of_a_class_of_its_own_is_named() -> None:
+    """Gemma scales the rows, BART moves the ids: trained, they run as they are and explain says
+    so."""
+    from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    model = nn.ModuleDict(
+        {"ids": Gemma3TextScaledWordEmbedding(30, 16, 0, embed_scale=4.0)}
+        | {"places": BartLearnedPositionalEmbedding(12, 16)}
+    )
+    with pytest.raises(fastft.errors.VerificationError, match="or embedding=False"):
+        fastft.accelerate(model, strict=True)
+    fastft.accelerate(model)
+    found = {m.name: (m.kind, m.fused, m.reason) for m in fastft.explain(model).modules}
+    assert found == {
+        "ids": ("table", False, "Gemma3TextScaledWordEmbedding is not nn.Embedding itself"),
+        "places": ("table", False, "BartLearnedPositionalEmbedding is not nn.Embedding itself"),
+    }
+    fastft.restore(model)
+    model.requires_grad_(False)
+    assert not fastft.explain(fastft.accelerate(model)).modules
