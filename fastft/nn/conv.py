@@ -19,6 +19,7 @@ from fastft import ops
 from fastft.nn.calls import count
 from fastft.nn.mixed import adapter_names_of
 from fastft.nn.rules import ADAPTER_STATE, LAYER_STATE, Rule, hooked, refusal
+from fastft.nn.unmerged import KeepsUnmerged
 from fastft.ops._checks import autocast_dtype
 
 __all__ = ["FUSED_CONVS", "FusedLoraConv", "conv_refusal"]
@@ -59,13 +60,15 @@ def conv_refusal(layer: Any) -> str | None:
     return refusal(layer, _LAYER_RULES, _adapters, _ADAPTER_RULES)
 
 
-class FusedLoraConv:
+class FusedLoraConv(KeepsUnmerged):
     """Mixin of the fused convolutions; a call that cannot be fused runs PEFT's own forward."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = adapter_names_of(self, kwargs)
         reason = conv_refusal(self)
-        if reason is None and (args or names is not None or any(kwargs.values())):
+        if reason is None and names is not None:
+            reason = "mixed batch"
+        if reason is None and (args or any(kwargs.values())):
             reason = "arguments passed to the layer"
         weight = self.base_layer.weight
         if reason is None and autocast_dtype(x.device.type) is None and x.dtype != weight.dtype:

@@ -19,6 +19,7 @@ from fastft.nn.calls import count
 from fastft.nn.mixed import adapter_names_of
 from fastft.nn.rules import LAYER_STATE, Rule, first, odd_scaling, refusal
 from fastft.nn.swap import Swapped, call_refusal
+from fastft.nn.unmerged import KeepsUnmerged
 from fastft.ops._checks import without_autocast
 
 __all__ = ["FusedEmbedding", "FusedLoraEmbedding", "embedding_refusal", "table_refusal"]
@@ -54,7 +55,7 @@ def embedding_refusal(layer: Any) -> str | None:
     return refusal(layer, _LAYER_RULES, _adapters, _ADAPTER_RULES)
 
 
-class FusedLoraEmbedding(PeftEmbedding):
+class FusedLoraEmbedding(KeepsUnmerged, PeftEmbedding):
     """``peft.tuners.lora.Embedding``, fused; a call that cannot be runs PEFT's own forward."""
 
     fastft_original = PeftEmbedding
@@ -62,7 +63,9 @@ class FusedLoraEmbedding(PeftEmbedding):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = adapter_names_of(self, kwargs)
         reason = embedding_refusal(self)
-        if reason is None and (args or names is not None or any(kwargs.values())):
+        if reason is None and names is not None:
+            reason = "mixed batch"
+        if reason is None and (args or any(kwargs.values())):
             reason = "arguments passed to the layer"
         if not torch.compiler.is_compiling():
             count(self, reason)
@@ -76,7 +79,7 @@ class FusedLoraEmbedding(PeftEmbedding):
         # An embedding is no autocast operation: its result stays in the weight's dtype.
         with without_autocast(y.device.type):
             for adapter in _adapters(self):
-                thin = self._embed(x, adapter.a.T).flatten(0, -2)
+                thin = self._embed(x, adapter.a.T).reshape(-1, len(adapter.a))
                 b = adapter.b.T * float(adapter.scaling)
                 if scale is not None:
                     b = b * scale.to(b.dtype)

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from fastft import backends, ops
 from fastft.nn.calls import count
+from fastft.nn.mixed import adapter_names_of
+from fastft.nn.unmerged import KeepsUnmerged
 from fastft.ops._checks import autocast_dtype
 
-__all__ = ["FusedLoraExperts", "experts_of", "experts_refusal"]
+__all__ = ["FusedLoraExperts", "InnerLoraExperts", "experts_of", "experts_refusal"]
 
 # What Transformers' decorator for expert modules leaves on each of them.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "num_experts")
@@ -84,7 +86,16 @@ def _wrapper_refusal(wrapper: Any) -> str | None:
     return None
 
 
-class FusedLoraExperts(ParamWrapper):
+class InnerLoraExperts(KeepsUnmerged, ParamWrapper):
+    """A ``peft.tuners.lora.ParamWrapper`` inside the outermost one, PEFT's but for its merge."""
+
+    fastft_original = ParamWrapper
+
+    def _merged_into(self) -> list[Tensor]:
+        return [self.get_param().data]
+
+
+class FusedLoraExperts(InnerLoraExperts):
     """The outermost ``peft.tuners.lora.ParamWrapper`` around expert weights, computing all of them.
 
     A call that cannot be fused runs PEFT's own forward and is counted with its reason.
@@ -93,10 +104,14 @@ class FusedLoraExperts(ParamWrapper):
     fastft_original = ParamWrapper
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        reason = self._call_refusal(x, args, kwargs)
+        names = adapter_names_of(self, kwargs)
+        # PEFT refuses it, too, in its own words: one adapter for all would be a wrong answer.
+        reason = "mixed batch" if names is not None else self._call_refusal(x, args, kwargs)
         if not torch.compiler.is_compiling():
             count(self, reason)
         if reason is not None:
+            if names is not None:
+                kwargs["adapter_names"] = names
             return super().forward(x, *args, **kwargs)
         return _experts_forward(self, x, *args)
 
@@ -127,7 +142,7 @@ class FusedLoraExperts(ParamWrapper):
         return None
 
 
-FusedLoraExperts.__name__ = "ParamWrapper"
+InnerLoraExperts.__name__ = FusedLoraExperts.__name__ = "ParamWrapper"
 
 
 def _adapters(wrappers: dict[str, Any], experts: Any) -> dict[str, tuple[Tensor, Tensor, float]]:
@@ -175,4 +190,4 @@ def _experts_forward(outer: Any, x: Tensor, index: Tensor, weights: Tensor) -> T
     y = y * weights.reshape(-1)[order, None]
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=x.device)
-    return y[back].view(x.shape[0], top_k, -1).sum(1).to(x.dtype)
+    return y[back].view(x.shape[0], top_k, y.shape[-1]).sum(1).to(x.dtype)

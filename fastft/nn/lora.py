@@ -18,7 +18,7 @@ from fastft.nn.dora import dropped, forget_norms, scale_of
 from fastft.nn.mixed import adapter_names_of
 from fastft.nn.plans import Parts, Plan, plain_plan
 from fastft.nn.rules import ADAPTER_STATE, LAYER_STATE, Rule, first, hooked
-from fastft.nn.unmerged import Unmerged
+from fastft.nn.unmerged import KeepsUnmerged
 from fastft.ops._checks import autocast_dtype
 from fastft.ops._differentiable import transform
 
@@ -29,10 +29,6 @@ __all__ = [
     "FusedLoraLinear",
     "module_refusal",
 ]
-
-
-# Where a merged layer keeps its weights from before the merge.
-UNMERGED = "fastft_unmerged"
 
 
 # What the layer is, whatever its adapters.
@@ -144,7 +140,7 @@ def _plan_refusal(plan: Plan) -> str | None:
     return first(PLAN_RULES, plan)
 
 
-class FusedLoraLinear(PeftLinear):
+class FusedLoraLinear(KeepsUnmerged, PeftLinear):
     """``peft.tuners.lora.Linear`` whose forward is :func:`fastft.ops.lora_linear_siblings`.
 
     Made by swapping the class of an existing layer, so parameters, state-dict keys, merging,
@@ -226,32 +222,12 @@ class FusedLoraLinear(PeftLinear):
         """PEFT's merge, which also keeps the weights as they were, in host memory."""
         packing.unpack([self])
         forget_norms([self])
-        before = self.__dict__.pop(UNMERGED, None)
-        if not self.merged:
-            before = Unmerged(self._merged_into())
-        elif before is not None and not before.follows(self._merged_into()):
-            before = None
-        try:
-            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        finally:
-            if before is not None and self.merged:
-                before.merged(self._merged_into())
-                self.__dict__[UNMERGED] = before
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unmerge(self) -> None:
-        """PEFT's unmerge, then the very bits from before the merge, if nobody has changed what it
-        made: a sum in 16 bits and its difference do not cancel, and each round trip of PEFT's would
-        leave another rounding."""
+        """PEFT's unmerge, to the very bits from before the merge."""
         forget_norms([self])
-        before = self.__dict__.pop(UNMERGED, None)
-        unchanged = before is not None and before.follows(self._merged_into())
         super().unmerge()
-        if unchanged:
-            before.put_back(self._merged_into())
-
-    def _merged_into(self) -> list[Tensor]:
-        base = self.base_layer
-        return [t.data for t in (base.weight, base.bias) if t is not None]
 
     @staticmethod
     def fused_call(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ from fastft.nn.mixed import adapter_names_of
 from fastft.nn.rules import hooked, hooked_everywhere
 from fastft.nn.swap import Swapped, call_refusal
 from fastft.nn.tiled import tiled
+from fastft.ops._checks import autocast_dtype
 from fastft.ops._remade import remaking
 from fastft.ops._saving import without_values
 from fastft.ops.glu import makes_again
@@ -29,18 +30,21 @@ __all__ = ["FusedGatedMLP", "Layout", "activation_of", "layout_of"]
 @dataclass(frozen=True)
 class Layout:
     """How a gated MLP names its parts: y = down(activation(gate(x)) * up(x)); with up None, gate
-    gives both halves in one tensor."""
+    gives both halves in one tensor; with a dropout, it drops elements of the product."""
 
     gate: str
     up: str | None
     down: str
     activation: str
+    dropout: str | None = None
 
 
 LAYOUTS = (
     Layout("gate_proj", "up_proj", "down_proj", "act_fn"),
     Layout("w1", "w3", "w2", "act_fn"),
+    Layout("gate_proj", "up_proj", "down_proj", "activation_fn"),
     Layout("gate_up_proj", None, "down_proj", "activation_fn"),
+    Layout("wi_0", "wi_1", "wo", "act", "dropout"),
 )
 _ACTIVATIONS = {
     nn.SiLU: "silu",
@@ -52,15 +56,12 @@ _ACTIVATIONS = {
 
 
 def layout_of(module: nn.Module) -> Layout | None:
-    """The layout whose parts are exactly what the module holds; a dropout more, and it is none."""
+    """The layout whose parts are exactly what the module holds; a part more, and it is none."""
     if module._parameters or module._buffers:
         return None
     children = {name for name, _ in module.named_children()}
     for layout in LAYOUTS:
-        parts = {layout.gate, layout.down, layout.activation}
-        if layout.up is not None:
-            parts.add(layout.up)
-        if children == parts:
+        if children == {name for name in vars(layout).values() if name is not None}:
             return layout
     return None
 
@@ -94,9 +95,20 @@ class FusedGatedMLP(Swapped):
             self._count("activation is hooked, or neither SiLU nor GELU")
             return super().forward(*args)  # type: ignore[misc]
         x, tile = args[0], self.__dict__.get(TILE)
+        if self._casts(x):
+            self._count("mixed dtypes")
+            return super().forward(x)  # type: ignore[misc]
         if tile is not None and self._tiles(x, tile):
             return tiled(self, self._project, x, tile)
         return self._project(x)
+
+    def _casts(self: Any, x: Tensor) -> bool:
+        """Whether the last projection has a dtype of its own: T5's, in float32 beside 16-bit ones,
+        is given what was cast to it. Autocast casts by itself."""
+        if self.fastft_layout.dropout is None or autocast_dtype(x.device.type) is not None:
+            return False
+        weight = getattr(getattr(self, self.fastft_layout.down), "weight", None)
+        return weight is None or weight.dtype != x.dtype
 
     def _tiles(self: Any, x: Tensor, tile: int) -> bool:
         """Whether this call is treated a tile at a time."""
@@ -123,6 +135,7 @@ class FusedGatedMLP(Swapped):
             product = unit(gate, up)
         else:
             product = getattr(self, layout.activation)(gate) * up
+        dropped = product if layout.dropout is None else getattr(self, layout.dropout)(product)
         down = getattr(self, layout.down)
         # A wrapper, or a hook, may look at the value, and call the layer again alone.
         alone = type(down) is FusedLoraLinear and not hooked(down)
@@ -130,11 +143,12 @@ class FusedGatedMLP(Swapped):
         leaves_out = not value and alone and not down.lora_variant
         recorded = product.requires_grad and not torch.compiler.is_compiling()
         remakes = reason is None and alone and recorded and makes_again(gate)
+        remakes = remakes and dropped is product
         with (
             without_values() if leaves_out else nullcontext(),
             remaking(product, (gate, up), unit) if remakes else nullcontext(),
         ):
-            return down(product)
+            return down(dropped)
 
     def _count(self: Any, reason: str | None) -> None:
         if not torch.compiler.is_compiling():

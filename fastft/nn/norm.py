@@ -148,7 +148,11 @@ def _is_narrow(x: Any, weight: Tensor) -> bool:
 def epsilon(module: nn.Module) -> float | None:
     """The module's epsilon, by whichever of its usual names; None when it has none."""
     found = (getattr(module, name, None) for name in _EPSILONS)
-    return next((value for value in found if isinstance(value, float)), None)
+    value = next((value for value in found if isinstance(value, float)), None)
+    if value is None and isinstance(module, nn.RMSNorm) and module.elementwise_affine:
+        # torch's own default is that of the dtype it computes in, not (as it says) of its input's.
+        return torch.finfo(torch.promote_types(module.weight.dtype, torch.float32)).eps
+    return value
 
 
 def norm_facts(module: Any) -> tuple[tuple[str, Any], ...] | None:
@@ -179,12 +183,14 @@ def norm_facts(module: Any) -> tuple[tuple[str, Any], ...] | None:
 
 
 def _draw(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A random input (8, features) and a random weight."""
+    """A random input (8, features), every second row small enough for an epsilon to count, and a
+    random weight."""
     generator = torch.Generator().manual_seed(0)
     weight: Tensor = module.weight
     # A weight on meta is replaced by the one drawn: what the module computes can be seen anywhere.
     device = "cpu" if weight.is_meta else weight.device
     draw = torch.randn(9, weight.shape[0], generator=generator).to(device, dtype)
+    draw[1::2] *= 1e-3
     return draw[1:], draw[0]
 
 

@@ -14,9 +14,11 @@ from fastft.errors import ArgumentError, DtypeError, VerificationError, nearest
 from fastft.nn import head as head_module
 from fastft.nn import packing, siblings
 from fastft.nn.calls import strict_modules
+from fastft.nn.experts import FusedLoraExperts, InnerLoraExperts, experts_of
 from fastft.nn.head import FusedHead, FusedLoraHead
-from fastft.nn.lora import UNMERGED, forget_norms
+from fastft.nn.lora import forget_norms
 from fastft.nn.swap import Swapped, become, combined_class, original_of
+from fastft.nn.unmerged import UNMERGED
 from fastft.ops import _room
 from fastft.patch.proofs import difference, site_key, tolerance, verifiable
 from fastft.patch.rules import RULES, Rule, Site, language_model_of
@@ -30,6 +32,9 @@ _HOOKS = (
     head_module.end_forward,
 )
 
+
+# Kinds that are switched together with another.
+_SWITCHES = {"conv": "lora", "experts": "lora", "table": "embedding"}
 
 # Why a rule left a module of an accelerated model alone, by its kind, for explain().
 refusals: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
@@ -137,7 +142,8 @@ def accelerate(
                     site.name,
                     expected="a module that can be fused",
                     got=reason,
-                    remedy=f"Use strict=False to leave it as it is, or {kind}=False.",
+                    remedy="Use strict=False to leave it as it is, or "
+                    f"{_SWITCHES.get(kind, kind)}=False.",
                 )
             if reason is None or (site.refusal is not None and site.by_state):
                 planned.append(site)
@@ -152,6 +158,10 @@ def accelerate(
         become(site.module, _joined(site))
         if strict:
             strict_modules.add(site.module)
+        if issubclass(site.fused, FusedLoraExperts):
+            for wrapper in experts_of(site.module)[1].values():
+                if wrapper is not site.module:
+                    become(wrapper, InnerLoraExperts)
         if issubclass(site.fused, (FusedHead, FusedLoraHead)):
             _attach_head(language_model_of(model))
     if pack_weights:

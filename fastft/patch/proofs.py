@@ -263,6 +263,20 @@ def run_norm(module: Any, kind: type[nn.Module]) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, [x, *parameters.values()], dy)]
 
 
+@contextmanager
+def _dropping(module: nn.Module, name: str | None) -> Iterator[None]:
+    """Inside, the module's dropout drops half: where it stands does not show at a rate of zero."""
+    dropout = None if name is None else getattr(module, name)
+    before = getattr(dropout, "p", None)
+    if before is not None:
+        dropout.p = 0.5  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        if before is not None:
+            dropout.p = before  # type: ignore[union-attr]
+
+
 def run_mlp(module: Any, kind: type[nn.Module]) -> list[Tensor]:
     """Output and input gradient of a gated MLP as class ``kind``."""
     layout, weight = layout_of(module), float_parameter(module)
@@ -270,7 +284,7 @@ def run_mlp(module: Any, kind: type[nn.Module]) -> list[Tensor]:
         raise TypeError("no gated MLP with floating-point weights")
     width = getattr(module, layout.gate).in_features
     x = torch.randn(1, _TOKENS, width, device=weight.device).to(weight.dtype).requires_grad_()
-    with _as_class(module, kind):
+    with _as_class(module, kind), _dropping(module, layout.dropout):
         y = module(x)
     dy = torch.randn(y.shape, device=y.device).to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, [x], dy)]

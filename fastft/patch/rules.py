@@ -112,10 +112,11 @@ def _embedding_sites(model: nn.Module) -> Iterator[Site]:
 def _table_sites(model: nn.Module) -> Iterator[Site]:
     """Embeddings that are trained themselves."""
     for name, module in model.named_modules():
-        if original_of(module) is not nn.Embedding:
+        if not isinstance(module, nn.Embedding) or not module.weight.requires_grad:
             continue
         table: Any = module
-        if not table.weight.requires_grad:
+        if original_of(module) is not nn.Embedding:  # one that scales its rows, or moves its ids
+            yield Site(name, module, f"{type(module).__name__} is not nn.Embedding itself")
             continue
         reason = table_refusal(table) or site_refusal("embedding", table.weight)
         yield _swapped_site(name, table, FusedEmbedding, (), reason)
@@ -311,6 +312,8 @@ def _attention_sites(model: nn.Module) -> Iterator[Site]:
         refusal = None
         if implementation != "sdpa":
             refusal = f"attention implementation is {implementation}, not sdpa"
+        elif code is not None and "position_bias" in code.co_varnames:  # T5's, in every call
+            refusal = "position_bias in attention"
         yield _swapped_site(name, module, FusedAttention, (), refusal)
 
 

@@ -126,6 +126,39 @@ def test_states_that_are_not_fused_run_as_peft_and_are_counted() -> None:
     assert counted["fused_calls"] == 1
 
 
+def test_a_mixed_batch_is_refused_in_peft_s_words() -> None:
+    """Before it was a wrong answer: every sample went through the active adapter."""
+    plain = peft_model("mixtral")
+    plain.add_adapter("other", plain.peft_config["default"])
+    plain.base_model.set_adapter("default")
+    fused = fastft.accelerate(copy.deepcopy(plain))
+    for model in (plain, fused):
+        with (
+            pytest.raises(ValueError, match="mixed adapter batches"),
+            torch.no_grad(),
+            fastft.mixed_batch(model, ["default", "other"]),
+        ):
+            model(input_ids=BATCH["input_ids"])
+    assert [m["fallback_calls"] for m in reports(fused)] == [{"mixed batch": 1}, {}]
+    with torch.no_grad():
+        ids = {"input_ids": BATCH["input_ids"]}
+        torch.testing.assert_close(fused(**ids).logits, plain(**ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_tokens(name: str) -> None:
+    fused = fastft.accelerate(peft_model(name), attention=False, strict=True)
+    (wrapper, *_) = (m for m in fused.modules() if isinstance(m, ParamWrapper))
+    x = torch.zeros(0, 32, requires_grad=True)
+    y = wrapper(x, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
+    assert y.shape == (0, 32)
+    y.sum().backward()
+    assert x.grad.shape == (0, 32)
+    trained = [p.grad for n, p in wrapper.named_parameters() if "lora_" in n]
+    assert len(trained) == 4
+    assert not any(g.any() for g in trained)
+
+
 def test_other_parameters_stay_peft_s() -> None:
     """A router's weight is no stack of experts."""
     torch.manual_seed(0)

@@ -233,18 +233,34 @@ def test_a_scaled_embedding_and_several_adapters() -> None:
     compare(model, torch.tensor([[1, 3, 3, 29]]))
 
 
-def test_mixed_batches_of_embeddings_run_through_peft() -> None:
-    model = adapted(nn.Embedding(30, 16))
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Embedding(30, 16), torch.tensor([[1, 3], [4, 3]])),
+        (CONVS["1d"][0], torch.randn(2, 12, 9)),
+    ],
+    ids=["embedding", "conv"],
+)
+def test_mixed_batches_run_through_peft(layer: nn.Module, x: Tensor) -> None:
+    model = adapted(layer)
     model.add_adapter("more", LoraConfig(r=2, target_modules=["layer"]))
     _randomise(model)
     model.base_model.set_adapter(["default", "more"])
-    ids, names = torch.tensor([[1, 3], [4, 3]]), ["default", "more"]
+    names = ["default", "more"]
     with torch.no_grad(), fastft.mixed_batch(model, names):
-        expected = model(ids)
+        expected = model(x)
     fastft.accelerate(model)
     with torch.no_grad(), fastft.mixed_batch(model, names):
-        assert torch.equal(model(ids), expected)
-    assert "arguments passed to the layer" in str(fastft.explain(model))
+        assert torch.equal(model(x), expected)
+    assert fastft.explain(model).to_dict()["calls"]["fallback"] == {"mixed batch": 1}
+
+
+@pytest.mark.parametrize("ids", [torch.tensor(3), torch.zeros(2, 0, dtype=torch.int64)], ids=str)
+def test_one_token_alone_and_none(ids: Tensor) -> None:
+    model = adapted(nn.Embedding(30, 16))
+    expected = model(ids)
+    fastft.accelerate(model, strict=True)
+    torch.testing.assert_close(model(ids), expected)
 
 
 @pytest.mark.parametrize(
@@ -334,3 +350,26 @@ def test_a_frozen_embedding_and_one_that_is_switched_off_are_not_spoken_of() -> 
     frozen = _table().requires_grad_(False)
     for model in (fastft.accelerate(frozen), fastft.accelerate(_table(), embedding=False)):
         assert type(model[0]) is nn.Embedding
+
+
+def test_an_embedding_of_a_class_of_its_own_is_named() -> None:
+    """Gemma scales the rows, BART moves the ids: trained, they run as they are and explain says
+    so."""
+    from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    model = nn.ModuleDict(
+        {"ids": Gemma3TextScaledWordEmbedding(30, 16, 0, embed_scale=4.0)}
+        | {"places": BartLearnedPositionalEmbedding(12, 16)}
+    )
+    with pytest.raises(fastft.errors.VerificationError, match="or embedding=False"):
+        fastft.accelerate(model, strict=True)
+    fastft.accelerate(model)
+    found = {m.name: (m.kind, m.fused, m.reason) for m in fastft.explain(model).modules}
+    assert found == {
+        "ids": ("table", False, "Gemma3TextScaledWordEmbedding is not nn.Embedding itself"),
+        "places": ("table", False, "BartLearnedPositionalEmbedding is not nn.Embedding itself"),
+    }
+    fastft.restore(model)
+    model.requires_grad_(False)
+    assert not fastft.explain(fastft.accelerate(model)).modules
