@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -96,11 +97,12 @@ class FusedOptimizer(SavedState):
         differentiable: bool = False,
     ) -> None:
         where = self._where = f"fastft.optim.{type(self).__name__}"
-        ranged = {k: v for k, v in defaults.items() if not isinstance(v, (bool, str))}
+        ranged = {k: v for k, v in defaults.items() if not isinstance(v, bool)}
         check_hyper(where, ranged)
         for name, value, valid, expected in (
             ("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0, "> 0"),
             ("rounding", rounding, rounding in ROUNDINGS, " or ".join(ROUNDINGS)),
+            ("seed", seed, isinstance(seed, Integral) and 0 <= seed < 2**64, "0 to 2**64 - 1"),
             ("differentiable", differentiable, not differentiable, "False"),
             ("flat", flat, not flat or rounding != "stochastic", "False with stochastic rounding"),
             ("flat", flat, not flat or state_bits != 16, "False with state_bits=16"),

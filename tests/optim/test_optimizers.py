@@ -467,12 +467,28 @@ def test_bfloat16_without_stochastic_rounding_stalls_and_with_it_does_not() -> N
         (lambda p: optim.AdamW8bit(p, state_bits=4), ["state_bits", "8, 16 or 32"]),
         (lambda p: optim.SGD(p, nesterov=True), ["nesterov", "momentum"]),
         (lambda p: optim.Lion(p, differentiable=True), ["differentiable"]),
+        (lambda p: optim.AdamW(p, lr="1e-3"), ["lr", "a number", "'1e-3'", "1.0e-3"]),
+        (lambda p: optim.AdamW(p, lr=None), ["lr", "a number", "None"]),
+        (lambda p: optim.AdamW(p, weight_decay="0.1"), ["weight_decay", "a number"]),
+        (lambda p: optim.AdamW(p, eps="1e-8"), ["eps", "a number"]),
+        (lambda p: optim.AdamW(p, betas=("0.9", 0.999)), ["betas", "numbers", "'0.9'"]),
+        (lambda p: optim.SGD(p, momentum="0.9"), ["momentum", "a number"]),
+        (lambda p: optim.AdamW8bit(p, seed=-1), ["seed", "2**64", "-1"]),
+        (lambda p: optim.AdamW8bit(p, seed=2**64), ["seed", "2**64", str(2**64)]),
+        (lambda p: optim.AdamW8bit(p, seed=1.5), ["seed", "1.5"]),
     ],
 )
 def test_rejected(build: Callable[[Any], Any], words: list[str]) -> None:
     with pytest.raises(ValueError, match=r"fastft\.optim") as caught:
         build([torch.zeros(2, requires_grad=True)])
     assert all(word in str(caught.value) for word in words)
+
+
+def test_a_seed_may_have_64_bits() -> None:
+    p = torch.ones(8, dtype=BF16, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optim.AdamWBF16([p], seed=2**64 - 1).step()
+    assert bool((p < 1).any())
 
 
 @pytest.mark.parametrize("kind", ["sparse", "complex"])
