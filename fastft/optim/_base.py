@@ -55,7 +55,9 @@ class FusedOptimizer(SavedState):
             runs full, and back as it is touched.
 
     ``foreach``, ``fused`` and ``capturable`` are accepted and change nothing: all steps run on the
-    device in one call, never wait for it, and can be captured in a CUDA graph.
+    device in one call, never wait for it, and can be captured in a CUDA graph. ``capturable`` is
+    refused with states in host memory, and by ``ScheduleFreeAdamW``, whose average has weights that
+    the host counts.
     """
 
     rule: ClassVar[str]
