@@ -15,7 +15,7 @@ from fastft import ops
 from fastft.errors import ArgumentError
 from fastft.ops.optimizer_step import ROUNDINGS, RULES
 from fastft.optim._batch import Batch, Part, by_device
-from fastft.optim._flat import Flat, flatten
+from fastft.optim._flat import Flat, check_rounding, flatten
 from fastft.optim._host import HostBatch
 from fastft.optim._hyper import check_hyper, refuse_grad
 from fastft.optim._places import PLACES
@@ -46,7 +46,8 @@ class FusedOptimizer(SavedState):
         flat: lay the parameters of each group, their gradients and their states out as views of one
             buffer each, so that step, clip and ``zero_grad`` are one pass whatever their number.
             Gradients are then zeroed and not dropped; a parameter without one steps by a gradient
-            of zero. Not for stochastic rounding, whose bits go by parameter, nor for shards.
+            of zero. Not for bfloat16 parameters under stochastic rounding, whose bits go by
+            parameter, nor for shards.
         states: where the states of parameters on a GPU are. "device": there. "host": in pinned
             host memory, from where 64 MiB at a time visit the GPU beside the step; it takes 192 MiB
             there, and a step takes as long as the states take over the bus, both ways at once. The
@@ -106,7 +107,6 @@ class FusedOptimizer(SavedState):
             ("rounding", rounding, rounding in ROUNDINGS, " or ".join(ROUNDINGS)),
             ("seed", seed, isinstance(seed, Integral) and 0 <= seed < 2**64, "0 to 2**64 - 1"),
             ("differentiable", differentiable, not differentiable, "False"),
-            ("flat", flat, not flat or rounding != "stochastic", "False with stochastic rounding"),
             ("flat", flat, not flat or state_bits != 16, "False with state_bits=16"),
             ("states", states, states in PLACES, " or ".join(PLACES)),
             ("states", states, states == "device" or not flat, "device with flat=True"),
@@ -373,6 +373,11 @@ class FusedOptimizer(SavedState):
             )
         self.defaults.update(self._more)
         super().add_param_group(param_group)
+        try:
+            check_rounding(self, self.param_groups[-1]["params"])
+        except ArgumentError:
+            self.param_groups.pop()
+            raise
         self._keys, self._flats = {}, []
 
 
