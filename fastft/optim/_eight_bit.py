@@ -16,12 +16,12 @@ from fastft.optim._shards import is_sharded, like_param, local
 
 __all__ = ["EightBitStates"]
 
-# bitsandbytes nests the tensors of 8-bit states under this key, so that FSDP leaves them alone.
-_NESTED = "__bnb_optimizer_quant_state__"
-
 
 class EightBitStates(FusedOptimizer):
     """8-bit states, stochastic rounding and ``min_8bit_size``; state dicts as bitsandbytes'."""
+
+    # The last holds norms of gradients, by whose percentiles older bitsandbytes can clip.
+    beside = frozenset(("absmax1", "absmax2", "gnorm_vec"))
 
     def __init__(self, params: Any, *args: Any, min_8bit_size: int = 4096, **options: Any) -> None:
         self.min_8bit_size = min_8bit_size
@@ -75,7 +75,6 @@ class EightBitStates(FusedOptimizer):
         flat = {**state_dict, "state": {}}
         for index, own in state_dict["state"].items():
             state = dict(own)
-            state.update(state.pop(_NESTED, {}))
             self._check_maps(state)
             for theirs, ours in (("exp_avg", "state1"), ("exp_avg_sq", "state2")):
                 if theirs in state:  # of an optimizer with float32 states, which they stay

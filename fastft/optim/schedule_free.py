@@ -39,6 +39,7 @@ class ScheduleFreeAdamW(FusedOptimizer):
 
     rule = "schedule_free"
     state_names = ("z", "exp_avg_sq")
+    beside = frozenset("y")
 
     def __init__(
         self,
