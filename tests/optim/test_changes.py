@@ -73,7 +73,7 @@ def _trained(name: str) -> Any:
     library: Any = torch.optim if name.startswith("torch ") else optim
     p = torch.ones(70, 80, requires_grad=True)
     kind = name.removeprefix("torch ").removesuffix(" without")
-    more = {"momentum": 0.9} if name.endswith("SGD") and kind == "SGD" else {}
+    more = {"momentum": 0.9} if kind == "SGD" and "without" not in name else {}
     optimizer = getattr(library, kind)([p], lr=0.1, **more)
     _step(optimizer, p)
     return optimizer
