@@ -42,7 +42,9 @@ class FusedOptimizer(SavedState):
             bfloat16 for what rounding takes away.
         seed: of stochastic rounding. An element's bits depend on it, on the parameter's name (if
             the optimizer is given named parameters, else its position), on the element's place in
-            the whole parameter and on the parameter's step alone.
+            the whole parameter and on the parameter's step alone. Under torch's
+            ZeroRedundancyOptimizer, which passes no names on, it is the position among a process's
+            own parameters: there bits depend on the number of processes.
         flat: lay the parameters of each group, their gradients and their states out as views of one
             buffer each, so that step, clip and ``zero_grad`` are one pass whatever their number.
             Gradients are then zeroed and not dropped; a parameter without one steps by a gradient
