@@ -51,7 +51,8 @@ class Lion(FusedOptimizer):
 
 class Lion8bit(EightBitStates, Lion):
     """Lion with a block-wise 8-bit state, 1.02 bytes a parameter; its ``state_dict`` is that of
-    ``bitsandbytes.optim.Lion8bit``. See :class:`AdamW8bit` for ``min_8bit_size`` and rounding."""
+    ``bitsandbytes.optim.Lion8bit``. See :class:`AdamW8bit` for ``min_8bit_size``, ``saved_bits``
+    and rounding."""
 
     state_names = ("state1",)
 

@@ -304,6 +304,34 @@ def test_states_are_neighbours_in_one_arena() -> None:
         assert all(t.data_ptr() % 16 == 0 for t in found)
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit"])
+def test_states_saved_in_float32_are_the_same_codes_again(name: str, flat: bool) -> None:
+    """Tensors that torch.distributed.checkpoint takes: of parameters that lie as they do."""
+    torch.manual_seed(0)
+    kind: Any = getattr(optim, name)
+    params = [torch.randn(4, 25, 8, 8).to(memory_format=torch.channels_last), torch.randn(70, 80),
+              torch.randn(17)]  # fmt: skip
+    params = [p.requires_grad_() for p in params]
+    optimizer = kind(params, lr=1e-2, saved_bits=32, flat=flat)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    saved = copy.deepcopy(copy.deepcopy(optimizer).state_dict())
+    for p, state in zip(params, saved["state"].values(), strict=True):
+        assert state.keys() == {"step", *kind.state_names}
+        assert all(isinstance(v, Tensor) and v.dtype == F32 for v in state.values())
+        assert state["state1"].shape == p.shape
+    other = kind(params, lr=1e-2, saved_bits=32, flat=flat)
+    other.load_state_dict(saved)
+    for p in params:
+        own, found = optimizer.state[p], other.state[p]
+        assert own.keys() == found.keys()
+        assert all(torch.equal(own[key], found[key]) for key in own)
+        assert (found["state1"].dtype == torch.uint8) == (p.numel() > 4096)
+
+
 def test_small_tensors_and_groups_that_say_so_keep_float32_states() -> None:
     small, large, table = (torch.randn(n, requires_grad=True) for n in (4095, 4096, 8192))
     optimizer = optim.AdamW8bit([{"params": [small, large]}, {"params": [table], "state_bits": 32}])
@@ -476,6 +504,7 @@ def test_bfloat16_without_stochastic_rounding_stalls_and_with_it_does_not() -> N
         (lambda p: optim.ScheduleFreeAdamW(p, capturable=True), ["capturable", "False", "graph"]),
         (lambda p: optim.ScheduleFreeAdamW(p, betas=(0.0, 0.9)), ["betas", "beta1 above 0"]),
         (lambda p: optim.ScheduleFreeAdamW(p, betas=("0.9", 0.9)), ["betas", "numbers"]),
+        (lambda p: optim.AdamW8bit(p, saved_bits=16), ["saved_bits", "8 or 32", "16"]),
         (lambda p: optim.AdamW8bit(p, seed=-1), ["seed", "2**64", "-1"]),
         (lambda p: optim.AdamW8bit(p, seed=2**64), ["seed", "2**64", str(2**64)]),
         (lambda p: optim.AdamW8bit(p, seed=1.5), ["seed", "1.5"]),
