@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from fastft import ops
 from fastft.errors import ArgumentError
 from fastft.ops.optimizer_step import ROUNDINGS, RULES
 from fastft.optim._batch import Batch, Part, by_device
-from fastft.optim._flat import Flat, flatten
+from fastft.optim._flat import Flat, check_rounding, flatten
 from fastft.optim._host import HostBatch
 from fastft.optim._hyper import check_hyper, refuse_grad
 from fastft.optim._places import PLACES
@@ -41,11 +42,14 @@ class FusedOptimizer(SavedState):
             bfloat16 for what rounding takes away.
         seed: of stochastic rounding. An element's bits depend on it, on the parameter's name (if
             the optimizer is given named parameters, else its position), on the element's place in
-            the whole parameter and on the parameter's step alone.
+            the whole parameter and on the parameter's step alone. Under torch's
+            ZeroRedundancyOptimizer, which passes no names on, it is the position among a process's
+            own parameters: there bits depend on the number of processes.
         flat: lay the parameters of each group, their gradients and their states out as views of one
             buffer each, so that step, clip and ``zero_grad`` are one pass whatever their number.
             Gradients are then zeroed and not dropped; a parameter without one steps by a gradient
-            of zero. Not for stochastic rounding, whose bits go by parameter, nor for shards.
+            of zero. Not for bfloat16 parameters under stochastic rounding, whose bits go by
+            parameter, nor for shards.
         states: where the states of parameters on a GPU are. "device": there. "host": in pinned
             host memory, from where 64 MiB at a time visit the GPU beside the step; it takes 192 MiB
             there, and a step takes as long as the states take over the bus, both ways at once. The
@@ -54,7 +58,9 @@ class FusedOptimizer(SavedState):
             runs full, and back as it is touched.
 
     ``foreach``, ``fused`` and ``capturable`` are accepted and change nothing: all steps run on the
-    device in one call, never wait for it, and can be captured in a CUDA graph.
+    device in one call, never wait for it, and can be captured in a CUDA graph. ``capturable`` is
+    refused with states in host memory, and by ``ScheduleFreeAdamW``, whose average has weights that
+    the host counts.
     """
 
     rule: ClassVar[str]
@@ -96,13 +102,13 @@ class FusedOptimizer(SavedState):
         differentiable: bool = False,
     ) -> None:
         where = self._where = f"fastft.optim.{type(self).__name__}"
-        ranged = {k: v for k, v in defaults.items() if not isinstance(v, (bool, str))}
+        ranged = {k: v for k, v in defaults.items() if not isinstance(v, bool)}
         check_hyper(where, ranged)
         for name, value, valid, expected in (
             ("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0, "> 0"),
             ("rounding", rounding, rounding in ROUNDINGS, " or ".join(ROUNDINGS)),
+            ("seed", seed, isinstance(seed, Integral) and 0 <= seed < 2**64, "0 to 2**64 - 1"),
             ("differentiable", differentiable, not differentiable, "False"),
-            ("flat", flat, not flat or rounding != "stochastic", "False with stochastic rounding"),
             ("flat", flat, not flat or state_bits != 16, "False with state_bits=16"),
             ("states", states, states in PLACES, " or ".join(PLACES)),
             ("states", states, states == "device" or not flat, "device with flat=True"),
@@ -369,6 +375,11 @@ class FusedOptimizer(SavedState):
             )
         self.defaults.update(self._more)
         super().add_param_group(param_group)
+        try:
+            check_rounding(self, self.param_groups[-1]["params"])
+        except ArgumentError:
+            self.param_groups.pop()
+            raise
         self._keys, self._flats = {}, []
 
 

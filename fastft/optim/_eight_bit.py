@@ -16,21 +16,34 @@ from fastft.optim._shards import is_sharded, like_param, local
 
 __all__ = ["EightBitStates"]
 
-# bitsandbytes nests the tensors of 8-bit states under this key, so that FSDP leaves them alone.
-_NESTED = "__bnb_optimizer_quant_state__"
-
 
 class EightBitStates(FusedOptimizer):
     """8-bit states, stochastic rounding and ``min_8bit_size``; state dicts as bitsandbytes'."""
 
-    def __init__(self, params: Any, *args: Any, min_8bit_size: int = 4096, **options: Any) -> None:
-        self.min_8bit_size = min_8bit_size
+    # The last holds norms of gradients, by whose percentiles older bitsandbytes can clip.
+    beside = frozenset(("absmax1", "absmax2", "gnorm_vec"))
+
+    saved_bits = 8
+
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        min_8bit_size: int = 4096,
+        saved_bits: int = 8,
+        **options: Any,
+    ) -> None:
+        if saved_bits not in (8, 32):
+            where = f"fastft.optim.{type(self).__name__}"
+            raise ArgumentError(where, "saved_bits", expected="8 or 32", got=repr(saved_bits))
+        self.min_8bit_size, self.saved_bits = min_8bit_size, saved_bits
         options.setdefault("state_bits", 8)
         options.setdefault("rounding", "stochastic")
         super().__init__(params, *args, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "min_8bit_size": self.min_8bit_size}
+        own = {"min_8bit_size": self.min_8bit_size, "saved_bits": self.saved_bits}
+        return {**super().__getstate__(), **own}
 
     def _saved(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """torch's, with what bitsandbytes' optimizers expect in theirs: step counts as numbers and
@@ -38,23 +51,25 @@ class EightBitStates(FusedOptimizer):
 
         Of sharded parameters the states are float32, sharded alike, so that
         torch.distributed.checkpoint saves them and cuts them up anew; blocks are of the part that
-        is here. Loaded in the same shards they are the same codes and scales.
+        is here. Loaded in the same shards they are the same codes and scales. ``saved_bits=32``
+        has whole parameters' states saved so too: that module loads what a process has, of the same
+        names and kinds, and no file of ours can be both bitsandbytes' and theirs.
         """
         state_dict = super()._saved(state_dict)
-        sharded = self._sharded(state_dict)
-        for index, p in sharded.items():
+        wide = self._saved_wide(state_dict)
+        for index, p in wide.items():
             state_dict["state"][index] = _wide(state_dict["state"][index], p)
         steps = [
             s["step"]
             for index, s in state_dict["state"].items()
-            if isinstance(s.get("step"), Tensor) and index not in sharded
+            if isinstance(s.get("step"), Tensor) and index not in wide
         ]
         numbers = iter(torch.stack([s.cpu() for s in steps]).tolist() if steps else ())
         for group in state_dict["param_groups"]:
             group.setdefault("eps", 0.0)  # theirs read one for every rule
         signed = {"1": True, "2": False}
         for index, own in state_dict["state"].items():
-            if index in sharded:
+            if index in wide:
                 continue
             state = dict(own)
             if isinstance(state.get("step"), Tensor):
@@ -75,7 +90,6 @@ class EightBitStates(FusedOptimizer):
         flat = {**state_dict, "state": {}}
         for index, own in state_dict["state"].items():
             state = dict(own)
-            state.update(state.pop(_NESTED, {}))
             self._check_maps(state)
             for theirs, ours in (("exp_avg", "state1"), ("exp_avg_sq", "state2")):
                 if theirs in state:  # of an optimizer with float32 states, which they stay
@@ -84,19 +98,23 @@ class EightBitStates(FusedOptimizer):
         return super()._loaded(flat)
 
     def _keep(self, state_dict: dict[str, Any]) -> None:
-        """As the base; shards are coded again."""
+        """As the base; what is saved in float32 is coded again."""
         super()._keep(state_dict)
         for group in self.param_groups:
             for p in group["params"]:
-                if is_sharded(p) and is_eight_bit(self, p, group) and self.state.get(p):
+                wide = self._is_saved_wide(p) and is_eight_bit(self, p, group)
+                if wide and self.state.get(p):
                     self.state[p] = self._narrow(self.state[p], p)
 
-    def _sharded(self, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
-        """The sharded parameters that have a state, by its index."""
+    def _is_saved_wide(self, p: Tensor) -> bool:
+        return self.saved_bits == 32 or is_sharded(p)
+
+    def _saved_wide(self, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
+        """The parameters whose states are saved in float32, by the index of these."""
         params = (p for group in self.param_groups for p in group["params"])
         ids = (i for group in state_dict["param_groups"] for i in group["params"])
         pairs = zip(ids, params, strict=True)
-        return {i: p for i, p in pairs if i in state_dict["state"] and is_sharded(p)}
+        return {i: p for i, p in pairs if i in state_dict["state"] and self._is_saved_wide(p)}
 
     def _narrow(self, state: dict[str, Any], p: Tensor) -> dict[str, Any]:
         """The other way from :func:`_wide`; what is in 8 bits already stays."""
@@ -123,7 +141,7 @@ class EightBitStates(FusedOptimizer):
 
 
 def _wide(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
-    """The state of a shard with float32 values in place of codes and scales."""
+    """The state of a parameter with float32 values in place of codes and scales."""
     wide = {name: value for name, value in state.items() if not name.startswith("absmax")}
     for name, signed in (("state1", True), ("state2", False)):
         absmax = state.get(absmax_name(name))

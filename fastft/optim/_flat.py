@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from fastft.optim._shards import is_sharded
 if TYPE_CHECKING:
     from fastft.optim._base import FusedOptimizer
 
-__all__ = ["Flat", "flatten"]
+__all__ = ["Flat", "check_rounding", "flatten"]
 
 
 class Flat:
@@ -131,10 +132,27 @@ def _is_eight_bit(optimizer: FusedOptimizer, p: Tensor, group: dict[str, Any]) -
     return is_eight_bit(optimizer, p, group) if found is None else found.dtype == torch.uint8
 
 
+def check_rounding(optimizer: FusedOptimizer, params: Iterable[Tensor]) -> None:
+    """Refuses parameters that would be flat and are rounded at random, by bits that each draws by
+    its own key and place.
+
+    Raises:
+        ArgumentError: one of them.
+    """
+    at_random = optimizer.flat and optimizer.rounding == "stochastic"
+    if at_random and any(p.requires_grad and p.dtype == torch.bfloat16 for p in params):
+        raise ArgumentError(
+            optimizer._where, "flat", expected="False with stochastic rounding of bfloat16",
+            got="True", remedy='Say rounding="nearest" or "compensated", or leave flat out.',
+        )  # fmt: skip
+
+
 def flatten(optimizer: FusedOptimizer) -> list[Flat]:
     """The parameters of an optimizer that require gradients, made flat."""
     found: dict[tuple[Any, ...], tuple[dict[str, Any], list[Tensor]]] = {}
     for index, group in enumerate(optimizer.param_groups):
+        # Its parameters may have become bfloat16, or trainable, since they came.
+        check_rounding(optimizer, group["params"])
         for p in group["params"]:
             if p.requires_grad:
                 optimizer.refuse(p, p if p.grad is None else p.grad)

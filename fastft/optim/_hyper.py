@@ -16,6 +16,7 @@ __all__ = ["GRAD_DTYPES", "RefusedError", "check_hyper", "refuse_grad"]
 
 # Of gradients; those of float64 parameters may be float64 too.
 GRAD_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_YAML = "In YAML 1e-3 is a text and 1.0e-3 a number."
 
 
 class RefusedError(DtypeError, RuntimeError):
@@ -23,12 +24,18 @@ class RefusedError(DtypeError, RuntimeError):
 
 
 def check_hyper(where: str, values: dict[str, Any]) -> None:
-    """Hyper-parameters in range: betas and momenta in [0, 1), all else non-negative.
+    """Hyper-parameters that are numbers in range: betas in [0, 1), all else non-negative.
 
     Raises:
         ArgumentError: with torch's words in its text, which callers may look for.
     """
     for name, value in values.items():
+        for number in value if name == "betas" else (value,):
+            if not hasattr(number, "__float__"):
+                raise ArgumentError(
+                    where, name, expected="numbers" if name == "betas" else "a number",
+                    got=repr(value), remedy=_YAML if isinstance(number, str) else None,
+                )  # fmt: skip
         if name == "betas":
             tensors = [isinstance(b, Tensor) for b in value]
             if any(tensors) and not all(tensors):

@@ -15,11 +15,10 @@ from fastft.optim._shards import local
 
 __all__ = ["SavedState"]
 
-# Names of states, torch's and bitsandbytes' among them.
-_STATES = frozenset(
-    ("exp_avg", "exp_avg_sq", "state1", "state2", "z", "momentum_buffer", "row_var", "col_var",
-     "variance")
-)  # fmt: skip
+# What lies beside the states of any optimizer. All else that is no number is a state.
+_BESIDE = frozenset(("step", "compensation"))
+# bitsandbytes nests the tensors of 8-bit states under this key, so that FSDP leaves them alone.
+_NESTED = "__bnb_optimizer_quant_state__"
 
 
 class SavedState(torch.optim.Optimizer):
@@ -29,6 +28,8 @@ class SavedState(torch.optim.Optimizer):
     state_names: ClassVar[tuple[str, ...]]
     # What a parameter's state may be in a file, where that is not all of state_names.
     state_sets: ClassVar[tuple[frozenset[str], ...]] = ()
+    # What may lie beside it there.
+    beside: ClassVar[frozenset[str]] = frozenset()
     flat: bool
     defaults: dict[str, Any]
     _where: str
@@ -110,7 +111,7 @@ class SavedState(torch.optim.Optimizer):
         seen: list[dict[str, Any]] = []
 
         def last(_: Any, own: dict[str, Any]) -> dict[str, Any]:
-            own = self._loaded(own)
+            own = self._loaded(_unnested(own))
             self._check_loaded(own)
             seen.append(own)
             return own if self.states == "device" else _without_tensors(own)
@@ -155,13 +156,16 @@ class SavedState(torch.optim.Optimizer):
                     self._where, "amsgrad", expected="False", got="True",
                     remedy="It is not offered.",
                 )  # fmt: skip
+            if len(group.get("betas", (0, 0))) != 2:
+                self._refuse_loaded(f"a group with betas={group['betas']}")
             bits = group.get("state_bits")
             if bits is not None and bits not in self._bits():
                 self._refuse_loaded(f"a group with state_bits={bits}")
         whole = self.state_sets or (frozenset(self.state_names),)
         for state in state_dict["state"].values():
             there = {name for name, value in state.items() if value is not None}
-            found = there & _STATES
+            held = {name for name in there if isinstance(state[name], (Tensor, dict, list, tuple))}
+            found = held - _BESIDE - self.beside
             if found not in whole and (found or "step" in there):
                 self._refuse_loaded(", ".join(sorted(found)) or "step alone")
             # SGD's and Muon's have one name.
@@ -187,6 +191,18 @@ class SavedState(torch.optim.Optimizer):
         for ring in self._rings.values():
             if ring is not None:
                 ring.finish()
+
+
+def _unnested(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """With bitsandbytes' tensors among the others."""
+    states = {
+        index: {
+            **{key: value for key, value in own.items() if key != _NESTED},
+            **own.get(_NESTED, {}),
+        }
+        for index, own in state_dict["state"].items()
+    }
+    return {**state_dict, "state": states}
 
 
 def _without_tensors(state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -77,6 +77,10 @@ class AdamW8bit(EightBitStates, AdamW):
 
     Args:
         min_8bit_size: tensors of fewer elements keep float32 states.
+        saved_bits: of states in a ``state_dict``. 8: bitsandbytes', but of sharded parameters
+            float32. 32: float32 of all, coded again as they are loaded, to the same bits;
+            torch.distributed.checkpoint then resumes with FSDP2 what was saved without, and without
+            what was saved with it.
         others: as in :class:`AdamW`. A param group with ``"state_bits": 32`` keeps float32 states,
             as is usual for embeddings.
 

@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastft.errors import ArgumentError, nearest
 
@@ -17,7 +17,7 @@ _WHERE = "fastft.optim.param_groups"
 
 def param_groups(
     model: nn.Module,
-    lr: float,
+    lr: float | Tensor,
     *,
     weight_decay: float = 0.0,
     layer_decay: float | None = None,
@@ -30,7 +30,8 @@ def param_groups(
 
     Args:
         model: any torch model, PEFT's included.
-        lr: of the last layer's parameters, and of all without ``layer_decay``.
+        lr: of the last layer's parameters, and of all without ``layer_decay``; a number, or a
+            tensor, of which each group then has one.
         weight_decay: of the parameters that decay.
         layer_decay: lr of block i of n is lr * layer_decay^(n - i); matrices that the model names
             before its blocks (embeddings) have one factor more, all else none. Blocks are those of
@@ -76,7 +77,8 @@ def param_groups(
             rate *= loraplus_ratio
         more = {"state_bits": 32} if embeddings_32bit and id(p) in tables else {}
         decay = 0.0 if name in spared else weight_decay
-        key = (rate, decay, *more)
+        # A tensor's hash is its own, not its number's.
+        key = (float(rate), decay, *more)
         group = groups.setdefault(key, {"params": [], "lr": rate, "weight_decay": decay, **more})
         group["params"].append((name, p))
     for name, p in named:

@@ -51,6 +51,15 @@ class Lion(FusedOptimizer):
 
 class Lion8bit(EightBitStates, Lion):
     """Lion with a block-wise 8-bit state, 1.02 bytes a parameter; its ``state_dict`` is that of
-    ``bitsandbytes.optim.Lion8bit``. See :class:`AdamW8bit` for ``min_8bit_size`` and rounding."""
+    ``bitsandbytes.optim.Lion8bit``. See :class:`AdamW8bit` for ``min_8bit_size``, ``saved_bits``
+    and rounding."""
 
     state_names = ("state1",)
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        """As the base. bitsandbytes names one state alike in all its optimizers; SGD and Adagrad
+        have no second beta there, RMSprop and Adagrad an eps."""
+        super()._check_loaded(state_dict)
+        theirs = (g for g in state_dict["param_groups"] if "state_bits" not in g and "betas" in g)
+        if state_dict["state"] and any(g.get("eps") or not g["betas"][1] for g in theirs):
+            self._refuse_loaded("that of another of bitsandbytes' optimizers")

@@ -20,7 +20,7 @@ __all__ = ["Muon", "orthogonalize"]
 
 _WHERE = "fastft.optim.Muon"
 _GRAM_STEPS = 5
-ADJUSTMENTS = ("original", "match_rms_adamw")
+ADJUSTMENTS = ("original", "match_rms_adamw", "spectral_unclamped")
 
 
 class _Momenta(MatrixBatch):
@@ -85,10 +85,7 @@ class _Momenta(MatrixBatch):
         for members, stack in zip(self._stacks.values(), self._made, strict=True):
             rows, columns = stack.shape[1:]
             group = self._groups[self._group_of[members[0]]]
-            if group["adjust_lr_fn"] == "match_rms_adamw":
-                factor = 0.2 * math.sqrt(max(rows, columns))
-            else:
-                factor = math.sqrt(max(1, rows / max(columns, 1)))
+            factor = _adjustment(group["adjust_lr_fn"], rows, columns)
             turned = orthogonalize(
                 stack, group["ns_coefficients"], group["ns_steps"], group["eps"], factor
             )
@@ -99,11 +96,22 @@ class _Momenta(MatrixBatch):
         return made
 
 
+def _adjustment(kind: str | None, rows: int, columns: int) -> float:
+    """What an orthogonalized matrix is multiplied by."""
+    if kind == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    ratio = rows / max(columns, 1)
+    return math.sqrt(ratio if kind == "spectral_unclamped" else max(1, ratio))
+
+
 class Muon(MatrixOptimizer):
     """Muon, a drop-in for ``torch.optim.Muon``; 4 bytes of state a parameter.
 
         m <- mu m + (1 - mu) g;  u = (1 - mu) g + mu m (Nesterov) or m;  O = orthogonalize(u)
-        p <- p - lr (f O + wd p), f = sqrt(max(1, rows / columns)) or 0.2 sqrt(max(rows, columns))
+        p <- p - lr (f O + wd p), with f by adjust_lr_fn:
+            "original" (or None):   sqrt(max(1, rows / columns))
+            "match_rms_adamw":      0.2 sqrt(max(rows, columns))
+            "spectral_unclamped":   sqrt(rows / columns), in torch since 2.14
 
     Matrices of one shape are orthogonalized together. Thin ones, as LoRA's are, through their Gram
     matrix in float32: r x r products instead of r x n ones, see :func:`orthogonalize`.

@@ -40,7 +40,8 @@ class StepInBackward:
         optimizer: one of fastft's, on whole tensors.
 
     Without ``max_grad_norm`` a parameter whose own gradient is not finite is left as it is, the
-    others having stepped already; it is counted in ``skipped_steps``. Hooks survive activation
+    others having stepped already; it is counted in ``skipped_steps``. ``grad_norm`` is that of all
+    gradients of the step, known after ``optimizer.step()``. Hooks survive activation
     checkpointing; a parameter that gets a second gradient before ``optimizer.step()``, as a shared
     one does under reentrant checkpointing, raises.
 
@@ -67,6 +68,8 @@ class StepInBackward:
         self._mode = "step"
         self._done: set[int] = set()
         self._squares: dict[torch.device, Tensor] = {}
+        # Of what was stepped since the last step ended.
+        self._norms: dict[torch.device, list[Tensor]] = {}
         self._scale: Tensor | None = None
         self._group: dict[int, dict[str, Any]] = {}
         self._handles: list[Any] = [optimizer.register_step_post_hook(self._end)]
@@ -88,6 +91,7 @@ class StepInBackward:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._norms = {}
         self.optimizer._step_begun = False
         self.optimizer.__dict__.pop("kept_batches", None)
 
@@ -164,11 +168,33 @@ class StepInBackward:
             )  # fmt: skip
         self.optimizer._step_begun = False
         self._done.clear()
+        self._end_norm()
         # A gradient that was held, of a parameter that no later backward reached, has been stepped
         # by now as an ordinary one.
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 p.grad = None
+
+    def _note_norm(self, device: torch.device) -> None:
+        """A launch writes the norm of its gradients over the one before."""
+        optimizer = self.optimizer
+        if optimizer.max_grad_norm is not None or optimizer.skip_nonfinite:
+            self._norms.setdefault(device, []).append(optimizer._stats_of(device)[0].clone())
+
+    def _end_norm(self) -> None:
+        """The norm of a step is that of all launches of it, on each device; none waits for it."""
+        if not self._norms:
+            return  # one launch or none, or a clip's, which wrote it
+        optimizer = self.optimizer
+        late = {p.device for group in optimizer.param_groups for p in group["params"]
+                if p.grad is not None}  # fmt: skip
+        # Where those were stepped over several devices, each has the norm of all.
+        for device in [*late][:1] if optimizer._norm_is_global else late:
+            self._note_norm(device)
+        for device, stats in optimizer._stats.items():
+            norms = torch.stack(self._norms.get(device) or [torch.zeros_like(stats[0])])
+            stats[0] = torch.linalg.vector_norm(norms, dtype=torch.float64)
+        self._norms, optimizer._norm_is_global = {}, False
 
     @torch.no_grad()
     def _ready(self, p: Tensor) -> None:
@@ -209,6 +235,7 @@ class StepInBackward:
             stats[0] = norm
         else:
             optimizer.launch([part])
+            self._note_norm(p.device)
         p.grad = None
 
 

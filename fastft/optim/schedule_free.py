@@ -28,16 +28,18 @@ class ScheduleFreeAdamW(FusedOptimizer):
         warmup_steps: over which the learning rate rises linearly.
         r: steps weigh t^r in the average.
         weight_lr_power: and as the largest learning rate so far to this power.
-        max_grad_norm, skip_nonfinite, rounding, seed, foreach, fused, capturable: see
+        max_grad_norm, skip_nonfinite, rounding, seed, foreach, fused: see
             :class:`~fastft.optim.FusedOptimizer`. Steps that are skipped count in t.
+        capturable: refused: the host counts the weights of the average.
 
     Raises:
-        ArgumentError: a hyper-parameter out of range, or ``step()`` after ``eval()``.
+        ArgumentError: a hyper-parameter out of range, capturable, or ``step()`` after ``eval()``.
         DtypeError: sparse or complex parameters or gradients, at the step.
     """
 
     rule = "schedule_free"
     state_names = ("z", "exp_avg_sq")
+    beside = frozenset("y")
 
     def __init__(
         self,
@@ -53,13 +55,17 @@ class ScheduleFreeAdamW(FusedOptimizer):
         maximize: bool = False,
         **options: Any,
     ) -> None:
-        for name, wrong in (("betas", not betas[0] > 0), ("capturable", options.get("capturable"))):
-            if wrong:
-                raise ArgumentError(
-                    "fastft.optim.ScheduleFreeAdamW", name, expected="beta1 above 0, no capturable",
-                    got=repr(betas if name == "betas" else True),
-                    remedy="The average is taken by beta1, with weights that the host counts.",
-                )  # fmt: skip
+        where = "fastft.optim.ScheduleFreeAdamW"
+        if betas[0] == 0:
+            raise ArgumentError(
+                where, "betas", expected="beta1 above 0", got=repr(betas),
+                remedy="The average is taken by beta1.",
+            )  # fmt: skip
+        if options.get("capturable"):
+            raise ArgumentError(
+                where, "capturable", expected="False", got="True",
+                remedy="The host counts the weights of the average, which a graph would repeat.",
+            )  # fmt: skip
         defaults = {
             "lr": lr,
             "betas": betas,

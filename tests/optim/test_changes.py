@@ -73,7 +73,7 @@ def _trained(name: str) -> Any:
     library: Any = torch.optim if name.startswith("torch ") else optim
     p = torch.ones(70, 80, requires_grad=True)
     kind = name.removeprefix("torch ").removesuffix(" without")
-    more = {"momentum": 0.9} if name.endswith("SGD") else {}
+    more = {"momentum": 0.9} if kind == "SGD" and "without" not in name else {}
     optimizer = getattr(library, kind)([p], lr=0.1, **more)
     _step(optimizer, p)
     return optimizer
@@ -91,6 +91,51 @@ def test_states_of_another_optimizer_are_refused(name: str, other: str) -> None:
     with pytest.raises(errors.ArgumentError, match="state_dict"):
         optimizer.load_state_dict(source.state_dict())
     assert str(optimizer.state_dict()) == str(before)
+
+
+@pytest.mark.parametrize(
+    "other", ["RMSprop", "Adagrad", "Adadelta", "Rprop", "ASGD", "Adamax", "NAdam"]
+)
+@pytest.mark.parametrize("name", TAKEN)
+def test_states_that_no_optimizer_here_has_are_refused(name: str, other: str) -> None:
+    """Whatever their names; nothing of them would be kept, or a part."""
+    optimizer, source = _trained(name), _trained(f"torch {other}")
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(errors.ArgumentError, match="state_dict"):
+        optimizer.load_state_dict(source.state_dict())
+    assert str(optimizer.state_dict()) == str(before)
+
+
+@pytest.mark.parametrize("value", [torch.ones(3), [torch.ones(3)], {"q": torch.ones(3)}, (1,)])
+def test_a_state_too_many_is_refused_and_numbers_are_not(value: Any) -> None:
+    optimizer = _trained("AdamW")
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0] |= {"rms": 0.5, "note": "mine", "nothing": None}
+    optimizer.load_state_dict(copy.deepcopy(saved))
+    assert optimizer.state_dict()["state"][0]["rms"] == 0.5
+    saved["state"][0]["more"] = value
+    with pytest.raises(errors.ArgumentError, match="got exp_avg, exp_avg_sq, more"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_bitsandbytes_nested_states_are_seen(name: str) -> None:
+    """Its SGD's momentum has the name of its Lion's, and all 8-bit states lie a level deeper."""
+    nested = {"state1": torch.zeros(70, 80, dtype=torch.uint8), "absmax1": torch.zeros(22)}
+    group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.0), "eps": 0.0, "weight_decay": 0.0}
+    saved = {"state": {0: {"step": 1, "__bnb_optimizer_quant_state__": nested}},
+             "param_groups": [group]}  # fmt: skip
+    optimizer = _trained(name)
+    with pytest.raises(errors.ArgumentError, match="state_dict"):
+        optimizer.load_state_dict(copy.deepcopy(saved))
+    if name != "Lion8bit":
+        return
+    for wrong in ({"eps": 1e-8, "betas": (0.9, 0.99)}, {"betas": (0.9, 0.99, 0.999)}):
+        with pytest.raises(errors.ArgumentError, match="state_dict"):
+            optimizer.load_state_dict({**saved, "param_groups": [{**group, **wrong}]})
+    optimizer.load_state_dict({**saved, "param_groups": [{**group, "betas": (0.9, 0.99)}]})
+    p = optimizer.param_groups[0]["params"][0]
+    assert torch.equal(optimizer.state[p]["state1"], nested["state1"])
 
 
 @pytest.mark.parametrize("flat", [False, True])

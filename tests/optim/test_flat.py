@@ -135,7 +135,7 @@ def test_peft_saves_flat_adapters(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     "build",
     [
-        lambda p: optim.AdamWBF16(p, flat=True),
+        lambda p: optim.AdamWBF16([p[0].detach().bfloat16().requires_grad_()], flat=True),
         lambda p: optim.Muon(p, flat=True),
         lambda p: optim.Adafactor(p, flat=True),
     ],
@@ -187,3 +187,37 @@ def test_frozen_parameters_step_by_the_gradients_they_have() -> None:
         ends.append([int(state["step"]) for state in optimizer.state_dict()["state"].values()])
     _same(plain, flat)
     assert ends[0] == ends[1] == [2] * 4
+
+
+@pytest.mark.parametrize("kind", [optim.AdamW8bit, optim.Lion8bit, optim.AdamWBF16])
+def test_what_is_not_rounded_at_random_may_be_flat(kind: Any) -> None:
+    """Stochastic rounding, their default, is of bfloat16 alone."""
+    (one, two), more = _models("AdamW"), {"lr": 1e-2, "state_bits": 32}
+    for model, flat in ((one, False), (two, True)):
+        optimizer = kind(model.parameters(), flat=flat, **more)
+        for step in range(3):
+            _step(model, optimizer, step)
+    _same(one, two)
+
+
+def test_what_is_rounded_at_random_is_refused_whenever_it_comes() -> None:
+    """With what to do, and leaving the optimizer as it was."""
+    half = torch.ones(300, dtype=torch.bfloat16, requires_grad=True)
+    (model,) = _models("AdamW", 1)
+    optimizer = optim.AdamW8bit(model.parameters(), flat=True)
+    with pytest.raises(ValueError, match=r'flat.*bfloat16.*rounding="nearest"'):
+        optimizer.add_param_group({"params": [half]})
+    assert len(optimizer.param_groups) == 1
+    _step(model, optimizer, 0)
+    # A frozen one lies apart, and draws bits by its own key.
+    optimizer.add_param_group({"params": [half.requires_grad_(False)]})
+    half.grad = torch.ones_like(half)
+    optimizer.step()
+    half.requires_grad_(True)
+    with pytest.raises(ValueError, match=r'rounding="nearest"'):
+        optimizer.step()
+    half.requires_grad_(False)
+    model.bfloat16()
+    with pytest.raises(ValueError, match=r'rounding="nearest"'):
+        optimizer.step()
+    optim.AdamW8bit([half.requires_grad_(True)], flat=True, rounding="nearest").step()

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastft import optim
 
@@ -63,6 +63,19 @@ def test_a_step_with_all_of_it() -> None:
     assert optimizer.state[model.embed.weight]["state1"].dtype == torch.float32
     assert optimizer.state[model.head.weight]["state1"].dtype == torch.uint8
     assert "head.weight" in str(optimizer.state_dict()["param_groups"])
+
+
+def test_a_rate_in_a_tensor_makes_the_groups_that_a_number_makes() -> None:
+    options: dict[str, Any] = {"weight_decay": 0.1, "layer_decay": 0.5}
+    plain = optim.param_groups(Model(), 1e-3, **options)
+    groups = optim.param_groups(Model(), torch.tensor(1e-3), **options)
+    assert [[n for n, _ in g["params"]] for g in groups] == [
+        [n for n, _ in g["params"]] for g in plain
+    ]
+    assert all(isinstance(group["lr"], Tensor) for group in groups)
+    rates = _rates(plain)
+    assert {name: float(lr) for name, lr in _rates(groups).items()} == pytest.approx(rates)
+    assert len({id(group["lr"]) for group in groups}) == len(groups)
 
 
 @pytest.mark.parametrize(

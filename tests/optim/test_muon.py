@@ -64,6 +64,36 @@ class TestMuon:
                 assert (p - q).norm() / (q - s).norm() < 0.05, entry.desc
                 p.data.copy_(q.data)
 
+    @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw", "spectral_unclamped"])
+    @pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
+    def test_adjustments_are_the_formula_s(self, adjust: str, shape: tuple[int, int]) -> None:
+        """torch has had the third since 2.14."""
+        torch.manual_seed(0)
+        gradient, moved = torch.randn(shape), {}
+        for kind in (adjust, "none"):
+            p = torch.zeros(shape, requires_grad=True)
+            p.grad = gradient.clone()
+            chosen = None if kind == "none" else kind
+            optim.Muon([p], lr=0.1, weight_decay=0.0, adjust_lr_fn=chosen).step()
+            moved[kind] = p.detach()
+        rows, columns = shape
+        factor = {
+            "original": max(1.0, rows / columns) ** 0.5,
+            "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5,
+            "spectral_unclamped": (rows / columns) ** 0.5,
+        }[adjust]
+        plain = moved["none"] / max(1.0, rows / columns) ** 0.5
+        torch.testing.assert_close(moved[adjust], plain * factor, rtol=1e-5, atol=1e-8)
+        p = torch.zeros(shape, requires_grad=True)
+        try:
+            theirs = torch.optim.Muon([p], lr=0.1, weight_decay=0.0, adjust_lr_fn=adjust)
+        except ValueError:
+            return
+        p.grad = gradient.clone()
+        theirs.step()
+        # torch's iterates in bfloat16.
+        assert (moved[adjust] - p.detach()).norm() / p.detach().norm() < 0.05
+
     def test_torch_s_own_error_inputs(self) -> None:
         seen = 0
         for entry in common_optimizers.optim_error_inputs_func_muon("cpu", F32):

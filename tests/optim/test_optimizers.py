@@ -304,6 +304,34 @@ def test_states_are_neighbours_in_one_arena() -> None:
         assert all(t.data_ptr() % 16 == 0 for t in found)
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit"])
+def test_states_saved_in_float32_are_the_same_codes_again(name: str, flat: bool) -> None:
+    """Tensors that torch.distributed.checkpoint takes: of parameters that lie as they do."""
+    torch.manual_seed(0)
+    kind: Any = getattr(optim, name)
+    params = [torch.randn(4, 25, 8, 8).to(memory_format=torch.channels_last), torch.randn(70, 80),
+              torch.randn(17)]  # fmt: skip
+    params = [p.requires_grad_() for p in params]
+    optimizer = kind(params, lr=1e-2, saved_bits=32, flat=flat)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    saved = copy.deepcopy(copy.deepcopy(optimizer).state_dict())
+    for p, state in zip(params, saved["state"].values(), strict=True):
+        assert state.keys() == {"step", *kind.state_names}
+        assert all(isinstance(v, Tensor) and v.dtype == F32 for v in state.values())
+        assert state["state1"].shape == p.shape
+    other = kind(params, lr=1e-2, saved_bits=32, flat=flat)
+    other.load_state_dict(saved)
+    for p in params:
+        own, found = optimizer.state[p], other.state[p]
+        assert own.keys() == found.keys()
+        assert all(torch.equal(own[key], found[key]) for key in own)
+        assert (found["state1"].dtype == torch.uint8) == (p.numel() > 4096)
+
+
 def test_small_tensors_and_groups_that_say_so_keep_float32_states() -> None:
     small, large, table = (torch.randn(n, requires_grad=True) for n in (4095, 4096, 8192))
     optimizer = optim.AdamW8bit([{"params": [small, large]}, {"params": [table], "state_bits": 32}])
@@ -467,12 +495,32 @@ def test_bfloat16_without_stochastic_rounding_stalls_and_with_it_does_not() -> N
         (lambda p: optim.AdamW8bit(p, state_bits=4), ["state_bits", "8, 16 or 32"]),
         (lambda p: optim.SGD(p, nesterov=True), ["nesterov", "momentum"]),
         (lambda p: optim.Lion(p, differentiable=True), ["differentiable"]),
+        (lambda p: optim.AdamW(p, lr="1e-3"), ["lr", "a number", "'1e-3'", "1.0e-3"]),
+        (lambda p: optim.AdamW(p, lr=None), ["lr", "a number", "None"]),
+        (lambda p: optim.AdamW(p, weight_decay="0.1"), ["weight_decay", "a number"]),
+        (lambda p: optim.AdamW(p, eps="1e-8"), ["eps", "a number"]),
+        (lambda p: optim.AdamW(p, betas=("0.9", 0.999)), ["betas", "numbers", "'0.9'"]),
+        (lambda p: optim.SGD(p, momentum="0.9"), ["momentum", "a number"]),
+        (lambda p: optim.ScheduleFreeAdamW(p, capturable=True), ["capturable", "False", "graph"]),
+        (lambda p: optim.ScheduleFreeAdamW(p, betas=(0.0, 0.9)), ["betas", "beta1 above 0"]),
+        (lambda p: optim.ScheduleFreeAdamW(p, betas=("0.9", 0.9)), ["betas", "numbers"]),
+        (lambda p: optim.AdamW8bit(p, saved_bits=16), ["saved_bits", "8 or 32", "16"]),
+        (lambda p: optim.AdamW8bit(p, seed=-1), ["seed", "2**64", "-1"]),
+        (lambda p: optim.AdamW8bit(p, seed=2**64), ["seed", "2**64", str(2**64)]),
+        (lambda p: optim.AdamW8bit(p, seed=1.5), ["seed", "1.5"]),
     ],
 )
 def test_rejected(build: Callable[[Any], Any], words: list[str]) -> None:
     with pytest.raises(ValueError, match=r"fastft\.optim") as caught:
         build([torch.zeros(2, requires_grad=True)])
     assert all(word in str(caught.value) for word in words)
+
+
+def test_a_seed_may_have_64_bits() -> None:
+    p = torch.ones(8, dtype=BF16, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optim.AdamWBF16([p], seed=2**64 - 1).step()
+    assert bool((p < 1).any())
 
 
 @pytest.mark.parametrize("kind", ["sparse", "complex"])

@@ -74,6 +74,21 @@ class TestBitsandbytes:
         assert int(own.state[mine[0]]["step"]) == 5
         assert int(plain.state[theirs[0]]["step"]) == 5
 
+    @pytest.mark.parametrize(
+        "other",
+        ["SGD8bit", "SGD", "RMSprop8bit", "Adagrad8bit", "LAMB8bit", "LARS8bit", "AdEMAMix8bit"],
+    )
+    def test_states_of_its_other_optimizers_are_refused(self, other: str) -> None:
+        p = torch.randn(80, 70, requires_grad=True)
+        more = {"momentum": 0.9} if other[:3] in ("SGD", "LAR") else {}
+        theirs = getattr(self.bnb.optim, other)([p], lr=1e-2, **more)
+        p.grad = torch.randn_like(p)
+        theirs.step()
+        kinds: list[Any] = [optim.SGD, optim.AdamW, optim.AdamW8bit, optim.Lion, optim.Lion8bit]
+        for kind in kinds:
+            with pytest.raises(ValueError, match="state_dict"):
+                kind([p], lr=1e-2).load_state_dict(copy.deepcopy(theirs.state_dict()))
+
     def test_another_map_is_refused(self) -> None:
         p = torch.randn(5000, requires_grad=True)
         optimizer = optim.AdamW8bit([p])

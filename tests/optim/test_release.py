@@ -220,3 +220,45 @@ def test_a_plain_step_after_a_clip_is_not_clipped_by_it() -> None:
         optimizer.step()
     assert released.grad_norm.item() == pytest.approx(plain.grad_norm.item(), rel=1e-5)
     _same(one, two, exactly=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_nonfinite": False}])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_norm_is_that_of_all_gradients(kind: str, options: dict[str, Any]) -> None:
+    """Also of those that were held, and that no later backward reached. The squares are summed one
+    by one here, in blocks there."""
+    one, plain, two, released = _twins(kind, **options)
+    release = optim.StepInBackward(released)
+    for step in range(3):
+        torch.manual_seed(step)
+        one(_inputs(step)).backward()
+        one.layers[0](_inputs(9)).sum().backward()
+        plain.step()
+        plain.zero_grad()
+        torch.manual_seed(step)
+        with release.accumulating():
+            two(_inputs(step)).backward()
+        two.layers[0](_inputs(9)).sum().backward()
+        released.step()
+        assert (float(plain.grad_norm) > 0) == (not options)
+        assert float(released.grad_norm) == pytest.approx(float(plain.grad_norm), rel=1e-5)
+    _same(one, two)
+
+
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), 1e30])
+def test_the_norm_of_gradients_of_any_size(size: float) -> None:
+    """One of a parameter that is left as it is counts: the norm says that something was."""
+    p, q = (torch.ones(3, requires_grad=True) for _ in range(2))
+    optimizer = optim.SGD([p, q], lr=1e-3)
+    optim.StepInBackward(optimizer)
+    (p.sum() * size + q.sum()).backward()
+    optimizer.step()
+    finite = size == 1e30
+    assert optimizer.skipped_steps == (not finite)
+    assert bool((p == 1).all()) != finite
+    assert bool((q < 1).all())
+    norm = float(optimizer.grad_norm)
+    assert norm == pytest.approx(3**0.5 * size, rel=1e-5) if finite else not norm < float("inf")
+    (p.sum() + q.sum()).backward()
+    optimizer.step()
+    assert float(optimizer.grad_norm) == pytest.approx(6**0.5, rel=1e-5)
