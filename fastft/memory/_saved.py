@@ -184,12 +184,25 @@ def saving(
 
 def _is_activation(tensor: Tensor, hidden: Tensor | None, weights: frozenset[int]) -> bool:
     """Whether a tensor may be kept in 8 bits: in the dtype of the layer's input, no weight, and no
-    statistic of tokens, whose row would be over tokens (logsumexp of attention)."""
-    if hidden is None or tensor.dtype != hidden.dtype:
+    statistic of tokens, whose row would be over tokens."""
+    if hidden is None or tensor.dtype != hidden.dtype or _is_statistic(tensor, hidden):
         return False
+    return tensor.untyped_storage().data_ptr() not in weights
+
+
+# Kernels of attention on GPUs pad their statistics to a multiple of so many tokens.
+_PADDED = 32
+
+
+def _is_statistic(tensor: Tensor, hidden: Tensor) -> bool:
+    """Whether a tensor is attention's logsumexp (batch, heads, tokens). Features may be as many as
+    tokens are, but then there is a row for each token, which heads are as good as never."""
     tokens = hidden.shape[:-1].numel()
-    over_tokens = tensor.dim() == 3 and tensor.shape[0] * tensor.shape[-1] == tokens
-    return not over_tokens and tensor.untyped_storage().data_ptr() not in weights
+    length = hidden.shape[-2] if hidden.dim() > 1 else 1
+    if tensor.dim() != 3 or tensor.shape[1] == length or tokens == 0:
+        return False
+    padded = tokens // length * (-(-length // _PADDED) * _PADDED)
+    return tensor.shape[0] * tensor.shape[-1] in (tokens, padded)
 
 
 def _unpack(packed: Any) -> Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastft import memory
+from fastft.memory import _saved
 from fastft.memory._compress import Compressed, compress
 from tests.memory.models import llama, steps
 
@@ -52,3 +56,51 @@ def test_gradients_stay_close_and_the_loss_the_same(form: str, bound: float) -> 
     a, b = (torch.cat([g.flatten() for g in step[1:]]) for step in (got, expected))
     error = float((a - b).norm() / b.norm())
     assert 0 < error < bound, error
+
+
+def narrowed(monkeypatch: pytest.MonkeyPatch, model: Any, tokens: int) -> float:
+    """Bytes a token, before and not after, of what is kept in 8 bits."""
+    found = []
+
+    def counting(tensor: torch.Tensor, *rest: Any) -> Compressed | None:
+        made = compress(tensor, *rest)
+        found.append(tensor.nbytes if made is not None else 0)
+        return made
+
+    memory.checkpoint(model, "none", compression="int8")
+    ids = torch.arange(2 * tokens).view(2, tokens) % 128
+    with monkeypatch.context() as patch:
+        patch.setattr(_saved, "compress", counting)
+        model(input_ids=ids, labels=ids)
+    return sum(found) / (2 * tokens)
+
+
+def plain(attention: str = "sdpa") -> Any:
+    """A Llama without adapters and without fastft's modules."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    config = LlamaConfig(**shape, **heads, attn_implementation=attention)
+    return LlamaForCausalLM(config).train()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_as_many_tokens_as_features_are_compressed_as_any_other(
+    monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    model = plain(attention)
+    found = {tokens: narrowed(monkeypatch, model, tokens) for tokens in (124, 128, 132, 256)}
+    if (
+        attention == "eager"
+    ):  # and the scores of four heads, of a layer twice: in and out of dropout
+        found = {t: size - 2 * 2 * 4 * 4 * t for t, size in found.items()}
+    assert set(found.values()) == {found[124]}
+
+
+@pytest.mark.parametrize("length", [128, 100])
+def test_statistics_of_tokens_stay(length: int) -> None:
+    hidden = torch.zeros(2, length, 128)
+    for width in {length, 128}:  # as some kernels on GPUs pad them
+        assert not _saved._is_activation(torch.zeros(2, 64, width), hidden, frozenset())
+    for shape in ((2, length, length), (2, length, 128), (8, length, length // 4)):
+        assert _saved._is_activation(torch.zeros(shape), hidden, frozenset())
