@@ -50,6 +50,7 @@ class LayerState:
         index: its place among the layers.
         on_device: offload leaves its tensors where they are.
         plan: what chooses the policy, under "auto".
+        compressed: forwards so far whose activations were compressed.
     """
 
     index: int
@@ -57,6 +58,13 @@ class LayerState:
     on_device: bool = False
     compression: str | None = None
     plan: Any = None
+    compressed: int = 0
+
+    def seed(self) -> int:
+        """Of the rounding in the next forward: by torch's seed, the layer, and the forwards so far,
+        so that one run is as another."""
+        self.compressed += 1
+        return hash((torch.initial_seed(), self.index, self.compressed)) % 2**63
 
 
 def state_of(layer: nn.Module) -> LayerState | None:
@@ -120,13 +128,17 @@ def _with_recipes(
     layer: nn.Module, state: LayerState, forward: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
     weights: frozenset[int] = frozenset()
+    seed = 0
     if state.compression is not None:
+        seed = state.seed()
         held = (*layer.parameters(), *layer.buffers())
         weights = frozenset(t.untyped_storage().data_ptr() for t in held)
     recipes = state.policy == "lora"
     hidden = hidden_of(args, kwargs)
     compression = state.compression
-    with saving(recipes=recipes, compression=compression, weights=weights, hidden=hidden):
+    with saving(
+        recipes=recipes, compression=compression, seed=seed, weights=weights, hidden=hidden
+    ):
         return forward(*args, **kwargs)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastft.memory._compress import Compressed, compress
+from fastft.memory._compress import Compressed, Noise, compress
 from fastft.ops._saving import noting
 
 __all__ = ["saving"]
@@ -141,6 +141,7 @@ def saving(
     *,
     recipes: bool,
     compression: str | None = None,
+    seed: int = 0,
     weights: frozenset[int] = frozenset(),
     hidden: Tensor | None = None,
     sink: Callable[[Tensor], None] | None = None,
@@ -151,15 +152,17 @@ def saving(
     Args:
         recipes: results that operations can make again are made again.
         compression: None, or the format in which other large activations are kept.
+        seed: of the random numbers by which these are rounded.
         weights: addresses of storages that are never compressed: they are there anyway.
         hidden: the layer's input (..., features): what activations are told by.
         sink: told of every tensor that is kept.
         remade: told of every result that is made again, once: the bytes that takes.
     """
+    noise = Noise(seed)
 
     def narrow(tensor: Tensor) -> Compressed | None:
         activation = type(tensor) is Tensor and _is_activation(tensor, hidden, weights)
-        return compress(tensor.detach(), str(compression)) if activation else None
+        return compress(tensor.detach(), str(compression), noise) if activation else None
 
     notebook = _Notebook(None if compression is None else narrow)
 

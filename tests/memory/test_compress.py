@@ -10,8 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastft import memory
 from fastft.memory import _saved
-from fastft.memory._compress import Compressed, compress
-from tests.memory.models import llama, steps
+from fastft.memory._compress import Compressed, Noise, compress
+from fastft.memory._layers import LayerState
+from tests.memory.models import llama, same, steps
 
 
 @pytest.mark.parametrize(("form", "step"), [("int8", 1 / 127), ("float8", 1 / 16)])
@@ -20,7 +21,7 @@ def test_the_error_is_at_most_one_step(form: str, step: float, dtype: torch.dtyp
     torch.manual_seed(0)
     x = (torch.randn(256, 128) * torch.logspace(-6, 3, 256)[:, None]).to(dtype)
     x[3] = 0
-    kept = compress(x, form)
+    kept = compress(x, form, Noise(0))
     assert isinstance(kept, Compressed)
     assert kept.codes.element_size() == 1
     got = kept.tensor()
@@ -34,7 +35,8 @@ def test_the_error_is_at_most_one_step(form: str, step: float, dtype: torch.dtyp
 def test_int8_is_right_on_average() -> None:
     torch.manual_seed(0)
     x = torch.randn(128, 128)
-    mean = sum(compress(x, "int8").tensor() for _ in range(400)) / 400  # type: ignore[union-attr]
+    noise = Noise(0)
+    mean = sum(compress(x, "int8", noise).tensor() for _ in range(400)) / 400  # type: ignore[union-attr]
     scale = x.abs().amax(-1, keepdim=True) / 127
     # A draw is uniform within a step: its mean of 400 deviates by scale / 2 / 20, six times that.
     assert bool(((mean - x).abs() <= 6 * scale / 40).all())
@@ -43,19 +45,45 @@ def test_int8_is_right_on_average() -> None:
 
 
 def test_small_and_integer_tensors_stay() -> None:
-    assert compress(torch.randn(8, 8), "int8") is None
-    assert compress(torch.zeros(1 << 15, dtype=torch.int64).view(64, -1), "int8") is None
+    assert compress(torch.randn(8, 8), "int8", Noise(0)) is None
+    assert compress(torch.zeros(1 << 15, dtype=torch.int64).view(64, -1), "int8", Noise(0)) is None
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize(("form", "bound"), [("int8", 0.02), ("float8", 0.05)])
-def test_gradients_stay_close_and_the_loss_the_same(form: str, bound: float) -> None:
-    expected = steps(llama(dropout=0.0), 1, tokens=128)[0]
-    model = memory.checkpoint(llama(dropout=0.0), "lora", compression=form)
+def test_gradients_stay_close_and_the_loss_the_same(
+    form: str, bound: float, dropout: float
+) -> None:
+    expected = steps(llama(dropout=dropout), 1, tokens=128)[0]
+    model = memory.checkpoint(llama(dropout=dropout), "lora", compression=form)
     got = steps(model, 1, tokens=128)[0]
     assert torch.equal(got[0], expected[0])
     a, b = (torch.cat([g.flatten() for g in step[1:]]) for step in (got, expected))
     error = float((a - b).norm() / b.norm())
     assert 0 < error < bound, error
+
+
+def test_rounding_draws_nothing_of_torchs_and_the_same_in_every_run() -> None:
+    def run() -> list[list[torch.Tensor]]:
+        return steps(memory.checkpoint(llama(), "lora", compression="int8"), tokens=128)
+
+    first = run()
+    state = torch.get_rng_state()
+    assert same(run(), first)
+    steps(llama(), tokens=128)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_rounding_is_another_in_every_layer_step_and_seed() -> None:
+    def seeds(index: int) -> list[int]:
+        state = LayerState(index, "none", compression="int8")
+        return [state.seed() for _ in range(3)]
+
+    torch.manual_seed(1)
+    found = seeds(0) + seeds(1)
+    torch.manual_seed(2)
+    found += seeds(0)
+    assert len({Noise(seed).like(torch.zeros(1)).item() for seed in found}) == 9
 
 
 def narrowed(monkeypatch: pytest.MonkeyPatch, model: Any, tokens: int) -> float:
