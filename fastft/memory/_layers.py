@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from fastft import backends
+from fastft.memory._activations import Narrowing
 from fastft.memory._attention import Store, full_contexts, keep_attention
 from fastft.memory._host import HostRing, MetaRing, Parked
 from fastft.memory._saved import saving
@@ -127,18 +128,11 @@ def _is_cache(value: Any) -> bool:
 def _with_recipes(
     layer: nn.Module, state: LayerState, forward: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
-    weights: frozenset[int] = frozenset()
-    seed = 0
+    narrow = None
     if state.compression is not None:
-        seed = state.seed()
-        held = (*layer.parameters(), *layer.buffers())
-        weights = frozenset(t.untyped_storage().data_ptr() for t in held)
-    recipes = state.policy == "lora"
-    hidden = hidden_of(args, kwargs)
-    compression = state.compression
-    with saving(
-        recipes=recipes, compression=compression, seed=seed, weights=weights, hidden=hidden
-    ):
+        weights = (*layer.parameters(), *layer.buffers())
+        narrow = Narrowing(state.compression, state.seed(), hidden_of(args, kwargs), weights)
+    with saving(recipes=state.policy == "lora", narrow=narrow):
         return forward(*args, **kwargs)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastft.memory._compress import Compressed, Noise, compress
+from fastft.memory._compress import Compressed
 from fastft.ops._saving import noting
 
 __all__ = ["saving"]
@@ -140,10 +140,7 @@ class _Notebook:
 def saving(
     *,
     recipes: bool,
-    compression: str | None = None,
-    seed: int = 0,
-    weights: frozenset[int] = frozenset(),
-    hidden: Tensor | None = None,
+    narrow: Callable[[Tensor], Compressed | None] | None = None,
     sink: Callable[[Tensor], None] | None = None,
     remade: Callable[[int], None] | None = None,
 ) -> Iterator[None]:
@@ -151,20 +148,11 @@ def saving(
 
     Args:
         recipes: results that operations can make again are made again.
-        compression: None, or the format in which other large activations are kept.
-        seed: of the random numbers by which these are rounded.
-        weights: addresses of storages that are never compressed: they are there anyway.
-        hidden: the layer's input (..., features): what activations are told by.
+        narrow: None, or what gives an activation in 8 bits, and None of any other tensor.
         sink: told of every tensor that is kept.
         remade: told of every result that is made again, once: the bytes that takes.
     """
-    noise = Noise(seed)
-
-    def narrow(tensor: Tensor) -> Compressed | None:
-        activation = type(tensor) is Tensor and _is_activation(tensor, hidden, weights)
-        return compress(tensor.detach(), str(compression), noise) if activation else None
-
-    notebook = _Notebook(None if compression is None else narrow)
+    notebook = _Notebook(narrow)
 
     def pack(tensor: Tensor) -> Any:
         if type(tensor) is not Tensor or tensor.layout != torch.strided:
@@ -183,29 +171,6 @@ def saving(
     finally:
         # torch keeps the hook with each saved tensor; recipes that nobody saved end here.
         notebook.clear()
-
-
-def _is_activation(tensor: Tensor, hidden: Tensor | None, weights: frozenset[int]) -> bool:
-    """Whether a tensor may be kept in 8 bits: in the dtype of the layer's input, no weight, and no
-    statistic of tokens, whose row would be over tokens."""
-    if hidden is None or tensor.dtype != hidden.dtype or _is_statistic(tensor, hidden):
-        return False
-    return tensor.untyped_storage().data_ptr() not in weights
-
-
-# Kernels of attention on GPUs pad their statistics to a multiple of so many tokens.
-_PADDED = 32
-
-
-def _is_statistic(tensor: Tensor, hidden: Tensor) -> bool:
-    """Whether a tensor is attention's logsumexp (batch, heads, tokens). Features may be as many as
-    tokens are, but then there is a row for each token, which heads are as good as never."""
-    tokens = hidden.shape[:-1].numel()
-    length = hidden.shape[-2] if hidden.dim() > 1 else 1
-    if tensor.dim() != 3 or tensor.shape[1] == length or tokens == 0:
-        return False
-    padded = tokens // length * (-(-length // _PADDED) * _PADDED)
-    return tensor.shape[0] * tensor.shape[-1] in (tokens, padded)
 
 
 def _unpack(packed: Any) -> Tensor:

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fastft import memory
-from fastft.memory import _saved
+from fastft.memory import _activations
+from fastft.memory._activations import Narrowing
 from fastft.memory._compress import Compressed, Noise, compress
 from fastft.memory._layers import LayerState
 from tests.memory.models import llama, same, steps
@@ -86,21 +87,22 @@ def test_rounding_is_another_in_every_layer_step_and_seed() -> None:
     assert len({Noise(seed).like(torch.zeros(1)).item() for seed in found}) == 9
 
 
-def narrowed(monkeypatch: pytest.MonkeyPatch, model: Any, tokens: int) -> float:
-    """Bytes a token, before and not after, of what is kept in 8 bits."""
+def narrowed(model: Any, tokens: int, *, autocast: bool = False) -> list[torch.Tensor]:
+    """What is kept in 8 bits in a step, as it was before."""
     found = []
 
-    def counting(tensor: torch.Tensor, *rest: Any) -> Compressed | None:
+    def noting(tensor: torch.Tensor, *rest: Any) -> Compressed | None:
         made = compress(tensor, *rest)
-        found.append(tensor.nbytes if made is not None else 0)
+        found.extend([] if made is None else [tensor])
         return made
 
     memory.checkpoint(model, "none", compression="int8")
     ids = torch.arange(2 * tokens).view(2, tokens) % 128
-    with monkeypatch.context() as patch:
-        patch.setattr(_saved, "compress", counting)
-        model(input_ids=ids, labels=ids)
-    return sum(found) / (2 * tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_activations, "compress", noting)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            model(input_ids=ids, labels=ids)
+    return found
 
 
 def plain(attention: str = "sdpa") -> Any:
@@ -112,23 +114,41 @@ def plain(attention: str = "sdpa") -> Any:
     return LlamaForCausalLM(config).train()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_as_many_tokens_as_features_are_compressed_as_any_other(
-    monkeypatch: pytest.MonkeyPatch, attention: str
+    attention: str, autocast: bool
 ) -> None:
     model = plain(attention)
-    found = {tokens: narrowed(monkeypatch, model, tokens) for tokens in (124, 128, 132, 256)}
-    if (
-        attention == "eager"
-    ):  # and the scores of four heads, of a layer twice: in and out of dropout
-        found = {t: size - 2 * 2 * 4 * 4 * t for t, size in found.items()}
-    assert set(found.values()) == {found[124]}
+    found = set()
+    for tokens in (120, 124, 128, 132, 256):
+        kept = narrowed(model, tokens, autocast=autocast)
+        scores = ((2, 4, tokens, tokens), (8, tokens, tokens))  # more a token, the more there are
+        assert any(t.shape in scores for t in kept) == (attention == "eager")
+        found.add(sum(t.nbytes / (2 * tokens) for t in kept if t.shape not in scores))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_under_autocast_its_activations_are_compressed_and_its_weights_are_not(kind: str) -> None:
+    model = plain()
+    if kind == "gpt2":
+        config = GPT2Config(vocab_size=128, n_embd=128, n_layer=2, n_head=4)
+        model = GPT2LMHeadModel(config).train()
+    weights = [p.detach().bfloat16() for p in model.parameters() if p.dim() == 2]
+    for tokens in (120, 128):
+        kept = narrowed(model, tokens, autocast=True)
+        halves = [t for t in kept if t.dtype == torch.bfloat16]
+        assert {t.shape[-1] for t in halves} >= {128, 512 if kind == "gpt2" else 256}
+        for t in halves:
+            alike = [w for w in weights for w in (w, w.t()) if w.shape == t.shape]
+            assert not any(torch.equal(t, w) for w in alike)
 
 
 @pytest.mark.parametrize("length", [128, 100])
 def test_statistics_of_tokens_stay(length: int) -> None:
-    hidden = torch.zeros(2, length, 128)
+    narrow = Narrowing("int8", 0, torch.zeros(2, length, 128), [])
     for width in {length, 128}:  # as some kernels on GPUs pad them
-        assert not _saved._is_activation(torch.zeros(2, 64, width), hidden, frozenset())
-    for shape in ((2, length, length), (2, length, 128), (8, length, length // 4)):
-        assert _saved._is_activation(torch.zeros(shape), hidden, frozenset())
+        assert narrow(torch.zeros(2, 96, width)) is None
+    for shape in ((2, length, length), (2, length, 128), (16, length, length // 2)):
+        assert isinstance(narrow(torch.zeros(shape)), Compressed) == (shape[-1] >= 64)
