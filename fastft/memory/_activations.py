@@ -23,18 +23,26 @@ class Narrowing:
         form: the format.
         seed: of the random numbers by which int8 is rounded.
         hidden: the layer's input (..., features): what activations are told by.
-        weights: the layer's parameters and buffers, which are there anyway.
+        weights: the layer's parameters and buffers.
+        inputs: all that the layer is given. Beside its weights they are there anyway.
     """
 
     def __init__(
-        self, form: str, seed: int, hidden: Tensor | None, weights: Iterable[Tensor]
+        self,
+        form: str,
+        seed: int,
+        hidden: Tensor | None,
+        weights: Iterable[Tensor],
+        inputs: Iterable[Tensor] = (),
     ) -> None:
-        weights = list(weights)
+        weights, others = list(weights), [t for t in inputs if t is not hidden]
         self._form, self._noise = form, Noise(seed)
         self._hidden = hidden
         # Asked for now: inside an operation that autocast has cast for, it is off.
         self._autocast = None if hidden is None else autocast_dtype(hidden.device.type)
-        self._places = {t.untyped_storage().data_ptr() for t in weights}
+        self._places = {t.untyped_storage().data_ptr() for t in (*weights, *others)}
+        # Attention makes numbers of a mask's truth values, autocast others of its numbers.
+        self._masks = {t.shape for t in others if t.dim() == 4}
         # As autocast casts them: whole, or the matrix of one expert.
         self._shapes = {t.shape for t in weights} | {t.shape[-2:] for t in weights}
 
@@ -45,11 +53,15 @@ class Narrowing:
 
     def _is_activation(self, tensor: Tensor) -> bool:
         """Whether a tensor is in the dtype of the layer's input or of autocast's products, and
-        neither a weight nor a statistic."""
+        neither a weight nor a mask nor a statistic."""
         hidden = self._hidden
         if hidden is None or tensor.dtype not in (hidden.dtype, self._autocast):
             return False
-        if tensor.untyped_storage().data_ptr() in self._places or _is_statistic(tensor, hidden):
+        if tensor.untyped_storage().data_ptr() in self._places or tensor.shape in self._masks:
+            return False
+        # What is expanded is larger in 8 bits.
+        expanded = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+        if expanded or _is_statistic(tensor, hidden):
             return False
         return tensor.dtype != self._autocast or not self._is_cast(tensor, hidden)
 

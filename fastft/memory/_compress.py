@@ -64,7 +64,8 @@ def compress(tensor: Tensor, form: str, noise: Noise) -> Compressed | None:
     wide = tensor.is_floating_point() and tensor.element_size() > 1 and tensor.dim() > 1
     if not wide or tensor.numel() < _LEAST or tensor.shape[-1] < _NARROW_ROW:
         return None
-    top = tensor.abs().amax(-1, keepdim=True).float()
+    # Infinite where a mask is: a scale that is would make its zeros NaN.
+    top = tensor.abs().amax(-1, keepdim=True).float().clamp_max_(torch.finfo(torch.float32).max)
     if form == "int8":
         scale = (top / 127).clamp_min_(torch.finfo(torch.float32).tiny)
         # floor(x + u), u uniform in [0, 1), is x in expectation; +-127 stay what they are.
@@ -72,5 +73,5 @@ def compress(tensor: Tensor, form: str, noise: Noise) -> Compressed | None:
         codes = codes.floor_().clamp_(-127, 127).to(torch.int8)
     else:
         scale = (top / 448).clamp_min_(torch.finfo(torch.float32).tiny)
-        codes = (tensor.float() / scale).to(torch.float8_e4m3fn)
+        codes = (tensor.float() / scale).clamp_(-448, 448).to(torch.float8_e4m3fn)
     return Compressed(codes, scale, tensor.dtype)

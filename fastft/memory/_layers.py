@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from fastft import backends
@@ -30,6 +31,7 @@ __all__ = [
     "ring_of",
     "set_state",
     "state_of",
+    "tensors_in",
     "without_cache",
 ]
 
@@ -77,6 +79,11 @@ def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """A layer's hidden states: its first tensor, or what is passed by that name."""
     found = next((a for a in args if isinstance(a, Tensor)), kwargs.get("hidden_states"))
     return found if isinstance(found, Tensor) else None
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """All tensors in tuples, lists and dicts."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _own_flag(layer: Any) -> bool:
@@ -131,7 +138,8 @@ def _with_recipes(
     narrow = None
     if state.compression is not None:
         weights = (*layer.parameters(), *layer.buffers())
-        narrow = Narrowing(state.compression, state.seed(), hidden_of(args, kwargs), weights)
+        hidden, inputs = hidden_of(args, kwargs), tensors_in((args, kwargs))
+        narrow = Narrowing(state.compression, state.seed(), hidden, weights, inputs)
     with saving(recipes=state.policy == "lora", narrow=narrow):
         return forward(*args, **kwargs)
 

@@ -45,6 +45,15 @@ def test_int8_is_right_on_average() -> None:
     assert (mean - x).abs().mean() < 0.3 * (nearest - x).abs().mean()
 
 
+@pytest.mark.parametrize("form", ["int8", "float8"])
+@pytest.mark.parametrize("least", [-float("inf"), torch.finfo(torch.float32).min])
+def test_what_a_mask_hides_stays_hidden_and_the_rest_seen(form: str, least: float) -> None:
+    mask = torch.full((192, 192), least).triu(1)
+    got = compress(mask, form, Noise(0)).tensor()  # type: ignore[union-attr]
+    assert torch.equal(got == 0, mask == 0)
+    assert bool((got[mask != 0] < -3e38).all())
+
+
 def test_small_and_integer_tensors_stay() -> None:
     assert compress(torch.randn(8, 8), "int8", Noise(0)) is None
     assert compress(torch.zeros(1 << 15, dtype=torch.int64).view(64, -1), "int8", Noise(0)) is None
@@ -143,6 +152,35 @@ def test_under_autocast_its_activations_are_compressed_and_its_weights_are_not(k
         for t in halves:
             alike = [w for w in weights for w in (w, w.t()) if w.shape == t.shape]
             assert not any(torch.equal(t, w) for w in alike)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masks_stay(attention: str, autocast: bool) -> None:
+    def run(model: Any) -> torch.Tensor:
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    ids = torch.arange(320).view(2, 160) % 128
+    mask = torch.ones_like(ids)
+    mask[1, 130:] = 0
+    model = plain(attention)
+    expected = run(model)
+    got = run(memory.checkpoint(model, "none", compression="int8"))
+    assert 0 < float((got - expected).norm() / expected.norm()) < 0.02
+
+
+def test_other_inputs_what_is_made_of_masks_and_what_is_expanded_stay() -> None:
+    hidden, mask = torch.zeros(2, 128, 128), torch.zeros(2, 1, 128, 128, dtype=torch.bool)
+    table = torch.zeros(1, 128, 128)
+    narrow = Narrowing("int8", 0, hidden, [], [hidden, mask, table])
+    assert narrow(mask.float()) is None
+    assert narrow(table[:, :, :]) is None
+    assert narrow(torch.zeros(2, 4, 1, 128).expand(2, 4, 128, 128)) is None
+    assert isinstance(narrow(hidden), Compressed)
+    assert isinstance(narrow(torch.zeros(2, 4, 128, 128)), Compressed)
 
 
 @pytest.mark.parametrize("length", [128, 100])
