@@ -23,7 +23,7 @@ def context_fn(policy: str) -> Callable[[], Contexts]:
 
     Through a Trainer: ``TrainingArguments(activation_checkpointing=True,
     activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": context_fn("lora")})``;
-    Transformers before 5.23 says ``gradient_checkpointing``.
+    an older Transformers says ``gradient_checkpointing``.
 
     Args:
         policy: "lora", "attention" or "full". "none" is no checkpoint, and a ``context_fn`` is

@@ -116,7 +116,7 @@ def test_the_last_product_of_a_recompute_is_left_out() -> None:
 
 
 def switch_on(model: Any, name: str, **options: Any) -> None:
-    """Transformers' own checkpointing, by the name it has had or the one it has since 5.23."""
+    """Transformers' own checkpointing, by the name it has had or the one it has now."""
     enable = getattr(model, f"{name}_checkpointing_enable", None)
     if enable is None:
         pytest.skip("this Transformers has only the other name")
