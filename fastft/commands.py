@@ -168,7 +168,13 @@ def plan(
     ] = None,
     method: Annotated[str, typer.Option(help="lora, qlora or full.")] = "lora",
     r: Annotated[int | None, typer.Option("--rank", "--r", help="Rank of the adapters.")] = None,
-    optim: Annotated[str | None, typer.Option(help="AdamW, AdamW8bit, Lion or Lion8bit.")] = None,
+    optim: Annotated[
+        str | None,
+        typer.Option(
+            help="AdamW, AdamW8bit, AdamWBF16, Lion, Lion8bit, SGD (with momentum), "
+            "ScheduleFreeAdamW, Adafactor or Muon (AdamW for what is no matrix)."
+        ),
+    ] = None,
     optim_states: Annotated[
         str | None, typer.Option(help="device, host or paged: where the optimizer's states are.")
     ] = None,
@@ -203,7 +209,6 @@ def plan(
         ]
         given = {
             "r": r,
-            "optim": optim,
             "optim_states": optim_states,
             "per_device_train_batch_size": batch,
             "max_length": length,
@@ -216,7 +221,7 @@ def plan(
         from fastft.train.plan_device import ceilings_of, device_of
         from fastft.train.plan_model import check_request
 
-        request = check_request(cfg, method, gpus, others)
+        request = check_request(cfg, method, gpus, others, optim)
         where = device_of(device)
         found = plan_report.report(
             request, where, ceilings_of(where, cfg), examples=examples, epochs=epochs

@@ -159,8 +159,7 @@ def keep_attention(store: Store | None = None) -> Contexts:
     """``context_fn`` of ``torch.utils.checkpoint.checkpoint(use_reentrant=False)`` that recomputes
     all but attention.
 
-    Through a Trainer: ``TrainingArguments(gradient_checkpointing=True,
-    gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": keep_attention})``.
+    Through a Trainer: see :func:`fastft.memory.context_fn`.
     """
     if torch.compiler.is_compiling():
         return create_selective_checkpoint_contexts(_selective_policy)

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._pytree import tree_leaves
 
 from fastft.errors import ArgumentError
 from fastft.memory._attention import Store, keep_attention
-from fastft.memory._layers import hidden_of, state_of, without_cache
+from fastft.memory._layers import hidden_of, state_of, tensors_in, without_cache
 from fastft.memory._saved import saving
 from fastft.nn.calls import uncounted
 from fastft.nn.swap import original_of
@@ -210,7 +209,7 @@ def measure(
     fresh = hidden.detach().requires_grad_()
     args = tuple(fresh if a is hidden else a for a in args)
     kwargs = {name: fresh if a is hidden else a for name, a in kwargs.items()}
-    others = [t for t in _tensors(kwargs) if t is not fresh]
+    others = [t for t in tensors_in(kwargs) if t is not fresh]
     shared = [*layer.parameters(), *layer.buffers(), *others]
     known = {t.untyped_storage()._cdata for t in shared}
     base = hidden.nbytes
@@ -263,10 +262,6 @@ def _noted(note: Callable[[Tensor], None]) -> Callable[[Tensor], Tensor]:
         return tensor.detach()
 
     return put
-
-
-def _tensors(kwargs: dict[str, Any]) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(kwargs) if isinstance(leaf, Tensor)]
 
 
 def _say(size: int) -> str:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from fastft import backends
+from fastft.memory._activations import Narrowing
 from fastft.memory._attention import Store, full_contexts, keep_attention
 from fastft.memory._host import HostRing, MetaRing, Parked
 from fastft.memory._saved import saving
@@ -29,6 +31,7 @@ __all__ = [
     "ring_of",
     "set_state",
     "state_of",
+    "tensors_in",
     "without_cache",
 ]
 
@@ -50,6 +53,7 @@ class LayerState:
         index: its place among the layers.
         on_device: offload leaves its tensors where they are.
         plan: what chooses the policy, under "auto".
+        compressed: forwards so far whose activations were compressed.
     """
 
     index: int
@@ -57,6 +61,13 @@ class LayerState:
     on_device: bool = False
     compression: str | None = None
     plan: Any = None
+    compressed: int = 0
+
+    def seed(self) -> int:
+        """Of the rounding in the next forward: by torch's seed, the layer, and the forwards so far,
+        so that one run is as another."""
+        self.compressed += 1
+        return hash((torch.initial_seed(), self.index, self.compressed)) % 2**63
 
 
 def state_of(layer: nn.Module) -> LayerState | None:
@@ -68,6 +79,11 @@ def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """A layer's hidden states: its first tensor, or what is passed by that name."""
     found = next((a for a in args if isinstance(a, Tensor)), kwargs.get("hidden_states"))
     return found if isinstance(found, Tensor) else None
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """All tensors in tuples, lists and dicts."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _own_flag(layer: Any) -> bool:
@@ -119,14 +135,12 @@ def _is_cache(value: Any) -> bool:
 def _with_recipes(
     layer: nn.Module, state: LayerState, forward: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
-    weights: frozenset[int] = frozenset()
+    narrow = None
     if state.compression is not None:
-        held = (*layer.parameters(), *layer.buffers())
-        weights = frozenset(t.untyped_storage().data_ptr() for t in held)
-    recipes = state.policy == "lora"
-    hidden = hidden_of(args, kwargs)
-    compression = state.compression
-    with saving(recipes=recipes, compression=compression, weights=weights, hidden=hidden):
+        weights = (*layer.parameters(), *layer.buffers())
+        hidden, inputs = hidden_of(args, kwargs), tensors_in((args, kwargs))
+        narrow = Narrowing(state.compression, state.seed(), hidden, weights, inputs)
+    with saving(recipes=state.policy == "lora", narrow=narrow):
         return forward(*args, **kwargs)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastft.memory._compress import Compressed, compress
+from fastft.memory._compress import Compressed
 from fastft.ops._saving import noting
 
 __all__ = ["saving"]
@@ -140,9 +140,7 @@ class _Notebook:
 def saving(
     *,
     recipes: bool,
-    compression: str | None = None,
-    weights: frozenset[int] = frozenset(),
-    hidden: Tensor | None = None,
+    narrow: Callable[[Tensor], Compressed | None] | None = None,
     sink: Callable[[Tensor], None] | None = None,
     remade: Callable[[int], None] | None = None,
 ) -> Iterator[None]:
@@ -150,18 +148,11 @@ def saving(
 
     Args:
         recipes: results that operations can make again are made again.
-        compression: None, or the format in which other large activations are kept.
-        weights: addresses of storages that are never compressed: they are there anyway.
-        hidden: the layer's input (..., features): what activations are told by.
+        narrow: None, or what gives an activation in 8 bits, and None of any other tensor.
         sink: told of every tensor that is kept.
         remade: told of every result that is made again, once: the bytes that takes.
     """
-
-    def narrow(tensor: Tensor) -> Compressed | None:
-        activation = type(tensor) is Tensor and _is_activation(tensor, hidden, weights)
-        return compress(tensor.detach(), str(compression)) if activation else None
-
-    notebook = _Notebook(None if compression is None else narrow)
+    notebook = _Notebook(narrow)
 
     def pack(tensor: Tensor) -> Any:
         if type(tensor) is not Tensor or tensor.layout != torch.strided:
@@ -180,16 +171,6 @@ def saving(
     finally:
         # torch keeps the hook with each saved tensor; recipes that nobody saved end here.
         notebook.clear()
-
-
-def _is_activation(tensor: Tensor, hidden: Tensor | None, weights: frozenset[int]) -> bool:
-    """Whether a tensor may be kept in 8 bits: in the dtype of the layer's input, no weight, and no
-    statistic of tokens, whose row would be over tokens (logsumexp of attention)."""
-    if hidden is None or tensor.dtype != hidden.dtype:
-        return False
-    tokens = hidden.shape[:-1].numel()
-    over_tokens = tensor.dim() == 3 and tensor.shape[0] * tensor.shape[-1] == tokens
-    return not over_tokens and tensor.untyped_storage().data_ptr() not in weights
 
 
 def _unpack(packed: Any) -> Tensor:

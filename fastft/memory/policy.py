@@ -74,7 +74,8 @@ def checkpoint(
             tile is "auto". None: nine tenths of the device's free memory, less gradients and two
             float32 states of trained parameters that do not exist yet.
         compression: None, or, with ``none`` and ``lora``, a lossy format for large activations:
-            "int8" (rounded stochastically) or "float8" (e4m3), one scale a row.
+            "int8" (rounded stochastically, by random numbers of its own that torch's seed decides;
+            in a CUDA graph by torch's) or "float8" (e4m3), one scale a row.
         mlp_tile: tokens that a fused gated MLP treats at a time, its input saved and its gate and
             up made again: 8 units of work for 6, for sequences whose intermediates of one layer
             are too large. Adapter gradients are then sums over tiles, equal up to rounding. "auto":

@@ -26,6 +26,7 @@ from fastft.train.plan_model import (
     linear_numel,
     load_config,
     meta_model,
+    step_bytes,
     trained_bytes,
     weight_bytes,
 )
@@ -128,6 +129,8 @@ class Planner:
         kept = min(step.kept - held, step.peak - gradients)
         if gpus > 1:
             workspace += 2 * largest_gradients(self.model)
+        # When the optimizer steps, activations are gone.
+        workspace += max(0, step_bytes(self.model, request) - kept - workspace)
         if self.device.type == "cpu":
             workspace += _PROCESS
         parts = self._parts(step.work)

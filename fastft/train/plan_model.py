@@ -4,6 +4,8 @@ as it would be trained."""
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS",
+    "OPTIMIZERS",
     "Request",
     "as_stored",
     "check_request",
@@ -26,13 +29,28 @@ __all__ = [
     "linear_numel",
     "load_config",
     "meta_model",
+    "step_bytes",
     "trained_bytes",
     "weight_bytes",
 ]
 
 METHODS = ("lora", "qlora", "full")
-# Bytes of optimizer state an element of a trained tensor: the two moments of Adam, Lion's one.
-_STATES = {"AdamW": 8.0, "AdamW8bit": 2 + 8 / 256, "Lion": 4.0, "Lion8bit": 1 + 4 / 256}
+# Bytes of optimizer state an element of a trained tensor: the two moments of Adam, Lion's one;
+# SGD's with momentum; of Adafactor, a tensor's that is no matrix; of Muon, a matrix's.
+_STATES = {
+    "AdamW": 8.0,
+    "AdamW8bit": 2 + 8 / 256,
+    "AdamWBF16": 4.0,
+    "Lion": 4.0,
+    "Lion8bit": 1 + 4 / 256,
+    "SGD": 4.0,
+    "ScheduleFreeAdamW": 8.0,
+    "Adafactor": 4.0,
+    "Muon": 4.0,
+}
+OPTIMIZERS = tuple(_STATES)
+# These take whole matrices, whose states are beside them.
+_OF_MATRICES = ("Adafactor", "Muon")
 # Tensors below this size keep float32 states in the 8-bit optimizers.
 _LEAST_8BIT = 4096
 # NF4 with its block scales quantised again: 4 bits, 8 a block of 64, 32 a 256 of those.
@@ -48,6 +66,7 @@ class Request:
         policy: of ``fastft.memory.checkpoint``.
         gpus: devices that share weights, gradients and states (FSDP).
         others: the runs of further adapters in the same job (``train_together``).
+        optim: of ``fastft.optim``, in place of what the configurations have.
     """
 
     cfg: TrainConfig
@@ -55,6 +74,16 @@ class Request:
     policy: str = "none"
     gpus: int = 1
     others: tuple[TrainConfig, ...] = ()
+    optim: str | None = None
+
+    def optim_of(self, cfg: TrainConfig) -> str:
+        """The optimizer of one of the configurations."""
+        return self.optim or cfg.optim
+
+    @property
+    def keeps_matrices_whole(self) -> bool:
+        """Whether an optimizer has neither shards nor states elsewhere."""
+        return any(self.optim_of(c) in _OF_MATRICES for c in self.cfgs)
 
     @property
     def cfgs(self) -> tuple[TrainConfig, ...]:
@@ -80,21 +109,39 @@ class Request:
 
 
 def check_request(
-    cfg: TrainConfig, method: str = "lora", gpus: int = 1, others: Sequence[TrainConfig] = ()
+    cfg: TrainConfig,
+    method: str = "lora",
+    gpus: int = 1,
+    others: Sequence[TrainConfig] = (),
+    optim: str | None = None,
 ) -> Request:
     """A request, or what is wrong with it.
 
     Raises:
-        ConfigError: an unknown method, or configurations that are no one job.
+        ConfigError: an unknown method or optimizer, one that cannot be shared or moved where that
+            is asked for, or configurations that are no one job.
     """
-    if method not in METHODS:
+    for option, given, known in (("method", method, METHODS), ("optim", optim, OPTIMIZERS)):
+        if given is not None and given not in known:
+            raise ConfigError(
+                "fastft plan",
+                option,
+                expected=f"one of {', '.join(known)}",
+                got=repr(given),
+                remedy=nearest(given, known) or None,
+            )
+    request = Request(cfg, method, gpus=gpus, others=tuple(others), optim=optim)
+    if not cfg.fused and request.optim_of(cfg) != "AdamW":
         raise ConfigError(
-            "fastft plan",
-            "method",
-            expected=f"one of {', '.join(METHODS)}",
-            got=repr(method),
-            remedy=nearest(method, METHODS) or None,
-        )
+            "fastft plan", "optim", expected="AdamW where fused is false: torch's own",
+            got=repr(optim),
+        )  # fmt: skip
+    for key, asked, whole in (("gpus", gpus, 1), ("optim_states", cfg.optim_states, "device")):
+        if request.keeps_matrices_whole and asked != whole:
+            raise ConfigError(
+                "fastft plan", key, expected=f"{whole!r} with {' or '.join(_OF_MATRICES)}",
+                got=repr(asked), remedy="They take whole matrices; AdamW takes parts.",
+            )  # fmt: skip
     if gpus > 1 and cfg.optim_states == "host":
         raise ConfigError(
             "fastft plan", "optim_states", expected="device or paged with several GPUs",
@@ -110,7 +157,7 @@ def check_request(
                     "fastft plan", name, expected=f"{only!r} with several adapters in one job",
                     got=repr(value),
                 )  # fmt: skip
-    return Request(cfg, method, gpus=gpus, others=tuple(others))
+    return request
 
 
 def load_config(model: str) -> Any:
@@ -253,12 +300,27 @@ def trained_bytes(model: Any, request: Request) -> tuple[int, list[int]]:
         if p.requires_grad:
             gradients += p.nbytes
             own = next((index[part] for part in name.split(".") if part in index), 0)
-            states[own] += state_bytes(p.numel(), request.cfgs[own])
+            states[own] += state_bytes(p.shape, request.optim_of(request.cfgs[own]))
     return gradients, [int(size) for size in states]
 
 
-def state_bytes(numel: int, cfg: TrainConfig) -> float:
-    per = _STATES[cfg.optim]
-    if cfg.optim.endswith("8bit") and numel < _LEAST_8BIT:
-        per = _STATES[cfg.optim.removesuffix("8bit")]
-    return per * numel
+def state_bytes(shape: Sequence[int], optim: str) -> float:
+    """Of the states of one trained tensor, float32 or narrower whatever the tensor's dtype."""
+    numel = math.prod(shape)
+    if optim == "Adafactor" and len(shape) > 1:  # a row and a column of each matrix
+        return 4.0 * math.prod(shape[:-2]) * (shape[-2] + shape[-1])
+    if optim == "Muon" and len(shape) != 2:
+        optim = "AdamW"  # for what is no matrix
+    if optim.endswith("8bit") and numel < _LEAST_8BIT:
+        optim = optim.removesuffix("8bit")
+    return _STATES[optim] * numel
+
+
+def step_bytes(model: Any, request: Request) -> int:
+    """Bytes that a step of the optimizer holds beside the states. Muon's are the updates of all
+    matrices in float32, and of those of one shape up to four copies in bfloat16."""
+    shapes: Counter[tuple[int, ...]] = Counter()
+    for p in model.parameters():
+        if request.optim_of(request.cfg) == "Muon" and p.requires_grad and p.dim() == 2:
+            shapes[tuple(p.shape)] += p.numel()
+    return 4 * shapes.total() + 8 * max(shapes.values(), default=0)

@@ -15,7 +15,7 @@ from fastft.memory.ceilings import Ceilings
 from fastft.memory.devices import Device
 from fastft.train.config import TrainConfig
 from fastft.train.plan import Planner, Prediction
-from fastft.train.plan_model import Request
+from fastft.train.plan_model import OPTIMIZERS, Request
 
 __all__ = ["Report", "changes", "picture", "report", "room", "show"]
 
@@ -73,6 +73,7 @@ class Report:
         return {
             "model": cfg.model,
             "method": self.request.method,
+            "optim": self.request.optim_of(cfg),
             "adapters": len(self.request.cfgs),
             "device": self.device.name,
             "gpus": self.request.gpus,
@@ -154,9 +155,11 @@ def changes(
         steps = ", ".join(str(c.gradient_accumulation_steps) for c in single.cfgs)
         what = f"per_device_train_batch_size: 1, gradient_accumulation_steps: {steps}"
         tried.append((what, single))
-    if not cfg.optim.endswith("8bit") and request.method == "full":
-        with_cfg(f"optim: {cfg.optim}8bit", optim=f"{cfg.optim}8bit")
-    alone = device.type == "cuda" and request.gpus == 1  # states of shards stay on their device
+    narrow = f"{request.optim_of(cfg)}8bit"
+    if narrow in OPTIMIZERS and request.method == "full":
+        tried.append((f"optim: {narrow}", dataclasses.replace(request, optim=narrow)))
+    movable = device.type == "cuda" and not request.keeps_matrices_whole
+    alone = movable and request.gpus == 1  # states of shards stay on their device
     if alone and cfg.optim_states == "device" and request.method == "full":
         with_cfg("optim_states: host", optim_states="host")
     if length > 512:
@@ -166,7 +169,7 @@ def changes(
     if request.method in ("lora", "full") and device.type == "cuda" and not request.others:
         tried.append(("method qlora", dataclasses.replace(request, method="qlora")))
     for gpus in (2, 4, 8):
-        shared = device.type == "cuda" and cfg.optim_states != "host" and not request.others
+        shared = movable and cfg.optim_states != "host" and not request.others
         if shared and gpus > request.gpus:
             tried.append((f"{gpus} GPUs", dataclasses.replace(request, gpus=gpus)))
     found = []
@@ -197,8 +200,8 @@ def show(found: Report, console: Any = None) -> None:
     gpus = f"{request.gpus} x " if request.gpus > 1 else ""
     console.print(
         f"{cfg.model}: {first.parameters / 1e6:,.0f} M parameters, {first.trainable / 1e6:,.1f} M "
-        f"trained ({what}, {cfg.optim}); {first.batch} x {first.length} tokens on {gpus}"
-        f"{found.device.name}, {_size(found.device.memory)}; rates: {found.ceilings}",
+        f"trained ({what}, {request.optim_of(cfg)}); {first.batch} x {first.length} tokens on "
+        f"{gpus}{found.device.name}, {_size(found.device.memory)}; rates: {found.ceilings}",
         highlight=False,
         soft_wrap=True,
     )

@@ -115,20 +115,74 @@ def test_the_last_product_of_a_recompute_is_left_out() -> None:
     assert calls["fwd_values"] - calls["fwd"] == layers * (groups - 1)
 
 
-def test_trainers_and_transformers_own_flag_has_no_further_effect() -> None:
+def switch_on(model: Any, name: str, **options: Any) -> None:
+    """Transformers' own checkpointing, by the name it has had or the one it has now."""
+    enable = getattr(model, f"{name}_checkpointing_enable", None)
+    if enable is None:
+        pytest.skip("this Transformers has only the other name")
+    enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False, **options}})
+
+
+NAMES = pytest.mark.parametrize("name", ["gradient", "activation"])
+
+
+@NAMES
+def test_trainers_and_transformers_own_flag_has_no_further_effect(name: str) -> None:
     model = memory.checkpoint(llama(), "attention")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    switch_on(model, name)
     assert not any(layer.gradient_checkpointing for layer in find_layers(model))
     assert same(steps(model), steps(llama()))
 
 
-def test_keep_attention_through_transformers_own_checkpointing() -> None:
+@NAMES
+@pytest.mark.parametrize("policy", ["lora", "attention", "full"])
+def test_policies_through_transformers_own_checkpointing(policy: str, name: str) -> None:
     model = llama()
-    options = {"use_reentrant": False, "context_fn": memory.keep_attention}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    options = {"context_fn": memory.context_fn(policy)}
+    switch_on(model, name, **options)
     assert all(layer.gradient_checkpointing for layer in find_layers(model))
     assert same(steps(model), steps(llama()))
     assert pickle.loads(pickle.dumps(options)) == options
+
+
+@pytest.mark.parametrize("policy", ["lora", "attention", "full"])
+def test_transformers_own_checkpointing_keeps_what_the_policy_keeps(policy: str) -> None:
+    def held(model: Any) -> int:
+        ids = torch.arange(512).view(2, 256) % 128
+        for _ in range(3):  # siblings are learnt, and what is made once is
+            before = live_bytes()
+            loss = model(input_ids=ids, labels=ids).loss
+            found = live_bytes() - before
+            loss.backward()
+            del loss
+        return found
+
+    theirs = llama()
+    switch_on(theirs, "gradient", context_fn=memory.context_fn(policy))
+    # Theirs may hold positions, and torch's random state a layer.
+    assert abs(held(theirs) - held(memory.checkpoint(llama(), policy))) < 1 << 15
+
+
+@pytest.mark.parametrize("policy", ["lora", "attention", "full"])
+def test_transformers_own_checkpointing_compiled(policy: str) -> None:
+    def run(policy: str | None) -> list[torch.Tensor]:
+        model = llama(dropout=0.0, num_hidden_layers=2)
+        if policy is not None:
+            switch_on(model, "gradient", context_fn=memory.context_fn(policy))
+        compiled = torch.compile(model, backend="aot_eager")
+        ids = torch.arange(12).view(1, 12)
+        compiled(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for a, b in zip(run(policy), run(None), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_other_policies_have_no_context_fn() -> None:
+    with pytest.raises(ArgumentError, match=r"one of lora, attention, full.*checkpoint\(model"):
+        memory.context_fn("offload")
+    with pytest.raises(ArgumentError, match="did you mean 'attention'"):
+        memory.context_fn("atention")
 
 
 def test_attention_runs_once_a_layer_under_attention_and_twice_under_full() -> None:

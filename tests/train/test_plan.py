@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
+import torch
+from torch import nn
 from typer.testing import CliRunner
 
+import fastft.optim
 from bench.plan import MODELS, table
 from fastft.commands import app
 from fastft.errors import ArgumentError, ConfigError
@@ -16,8 +20,8 @@ from fastft.memory import ceilings
 from fastft.memory.devices import DEVICES, find_device
 from fastft.train.config import TrainConfig
 from fastft.train.plan import Planner
-from fastft.train.plan_model import Request
-from fastft.train.plan_report import room
+from fastft.train.plan_model import OPTIMIZERS, Request, check_request, state_bytes
+from fastft.train.plan_report import changes, room
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = find_device("H100")
@@ -66,6 +70,61 @@ def test_weights_and_states_of_an_8b_model_by_hand(folders):
     linear = layers * (2 * h * h + 2 * h * v + 3 * h * i)
     saved = linear * (2 - (4 + 8 / 64 + 32 / 16384) / 8)
     assert lora.weights - qlora.weights == pytest.approx(saved, rel=1e-6)
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_states_are_as_large_as_those_of_the_optimizer_itself(optim, dtype):
+    shapes = [(96, 64), (64, 4096), (4096,), (7,), (3, 32, 48)]
+    params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+    groups = [("Muon", 2)] if optim == "Muon" else [(optim, None)]
+    groups += [("AdamW", None)] if optim == "Muon" else []
+    left = list(zip(shapes, params, strict=True))
+    for name, dim in groups:  # a Muon takes matrices, AdamW the others
+        taken = [(s, p) for s, p in left if dim is None or len(s) == dim]
+        left = [(s, p) for s, p in left if not (dim is None or len(s) == dim)]
+        options = {"momentum": 0.9} if name == "SGD" else {}
+        made = getattr(fastft.optim, name)([p for _, p in taken], lr=1e-3, **options)
+        for _, p in taken:
+            p.grad = torch.randn_like(p)
+        made.step()
+        for shape, p in taken:
+            held = {key: t for key, t in made.state[p].items() if key != "step"}
+            found = sum(t.nbytes for t in held.values() if isinstance(t, torch.Tensor))
+            assert found == state_bytes(shape, optim), (name, shape, list(held))
+
+
+def test_the_planner_knows_every_optimizer():
+    known = {name for name in fastft.optim.__all__ if hasattr(getattr(fastft.optim, name), "step")}
+    assert known - {"FusedOptimizer", "StepInBackward"} == set(OPTIMIZERS)
+    assert set(get_args(get_type_hints(TrainConfig)["optim"])) <= set(OPTIMIZERS)
+
+
+def test_a_step_of_muon_has_room(folders):
+    """In float32 an update of each matrix; AdamW's step needs none."""
+    path = folders["SmolLM2-135M"]
+    cfg = TrainConfig(model=path, per_device_train_batch_size=1, max_length=64)
+    found = {}
+    for optim in ("AdamWBF16", "Muon"):
+        made = Planner(check_request(cfg, "full", optim=optim), H100)
+        found[optim] = made.predict("full")
+    muon, other = found["Muon"], found["AdamWBF16"]
+    assert muon.optimizer == pytest.approx(other.optimizer, rel=1e-3)  # but for the vectors
+    assert muon.peak - muon.optimizer > other.peak - other.optimizer
+    assert muon.activations + muon.workspace > 4 * 134e6
+
+
+def test_what_an_optimizer_cannot_is_refused(folders):
+    cfg = TrainConfig(model=folders["SmolLM2-135M"])
+    with pytest.raises(ConfigError, match="gpus: expected 1 with Adafactor or Muon, got 2"):
+        check_request(cfg, "full", 2, optim="Muon")
+    with pytest.raises(ConfigError, match="optim_states: expected 'device' with Adafactor or Muon"):
+        check_request(cfg.replace(optim_states="host"), "full", optim="Adafactor")
+    with pytest.raises(ConfigError, match="fused is false"):
+        check_request(cfg.replace(fused=False), optim="Muon")
+    big = Request(TrainConfig(model=folders["Llama-3.1-8B"]), "full", optim="Adafactor")
+    remedies = [what for what, _ in changes(big, H100, 1 << 50)]
+    assert not any("8bit" in r or "optim_states" in r or "GPUs" in r for r in remedies)
 
 
 def test_policies_keep_less_and_take_longer(folders):
@@ -230,6 +289,15 @@ class TestCommand:
             parts = ("weights", "gradients", "optimizer", "activations", "workspace")
             assert row["peak"] == sum(row[part] for part in parts)
 
+    def test_an_optimizer_that_train_does_not_have(self, model_folder):
+        options = ("--method", "full", "--optim", "AdamWBF16", "--device", "L4", "--length", "64")
+        said = self.run(str(model_folder), *options, "--json")
+        assert said.exit_code == 0, said.output
+        found = json.loads(said.output[said.output.index("{") :])
+        assert found["optim"] == "AdamWBF16"
+        row = found["policies"][0]
+        assert row["optimizer"] == 4 * row["trainable"]
+
     def test_what_does_not_fit_comes_with_what_does(self, folders):
         said = self.run(folders["Llama-2-13B"], "--device", "T4", "--length", "512", "--batch", "1")
         assert said.exit_code == 0, said.output
@@ -250,6 +318,7 @@ class TestCommand:
         [
             (("--device", "H1000"), "one of A100"),
             (("--method", "lorra"), "did you mean 'lora'"),
+            (("--optim", "adamw"), "did you mean 'AdamW'"),
             (("/nowhere/at/all",), "the hub id or the folder"),
             (("--rank", "0"), "a value above 0"),
             (("--epochs", "nan", "--device", "L4"), "epochs: expected a number above 0"),
