@@ -15,7 +15,9 @@ import fastft.nn.deferred_rules  # noqa: F401  what models do between head and l
 from fastft import ops
 from fastft.nn import trl_head
 from fastft.nn.calls import count
-from fastft.nn.deferred import CALLS, DeferredLogits, HeadAdapter, Logits
+from fastft.nn.deferred import CALLS, DeferredLogits
+from fastft.nn.deferred_graph import deferred
+from fastft.nn.deferred_source import HeadAdapter, Logits
 from fastft.nn.lora import FusedLoraLinear
 from fastft.nn.plans import Parts
 from fastft.nn.rules import hooked
@@ -86,7 +88,7 @@ def _deferred(
         fleeting=_thread.fleeting > 0,
         copied=any(f.ddp_looks for f in _thread.forwards),
     )
-    return DeferredLogits(source, autocast or hidden_states.dtype)
+    return deferred(source, autocast or hidden_states.dtype)
 
 
 class FusedHead(nn.Linear):
@@ -221,13 +223,15 @@ def refusal(source: Logits) -> str | None:
 
 def head_losses(logits: DeferredLogits, labels: Tensor, **options: Any) -> Any:
     """:func:`fastft.ops.linear_cross_entropy` of deferred logits, counted; NotImplemented where
-    it cannot be fused.
+    it cannot be fused, or the logits are to be read.
 
     Args:
         labels: of the shape of the logits without their last dimension, or of it.
         options: other arguments of the operation.
     """
     source = logits.source
+    if not logits.deferrable():
+        return NotImplemented
     source.check()
     reason = refusal(source)
     count(source.head, reason)

@@ -31,8 +31,9 @@ def by_hand(model: Any, given: dict[str, Tensor], labels: Tensor, temperature: f
     return torch.where(labels[:, 1:] == -100, 0.0, found)
 
 
-def gradients(model: Any, loss: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+def gradients(model: Any, loss: Tensor, **options: Any) -> list[Tensor]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return list(torch.autograd.grad(loss, trained, **options))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -111,6 +112,25 @@ def test_a_teacher_changed_since_is_refused() -> None:
         teacher.get_base_model().lm_head.weight.mul_(3)
     with pytest.raises(errors.ArgumentError, match="in-place change"):
         losses.distillation_loss(student, logits)
+
+
+def test_logits_that_were_changed_or_are_watched_are_read() -> None:
+    plain, fused, given, labels = pair("llama")
+    teacher = torch.randn(tiny.BATCH, tiny.TOKENS, tiny.VOCABULARY)
+    found = []
+    for model in (plain, fused):
+        with losses.deferred_logits():
+            logits, watched = model(**given).logits, model(**given).logits
+        logits[..., 3] = -20.0
+        watched.retain_grad()
+        both = [losses.distillation_loss(logits, teacher), losses.token_log_probs(logits, labels)]
+        loss = both[0] + both[1].sum() + losses.distillation_loss(watched, teacher)
+        loss = loss + losses.token_log_probs(watched, labels).sum()
+        found.append([loss, *gradients(model, loss, retain_graph=True)])
+        loss.backward()
+        found[-1].append(watched.grad)
+    for got, want in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
 
 
 def test_an_adapter_on_the_head() -> None:
