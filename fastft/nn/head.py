@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 import fastft.nn.deferred_rules  # noqa: F401  what models do between head and loss
@@ -33,6 +34,7 @@ __all__ = [
     "end_forward",
     "fleeting_logits",
     "head_losses",
+    "heads_in",
     "refusal",
 ]
 
@@ -139,17 +141,40 @@ FusedLoraHead.fastft_original = FusedLoraLinear.fastft_original
 FusedLoraHead.__name__ = "Linear"
 
 
+def heads_in(head: nn.Module) -> dict[str, nn.Module]:
+    """The modules that may compute what the head computes, by their names in it: of a trained one
+    (PEFT's ``modules_to_save``) the copy of each adapter and the original."""
+    if not isinstance(head, ModulesToSaveWrapper):
+        return {"": head}
+    copies = {f".modules_to_save.{name}": m for name, m in head.modules_to_save.items()}
+    return {".original_module": head.original_module, **copies}
+
+
+def _head_now(head: Any) -> tuple[nn.Module, str | None]:
+    """The module that computes what the head computes now, and why it may not be fused whatever it
+    is itself."""
+    if not isinstance(head, ModulesToSaveWrapper):
+        return head, None
+    reason = "hooks on the head" if hooked(head) else None
+    if head.disable_adapters or not head.active_adapters:
+        return head.original_module, reason
+    return head.modules_to_save[head.active_adapters[0]], reason
+
+
 def begin_forward(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a language model: defer the logits when there are labels."""
     if torch.compiler.is_compiling():
         return
-    head = model.get_output_embeddings()
+    head, reason = _head_now(model.get_output_embeddings())
     trl, labels = bool(kwargs.get("fused_lm_head")), kwargs.get("labels") is not None
     wanted = not trl and (labels or _thread.wanted > 0)
     ddp_looks = _ddp_looks_for_a_graph()
     if wanted and not labels and ddp_looks:
         # It would find none, and take every parameter to be unused.
         count(head, "DDP that finds unused parameters")
+        wanted = False
+    if wanted and reason is not None:
+        count(head, reason)
         wanted = False
     _thread.forwards.append(_Forward(weakref.ref(head) if wanted else None, trl, ddp_looks))
     if trl:
