@@ -156,6 +156,8 @@ def distillation_loss(
         what the operation raises.
     """
     teacher_of = _source(teacher)
+    if teacher_of is not None and teacher_of.adapter is not None:
+        teacher_of = None
     given: Tensor | Teacher = teacher
     if teacher_of is not None:
         of = teacher_of
@@ -169,7 +171,7 @@ def distillation_loss(
             reason = "a loss a token over a trained head"
         count(own.head, reason)
         own = own if reason is None else None
-    if own is None:  # logits that exist, or are made: a head with an adapter, several devices
+    if own is None:  # logits that exist, or are made: several devices
         plain = student.read() if isinstance(student, DeferredLogits) else student
         logits = teacher.read() if isinstance(teacher, DeferredLogits) else teacher
         return divergence(plain, logits, mask=mask, **options)
@@ -185,12 +187,12 @@ def distillation_loss(
             logit_scale=own.scale,
             softcap=own.softcap or None,
             mask=mask,
+            **(own.adapter._asdict() if own.adapter is not None else {}),
             **options,
         )
 
 
 def _source(logits: Tensor) -> Logits | None:
-    """What deferred logits are made of, where that is a plain head and they need not be read."""
+    """What deferred logits are made of, where they need not be read."""
     deferred = isinstance(logits, DeferredLogits) and logits.deferrable()
-    found = logits.source if deferred else None  # type: ignore[attr-defined]
-    return found if found is not None and found.adapter is None else None
+    return logits.source if deferred else None  # type: ignore[attr-defined,no-any-return]

@@ -149,6 +149,30 @@ def test_an_adapter_on_the_head() -> None:
         found.append([loss, *gradients(model, loss)])
     for got, want in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+    counts = call_counts(fused.get_base_model().get_output_embeddings())
+    assert counts.fused >= 2
+    assert "logits were read" not in counts.fallback
+
+
+def test_a_teacher_with_an_adapter_on_its_head_is_read() -> None:
+    config = {"target_modules": ["q_proj", "lm_head"]}
+    plain = tiny.peft_model("llama", **config)
+    fused = fastft.accelerate(copy.deepcopy(plain))
+    teachers = (
+        tiny.peft_model("qwen2", **config),
+        fastft.accelerate(tiny.peft_model("qwen2", **config)),
+    )
+    given, found = tiny.inputs("llama"), []
+    given.pop("labels")
+    for model, teacher in zip((plain, fused), teachers, strict=True):
+        with losses.deferred_logits():
+            logits = model(**given).logits
+            with torch.no_grad():
+                of_teacher = teacher(**given).logits
+        loss = losses.distillation_loss(logits, of_teacher)
+        found.append([loss, *gradients(model, loss)])
+    for got, want in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
 
 
 def test_refused() -> None:
