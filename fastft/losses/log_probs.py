@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from fastft.errors import ArgumentError, ShapeError
 from fastft.nn.calls import count
-from fastft.nn.deferred import DeferredLogits, Logits
+from fastft.nn.deferred import DeferredLogits
+from fastft.nn.deferred_source import Logits
 from fastft.nn.head import deferred_logits, head_losses, refusal
 from fastft.ops import Teacher, divergence, linear_divergence
 
@@ -155,12 +156,14 @@ def distillation_loss(
         what the operation raises.
     """
     teacher_of = _source(teacher)
+    if teacher_of is not None and teacher_of.adapter is not None:
+        teacher_of = None
     given: Tensor | Teacher = teacher
     if teacher_of is not None:
         of = teacher_of
         given = Teacher(of.hidden_states, of.weight, of.total_bias(), of.scale, of.softcap or None)
     elif isinstance(teacher, DeferredLogits):
-        given = teacher.value()
+        given = teacher.read()
     own = _source(student)
     if own is not None:
         reason = refusal(own)
@@ -168,9 +171,9 @@ def distillation_loss(
             reason = "a loss a token over a trained head"
         count(own.head, reason)
         own = own if reason is None else None
-    if own is None:  # logits that exist, or are made: a head with an adapter, several devices
-        plain = student.value() if isinstance(student, DeferredLogits) else student
-        logits = teacher.value() if isinstance(teacher, DeferredLogits) else teacher
+    if own is None:  # logits that exist, or are made: several devices
+        plain = student.read() if isinstance(student, DeferredLogits) else student
+        logits = teacher.read() if isinstance(teacher, DeferredLogits) else teacher
         return divergence(plain, logits, mask=mask, **options)
     own.check()
     if teacher_of is not None:
@@ -184,11 +187,12 @@ def distillation_loss(
             logit_scale=own.scale,
             softcap=own.softcap or None,
             mask=mask,
+            **(own.adapter._asdict() if own.adapter is not None else {}),
             **options,
         )
 
 
 def _source(logits: Tensor) -> Logits | None:
-    """What deferred logits are made of, where that is a plain head."""
-    found = logits.source if isinstance(logits, DeferredLogits) else None
-    return found if found is not None and found.adapter is None else None
+    """What deferred logits are made of, where they need not be read."""
+    deferred = isinstance(logits, DeferredLogits) and logits.deferrable()
+    return logits.source if deferred else None  # type: ignore[attr-defined,no-any-return]

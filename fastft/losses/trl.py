@@ -71,7 +71,7 @@ def _knowing_deferred(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def selective_log_softmax(
         logits: Tensor, index: Tensor, temperature: float = 1.0, *rest: Any, **options: Any
     ) -> Tensor:
-        deferred = isinstance(logits, DeferredLogits) and not logits.known()
+        deferred = isinstance(logits, DeferredLogits) and logits.deferrable()
         masked = any(value is not None for value in (*rest, *options.values()))
         if deferred and not masked and index.shape == logits.shape[:-1]:
             return token_log_probs(logits, index, temperature=temperature, shift=False)

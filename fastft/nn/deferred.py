@@ -6,24 +6,28 @@ loss it remembers instead of doing it: scaling, Gemma's cap, a constant bias, ot
 of positions. torch's ``cross_entropy`` of it is the fused loss, and its mean needs no logits
 either; anything else that touches it gets the real logits, computed on the spot. So no model's
 forward and no loss function is rewritten, and ``outputs.logits`` stays true.
+
+To autograd they are a tensor like another: they have a node (``deferred_graph``) before anybody
+looks, and every gradient of theirs passes it. The values, once computed, have no graph of their
+own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastft.errors import ArgumentError
-from fastft.nn.calls import count
-from fastft.ops._checks import autocast_as
+from fastft.nn.deferred_source import Logits
+from fastft.ops._differentiable import transform
 
-__all__ = ["CALLS", "RULES", "DeferredLogits", "HeadAdapter", "Logits"]
+__all__ = ["CALLS", "RULES", "DeferredLogits", "like", "taking_views"]
 
 # Reading these needs no logits.
 _METADATA = {
@@ -36,6 +40,18 @@ _METADATA = {
     Tensor.is_sparse.__get__,  # type: ignore[attr-defined]
     Tensor.is_meta.__get__,  # type: ignore[attr-defined]
     Tensor._base.__get__,  # type: ignore[union-attr]
+    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+    Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
+    Tensor.grad_fn.__get__,  # type: ignore[union-attr]
+    Tensor.grad.__get__,  # type: ignore[union-attr]
+    Tensor.retains_grad.__get__,  # type: ignore[attr-defined]
+    Tensor.output_nr.__get__,  # type: ignore[attr-defined]
+    Tensor._version.__get__,  # type: ignore[attr-defined]
+    # Autograd itself asks for these, and holds a lock while it does.
+    Tensor._backward_hooks.__get__,  # type: ignore[union-attr]
+    Tensor._backward_hooks.__set__,  # type: ignore[union-attr]
+    Tensor._is_view,
+    Tensor.is_inference,
     Tensor.size,
     Tensor.dim,
     Tensor.numel,
@@ -46,16 +62,27 @@ _METADATA = {
     Tensor.get_device,
     Tensor.element_size,
     Tensor.stride,
+    Tensor.storage_offset,
     torch.is_floating_point,
     torch.is_complex,
     torch.is_tensor,
 }
 
-
-# A new wrapper object at each access: compared by ==, as a dictionary does.
-_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
-_IS_LEAF = Tensor.is_leaf.__get__  # type: ignore[attr-defined]
+# What is asked of the tensor in the graph, not of its values. A new wrapper object at each access:
+# compared by ==, as a set does.
 _GRAD_FN = Tensor.grad_fn.__get__  # type: ignore[union-attr]
+_OF_THE_TENSOR = {
+    Tensor.grad.__set__,  # type: ignore[union-attr]
+    Tensor.grad.__delete__,  # type: ignore[union-attr]
+    Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+    Tensor.requires_grad_,
+    Tensor.register_hook,
+    Tensor.register_post_accumulate_grad_hook,
+    Tensor.retain_grad,
+    Tensor.detach_,
+}
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_OF_THE_GRAPH = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
 # Functions that take deferred logits as they are: function -> replacement, which may return
@@ -65,223 +92,182 @@ CALLS: dict[Callable[..., Any], Callable[..., Any]] = {}
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
-class HeadAdapter(NamedTuple):
-    """A head's adapter in its forward: lora_s (..., r), the scaled A of the hidden states with
-    their dropout, and a copy of B, both connected to the graph. Neither changes when A, B, the
-    scaling or the mode of the head does."""
+class _Thread(threading.local):
+    """Whether this thread takes views of deferred logits, which are deferred."""
 
-    lora_s: Tensor
-    lora_b: Tensor
+    views = False
 
 
-@dataclass(frozen=True)
-class Logits:
-    """softcap(scale (head(x) + bias)), not computed yet; softcap(z) = c tanh(z / c).
+_thread = _Thread()
 
-    Attributes:
-        hidden_states: (..., hidden), connected to the graph.
-        head: the language-model head.
-        weight, bias: (vocabulary, hidden) and (vocabulary,) or None.
-        adapter: the head's.
-        added: what the model has added to the bias, (vocabulary,) or None.
-        autocast, graph: whether the head ran under autocast (its dtype) and with gradients; whoever
-            looks may be elsewhere.
-        steps: what the model did to the logits, one function after the other: ``scale``,
-            ``softcap`` (0: none) and ``added`` say the same to the fused loss.
-        fleeting: read before the step, or never: ``detach`` then defers, too.
-        copied: by a wrapper that throws the copy away: DDP where it finds unused parameters.
-        fused: one entry for each result with a gradient that was computed without them; one list
-            for all that is made of one forward's.
-    """
 
-    hidden_states: Tensor
-    head: nn.Module
-    weight: Tensor
-    bias: Tensor | None = None
-    adapter: HeadAdapter | None = None
-    added: Tensor | None = None
-    scale: float = 1.0
-    softcap: float = 0.0
-    autocast: torch.dtype | None = None
-    graph: bool = True
-    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
-    fleeting: bool = False
-    copied: bool = False
-    fused: list[bool] = field(default_factory=list)
-    versions: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.versions:
-            object.__setattr__(self, "versions", self._versions())
-
-    def _versions(self) -> tuple[int, ...]:
-        tensors = (self.hidden_states, self.weight, self.bias, self.added)
-        given = [t for t in tensors if t is not None]
-        return tuple(-1 if t.is_inference() else t._version for t in given)
-
-    def check(self) -> None:
-        """Refuses logits that can no longer be what they were.
-
-        Raises:
-            ArgumentError: what they are made of was changed in place, or freed.
-        """
-        freed = self.weight.numel() and not self.weight.untyped_storage().size()
-        changed = None
-        if freed:
-            changed = "the head's weight is freed (FSDP)"
-        elif self._versions() != self.versions:
-            changed = "an in-place change since"
-        elif getattr(self.head, "merged", False):  # into weight.data, which has another version
-            changed = "a merge of the head's adapter since"
-        if changed is None:
-            return
-        raise ArgumentError(
-            "fastft (deferred logits)",
-            "logits",
-            expected="logits used before what they are made of is changed or freed",
-            got=changed,
-            remedy="Use them inside the forward or before the step, or accelerate(loss=False).",
-        )
-
-    def value(self, dtype: torch.dtype) -> Tensor:
-        """The logits, with the graph they would have had."""
-        self.check()
-        with self.context(), torch.set_grad_enabled(self.graph):
-            count(self.head, "logits were read")
-            logits = nn.functional.linear(self.hidden_states, self.weight, self.bias)
-            if self.adapter is not None:
-                lora_s, lora_b = self.adapter
-                logits = logits + nn.functional.linear(lora_s, lora_b.to(lora_s.dtype))
-            for step in self.steps:
-                logits = step(logits)
-            return logits.to(dtype)
-
-    def context(self) -> AbstractContextManager[object]:
-        """Autocast as it was for the head."""
-        return autocast_as(self.hidden_states.device.type, self.autocast)
-
-    def without_logits(self) -> AbstractContextManager[object]:
-        """For a result that is computed without the logits: gradients where they were enabled for
-        the head, and are."""
-        graph = self.graph and torch.is_grad_enabled()
-        if graph:
-            self.fused.append(True)
-        return torch.set_grad_enabled(graph)
-
-    def total_bias(self) -> Tensor | None:
-        """The head's bias and what the model has added."""
-        if self.bias is None or self.added is None:
-            return self.added if self.bias is None else self.bias
-        return self.bias + self.added
-
-    def trained(self) -> bool:
-        """Whether the loss of each token apart would take the logits twice: the head, its bias or
-        its adapter is trained."""
-        trained = [t.requires_grad for t in (self.weight, self.bias) if t is not None]
-        return self.adapter is not None or any(trained)
-
-    def requires_grad(self) -> bool:
-        """What the logits' would be."""
-        tensors = (self.hidden_states, self.weight, self.bias, *(self.adapter or ()))
-        return self.graph and any(t is not None and t.requires_grad for t in tensors)
-
-    def at(self, pick: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """What changes where other positions, or the same in another shape, are taken."""
-        adapter = self.adapter
-        if adapter is not None:
-            adapter = adapter._replace(lora_s=pick(adapter.lora_s))
-        return {"hidden_states": pick(self.hidden_states), "adapter": adapter}
-
-    def times(self, factor: float) -> Logits:
-        """factor times these: the cap grows with them."""
-        steps = (*self.steps, lambda z: z * factor)
-        return replace(self, scale=self.scale * factor, softcap=self.softcap * factor, steps=steps)
+@contextmanager
+def taking_views() -> Iterator[None]:
+    """Inside, torch's views of deferred logits are deferred, and views to autograd as well."""
+    _thread.views = True
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            yield
+    finally:
+        _thread.views = False
 
 
 class DeferredLogits(Tensor):
     """A tensor of logits without storage.
 
     Attributes:
-        source: what it is made of, where and if it is.
-        view_of: the deferred logits that torch's would be a view of, and which.
+        source: what it is made of.
+        done: the deferred logits that something was done to, what, and whether this is a view of
+            them.
     """
 
     source: Logits
-    view_of: tuple[DeferredLogits, Callable[[Tensor], Tensor]] | None
+    done: tuple[DeferredLogits, Callable[[Tensor], Tensor], bool] | None
     _value: Tensor | None
 
     @staticmethod
-    def __new__(
-        cls, source: Logits, dtype: torch.dtype, strides: Sequence[int] | None = None
-    ) -> DeferredLogits:
-        hidden = source.hidden_states
-        shape = (*hidden.shape[:-1], source.weight.shape[0])
+    def __new__(cls, source: Logits, dtype: torch.dtype, like: Tensor | None = None) -> Any:
+        """``like``: a tensor of the meta device, for what is not contiguous."""
+        if like is None:
+            hidden = source.hidden_states
+            like = torch.empty(*hidden.shape[:-1], source.weight.shape[0], device="meta")
         self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, strides=strides, dtype=dtype, device=hidden.device, requires_grad=False
+            cls,
+            like.shape,
+            strides=like.stride(),
+            storage_offset=like.storage_offset(),
+            dtype=dtype,
+            device=source.hidden_states.device,
+            requires_grad=False,
         )
-        self.source, self.view_of, self._value = source, None, None
+        self.source, self.done, self._value = source, None, None
         return self
 
     def value(self) -> Tensor:
-        """The logits, computed at the first call; a view is one of what it is a view of, which is
-        computed for it: a change in place is seen in both."""
+        """The logits, computed at the first call and without a graph; a view is one of what it is a
+        view of, which is computed for it: a change in place is seen in both."""
         if self._value is None:
-            if self.view_of is not None:
-                base, view = self.view_of
-                self._value = view(base.value())
+            before, do, view = self.done or (None, None, False)
+            if before is not None and do is not None and (view or before._as_computed()):
+                with torch.inference_mode(False), torch.no_grad():
+                    self._value = do(before.value())
             else:
                 self._value = self.source.value(self.dtype)
         return self._value
+
+    def read(self) -> Tensor:
+        """The logits, a plain tensor that is a view of this one to autograd."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return torch.ops.aten.alias(self)  # type: ignore[no-any-return]
 
     def known(self) -> bool:
         """Whether somebody has looked, at these or at what they are a view of."""
         if self._value is not None:
             return True
-        return self.view_of is not None and self.view_of[0].known()
+        return self.done is not None and self.done[2] and self.done[0].known()
+
+    def _as_computed(self) -> bool:
+        """Whether somebody has looked and nobody has changed them in place."""
+        return self.known() and not self.is_inference() and self._version == 0
+
+    def deferrable(self) -> bool:
+        """Whether results may be computed without these.
+
+        Not if somebody has looked, since the values are there, unless another result was computed
+        without them before: a checkpoint makes its calls again, of logits that are known by then,
+        and must get what it got.
+        """
+        uses = self.source.uses
+        if uses.watched:
+            return False
+        if not self.known():
+            return True
+        return uses.fused and self._as_computed() and self.source.changed() is None
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
+    @torch.compiler.disable  # a compiled loss over deferred logits: this runs, and is not traced
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        first: Any = args[0] if args else kwargs.get("input")
+        if func == _GRAD_FN and first.source.copied and not first.known():  # DDP asks
+            return None
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        first = args[0] if args else kwargs.get("input")
-        if func in (_REQUIRES_GRAD, _IS_LEAF) and not first.known():  # type: ignore[union-attr]
-            requires_grad = first.source.requires_grad()  # type: ignore[union-attr]
-            return requires_grad if func == _REQUIRES_GRAD else not requires_grad
-        if func == _GRAD_FN:  # DDP asks
-            return first.value().grad_fn if first.known() else None  # type: ignore[union-attr]
-        if func == Tensor.register_hook and not first.known() and _of_fsdp(args[1]):  # type: ignore[union-attr]
+        if func == Tensor.register_hook and not first.known() and _of_fsdp(args[1]):
             return None  # it waits for the backward of any output: the loss is one
-        for tensor in _watched(func, args, kwargs):
-            if isinstance(tensor, DeferredLogits):
-                _refuse_to_watch(tensor, func)
-        if isinstance(first, DeferredLogits) and not first.known():
+        if func in _OF_THE_TENSOR or func in _OF_THE_GRAPH:
+            for tensor in _watched(func, args, kwargs):
+                if isinstance(tensor, DeferredLogits):
+                    _watch(tensor, func)
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func == _SET_DATA and isinstance(first, DeferredLogits):
+            first.source.uses.watched = True  # a loss made without them would not see it
+            return func(first.value(), *_of_values(tuple, (args[1:],), {}))
+        if isinstance(first, DeferredLogits) and first.deferrable() and transform() is None:
             rule = CALLS.get(func) if kwargs else RULES.get(func) or CALLS.get(func)
             found = NotImplemented if rule is None else rule(*args, **kwargs)
             if found is not NotImplemented:
                 return found
-        return func(*_computed(args), **_computed(kwargs))
+        return _of_values(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        return func(*_computed(args), **_computed(kwargs or {}))
+        if _thread.views:
+            return _view(func, *args, **(kwargs or {}))
+        args, kwargs = pytree.tree_map_only(DeferredLogits, _value, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _value(logits: DeferredLogits) -> Tensor:
+    return logits.value()
+
+
+def _of_values(func: Any, args: Any, kwargs: Any) -> Any:
+    read: list[tuple[Tensor, DeferredLogits]] = []
+
+    def plain(logits: DeferredLogits) -> Tensor:
+        read.append((logits.read(), logits))
+        return read[-1][0]
+
+    args, kwargs = pytree.tree_map_only(DeferredLogits, plain, (args, kwargs))
+    result = func(*args, **kwargs)
+    # What returns its argument, having changed it or not, has returned the logits.
+    return next((logits for view, logits in read if view is result), result)
+
+
+def _view(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> DeferredLogits:
+    """A view of deferred logits, not computed."""
+    shaped = func(like(logits), *args, **kwargs)
+    found: DeferredLogits = DeferredLogits(logits.source, logits.dtype, shaped)
+    found.done = logits, lambda z: func(z, *args, **kwargs), True
+    return found
+
+
+def like(logits: Tensor) -> Tensor:
+    """The logits' shape, strides and offset, without storage."""
+    with torch._C.DisableTorchFunctionSubclass():
+        shape, strides, offset = logits.shape, logits.stride(), logits.storage_offset()
+    size = offset + 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    return torch.empty(max(size, 0), device="meta").as_strided(shape, strides, offset)
 
 
 def _watched(func: Any, args: Any, kwargs: Any) -> Sequence[Any]:
     """Tensors whose gradients the call asks for."""
-    if func in (Tensor.register_hook, Tensor.retain_grad):
+    if func in _OF_THE_TENSOR:
         return args[:1]  # type: ignore[no-any-return]
-    if func is torch.autograd.grad:
-        return args[1]  # type: ignore[no-any-return]
-    return kwargs.get("inputs") or () if func is torch.autograd.backward else ()
+    given: Any = kwargs.get("inputs")
+    if func is torch.autograd.grad and given is None:
+        given = args[1]
+    return given if isinstance(given, Sequence) else [given]
 
 
 def _of_fsdp(hook: Any) -> bool:
@@ -289,8 +275,10 @@ def _of_fsdp(hook: Any) -> bool:
     return module.startswith("torch.distributed.fsdp")
 
 
-def _refuse_to_watch(logits: DeferredLogits, func: Any) -> None:
-    if not logits.source.fused:
+def _watch(logits: DeferredLogits, func: Any) -> None:
+    """Losses take the logits from here on; refused where one already went without them."""
+    if not logits.source.uses.fused:
+        logits.source.uses.watched = True
         return
     raise ArgumentError(
         "fastft (deferred logits)",
@@ -299,7 +287,3 @@ def _refuse_to_watch(logits: DeferredLogits, func: Any) -> None:
         got=f"{func.__name__} after their loss was computed without them",
         remedy="Call the model without labels for that loss, or use accelerate(loss=False).",
     )
-
-
-def _computed(tree: Any) -> Any:
-    return pytree.tree_map_only(DeferredLogits, lambda t: t.value(), tree)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastft.nn.deferred import RULES, DeferredLogits, HeadAdapter
+from fastft.nn.deferred import RULES, DeferredLogits, like
+from fastft.nn.deferred_graph import done, made_of, viewed
+from fastft.nn.deferred_source import HeadAdapter, Uses
 
 __all__: list[str] = []
 
 
-def _with(logits: DeferredLogits, **change: Any) -> DeferredLogits:
-    logits.source.check()
-    # Other tensors have other versions: nothing was changed by taking them.
-    return DeferredLogits(replace(logits.source, versions=(), **change), logits.dtype)
+def _same(gradient: Tensor) -> Tensor:
+    return gradient
 
 
 def _taken(
@@ -28,18 +27,19 @@ def _taken(
 
     shape_of: does to the logits what ``pick`` does to tensors with another last dimension.
     """
-    logits.source.check()
-    like = torch.empty_strided(logits.shape, logits.stride(), device="meta")
-    found = shape_of(like)
-    source = replace(logits.source, versions=(), **logits.source.at(pick))
-    taken = DeferredLogits(source, logits.dtype, found.stride())
-    if found.untyped_storage()._cdata == like.untyped_storage()._cdata:
-        taken.view_of = (logits, shape_of)
-    return taken
+    change = logits.source.at(pick)
+    of = like(logits)
+    if shape_of(of).untyped_storage()._cdata == of.untyped_storage()._cdata:
+        return viewed(logits, shape_of, **change)
+    shape = logits.shape
+    return done(logits, shape_of, lambda d: d.reshape(shape), **change)
 
 
 def _cast(logits: DeferredLogits, dtype: torch.dtype) -> DeferredLogits:
-    return logits if dtype == logits.dtype else DeferredLogits(logits.source, dtype)
+    before = logits.dtype
+    if dtype == before:
+        return logits
+    return done(logits, lambda z: z.to(dtype), lambda d: d.to(before), dtype)
 
 
 def _to(logits: DeferredLogits, *args: Any) -> Any:
@@ -55,7 +55,19 @@ def _multiplied(logits: Any, factor: Any) -> Any:
     # A product that torch would give another dtype, or whose factor needs a gradient, is torch's.
     if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not factor > 0:
         return NotImplemented
-    return DeferredLogits(logits.source.times(factor), logits.dtype)
+    source = logits.source
+
+    def times(z: Tensor) -> Tensor:
+        return z * factor
+
+    return done(
+        logits,
+        times,
+        times,
+        scale=source.scale * factor,
+        softcap=source.softcap * factor,  # the cap grows with them
+        steps=(*source.steps, times),
+    )
 
 
 def _divided(logits: Any, divisor: Any) -> Any:
@@ -68,7 +80,14 @@ def _tanh(logits: DeferredLogits) -> Any:
     source = logits.source
     if source.softcap:
         return NotImplemented
-    return _with(logits, softcap=1.0, steps=(*source.steps, torch.tanh))
+    change: dict[str, Any] = {"softcap": 1.0, "steps": (*source.steps, torch.tanh)}
+    capped, dtype = made_of(logits, **change), logits.dtype
+
+    def back(gradient: Tensor) -> Tensor:
+        capped.check()
+        return gradient * (1 - capped.computed(dtype).square())
+
+    return done(logits, torch.tanh, back, **change)
 
 
 def _added(logits: Any, other: Any) -> Any:
@@ -84,7 +103,11 @@ def _added(logits: Any, other: Any) -> Any:
         return NotImplemented
     bias = other.reshape(-1)
     added = bias if source.added is None else source.added + bias
-    return _with(logits, added=added, steps=(*source.steps, lambda z: z + bias))
+
+    def plus(z: Tensor) -> Tensor:
+        return z + bias
+
+    return done(logits, plus, _same, added=added, steps=(*source.steps, plus))
 
 
 def _reshaped(logits: DeferredLogits, *shape: Any) -> Any:
@@ -116,18 +139,24 @@ def _chosen(logits: DeferredLogits, index: Any) -> Any:
     if not whole:
         return NotImplemented
     if isinstance(items[0], Tensor):  # a copy
-        return _with(logits, **logits.source.at(lambda t: t[items]))
+        shape = logits.shape
+        return done(
+            logits,
+            lambda z: z[items],
+            lambda d: d.new_zeros(shape).index_put(items, d),
+            **logits.source.at(lambda t: t[items]),
+        )
     return _taken(logits, lambda z: z[items], lambda t: t[items])
 
 
 def _contiguous(logits: DeferredLogits) -> DeferredLogits:
-    return logits if logits.is_contiguous() else DeferredLogits(logits.source, logits.dtype)
+    return logits if logits.is_contiguous() else done(logits, torch.Tensor.contiguous, _same)
 
 
 def _cloned(logits: DeferredLogits) -> Any:
     if torch.is_grad_enabled() or not logits.source.copied:
         return NotImplemented
-    return DeferredLogits(logits.source, logits.dtype)
+    return done(logits, torch.clone, _same)
 
 
 def _detached(logits: DeferredLogits) -> Any:
@@ -137,14 +166,16 @@ def _detached(logits: DeferredLogits) -> Any:
     bias, adapter = source.bias, source.adapter
     if adapter is not None:
         adapter = HeadAdapter(*(t.detach() for t in adapter))
-    return _with(
+    detached = made_of(
         logits,
         hidden_states=source.hidden_states.detach(),
         weight=source.weight.detach(),
         bias=None if bias is None else bias.detach(),
         adapter=adapter,
         graph=False,
+        uses=Uses(),
     )
+    return DeferredLogits(detached, logits.dtype)
 
 
 def _mean(logits: DeferredLogits, *dims: Any) -> Any:

@@ -9,13 +9,16 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 import fastft.nn.deferred_rules  # noqa: F401  what models do between head and loss
 from fastft import ops
 from fastft.nn import trl_head
 from fastft.nn.calls import count
-from fastft.nn.deferred import CALLS, DeferredLogits, HeadAdapter, Logits
+from fastft.nn.deferred import CALLS, DeferredLogits
+from fastft.nn.deferred_graph import deferred
+from fastft.nn.deferred_source import HeadAdapter, Logits
 from fastft.nn.lora import FusedLoraLinear
 from fastft.nn.plans import Parts
 from fastft.nn.rules import hooked
@@ -31,6 +34,7 @@ __all__ = [
     "end_forward",
     "fleeting_logits",
     "head_losses",
+    "heads_in",
     "refusal",
 ]
 
@@ -86,7 +90,7 @@ def _deferred(
         fleeting=_thread.fleeting > 0,
         copied=any(f.ddp_looks for f in _thread.forwards),
     )
-    return DeferredLogits(source, autocast or hidden_states.dtype)
+    return deferred(source, autocast or hidden_states.dtype)
 
 
 class FusedHead(nn.Linear):
@@ -137,17 +141,40 @@ FusedLoraHead.fastft_original = FusedLoraLinear.fastft_original
 FusedLoraHead.__name__ = "Linear"
 
 
+def heads_in(head: nn.Module) -> dict[str, nn.Module]:
+    """The modules that may compute what the head computes, by their names in it: of a trained one
+    (PEFT's ``modules_to_save``) the copy of each adapter and the original."""
+    if not isinstance(head, ModulesToSaveWrapper):
+        return {"": head}
+    copies = {f".modules_to_save.{name}": m for name, m in head.modules_to_save.items()}
+    return {".original_module": head.original_module, **copies}
+
+
+def _head_now(head: Any) -> tuple[nn.Module, str | None]:
+    """The module that computes what the head computes now, and why it may not be fused whatever it
+    is itself."""
+    if not isinstance(head, ModulesToSaveWrapper):
+        return head, None
+    reason = "hooks on the head" if hooked(head) else None
+    if head.disable_adapters or not head.active_adapters:
+        return head.original_module, reason
+    return head.modules_to_save[head.active_adapters[0]], reason
+
+
 def begin_forward(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a language model: defer the logits when there are labels."""
     if torch.compiler.is_compiling():
         return
-    head = model.get_output_embeddings()
+    head, reason = _head_now(model.get_output_embeddings())
     trl, labels = bool(kwargs.get("fused_lm_head")), kwargs.get("labels") is not None
     wanted = not trl and (labels or _thread.wanted > 0)
     ddp_looks = _ddp_looks_for_a_graph()
     if wanted and not labels and ddp_looks:
         # It would find none, and take every parameter to be unused.
         count(head, "DDP that finds unused parameters")
+        wanted = False
+    if wanted and reason is not None:
+        count(head, reason)
         wanted = False
     _thread.forwards.append(_Forward(weakref.ref(head) if wanted else None, trl, ddp_looks))
     if trl:
@@ -221,13 +248,15 @@ def refusal(source: Logits) -> str | None:
 
 def head_losses(logits: DeferredLogits, labels: Tensor, **options: Any) -> Any:
     """:func:`fastft.ops.linear_cross_entropy` of deferred logits, counted; NotImplemented where
-    it cannot be fused.
+    it cannot be fused, or the logits are to be read.
 
     Args:
         labels: of the shape of the logits without their last dimension, or of it.
         options: other arguments of the operation.
     """
     source = logits.source
+    if not logits.deferrable():
+        return NotImplemented
     source.check()
     reason = refusal(source)
     count(source.head, reason)

@@ -47,6 +47,8 @@ def check(
     mask: Tensor | None,
     reduction: str,
     chunk: int | None,
+    lora_s: Tensor | None = None,
+    lora_b: Tensor | None = None,
 ) -> None:
     """Refuses what the operation is not defined for.
 
@@ -91,12 +93,19 @@ def check(
         check_shape(WHERE, "teacher", teacher, (*leading, vocabulary), what)
     if bias is not None:
         check_shape(WHERE, "bias", bias, (vocabulary,), "(vocabulary,)")
+    rank = lora_b.shape[-1] if isinstance(lora_b, Tensor) and lora_b.dim() else 0
+    adapter = (("lora_s", lora_s, leading), ("lora_b", lora_b, (vocabulary,)))
+    for name, tensor, rows in adapter if lora_s is not None or lora_b is not None else ():
+        check_tensor(WHERE, name, tensor)
+        check_device(WHERE, name, tensor, device)  # type: ignore[arg-type]
+        check_dtype(WHERE, name, tensor, FLOATS)  # type: ignore[arg-type]
+        check_shape(WHERE, name, tensor, (*rows, rank), "rows, r")  # type: ignore[arg-type]
     if mask is not None:
         check_tensor(WHERE, "mask", mask)
         check_dtype(WHERE, "mask", mask, (torch.bool,))
         check_shape(WHERE, "mask", mask, leading, "hidden_states[:-1]")
-    trained = torch.is_grad_enabled() and (
-        weight.requires_grad or (bias is not None and bias.requires_grad)
+    trained = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (weight, bias, lora_b)
     )
     refusals = (
         ("kind", kind in KINDS, " or ".join(map(repr, KINDS)), repr(kind)),

@@ -50,6 +50,8 @@ def linear_divergence(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    lora_s: Tensor | None = None,
+    lora_b: Tensor | None = None,
     mask: Tensor | None = None,
     reduction: str = "mean",
     backend: str | None = None,
@@ -65,9 +67,11 @@ def linear_divergence(
         temperature: T, above 0.
         beta: of the Jensen-Shannon divergence, between 0 and 1 (near 0 forward, near 1 reverse).
         bias, logit_scale, softcap: of the student's logits.
+        lora_s, lora_b: (..., r) and (vocabulary, r), an adapter of the student's head: what its A
+            and scaling make of ``hidden_states``, and its B, in any floating dtype.
         mask: (...) bool, True for tokens that count; None: all do.
         reduction: "mean" over the tokens that count, "sum", or "none": one number a token, 0 where
-            it does not count; the head must then be frozen.
+            it does not count; the head and lora_b must then be frozen.
         chunk: tokens of a slab, of which there are two.
 
     Returns:
@@ -76,11 +80,17 @@ def linear_divergence(
     Raises:
         DtypeError, ShapeError, DeviceError, ArgumentError: see ``check``.
     """
-    check(hidden_states, weight, teacher, kind, temperature, beta, bias, mask, reduction, chunk)
+    check(
+        hidden_states, weight, teacher, kind, temperature, beta, bias, mask, reduction, chunk,
+        lora_s, lora_b,
+    )  # fmt: skip
     leading = hidden_states.shape[:-1]
     given = _Call(KINDS[kind], temperature, beta, logit_scale, softcap or 0.0)
     source = _teacher_source(teacher, hidden_states.device.type)
-    losses = _losses(hidden_states, weight, bias, source, given, mask, None, backend, chunk)
+    adapter = lora_s, lora_b
+    losses = _losses(
+        hidden_states, weight, bias, adapter, source, given, mask, None, backend, chunk
+    )
     return _reduced(losses.view(leading) * temperature**2, mask, reduction)
 
 
@@ -156,8 +166,8 @@ def soft_cross_entropy(
         return torch.where(mass[places][:, None] > 0, log_q, 0.0), dict(_PLAIN)
 
     losses = _losses(
-        hidden_states, weight, bias, source, given, None, mass, backend, chunk
-    )  # fmt: skip
+        hidden_states, weight, bias, (None, None), source, given, None, mass, backend, chunk
+    )
     # s KL(q / s || p) = sum q log q - s log s - sum q log p
     losses = losses - (plogp - torch.special.xlogy(mass, mass))
     return losses.view(hidden_states.shape[:-1])
@@ -195,6 +205,7 @@ def _losses(
     hidden_states: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    adapter: tuple[Tensor | None, Tensor | None],
     source: Source,
     given: _Call,
     mask: Tensor | None,
@@ -205,7 +216,10 @@ def _losses(
     device_type = hidden_states.device.type
     dtype = autocast_dtype(device_type) or hidden_states.dtype
     flat = hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype).contiguous()
-    tensors = [flat, weight, bias]
+    lora_s, lora_b = adapter
+    if lora_s is not None:
+        lora_s = lora_s.reshape(-1, lora_s.shape[-1]).to(dtype).contiguous()
+    tensors = [flat, weight, bias, lora_s, lora_b]
     if not torch.is_grad_enabled():
         tensors = [None if t is None else t.detach() for t in tensors]
     name, launcher = backends.select(
@@ -264,14 +278,22 @@ class LinearDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_s: Tensor | None,
+        lora_b: Tensor | None,
+        *rest: Any,
     ) -> Tensor:
-        needs = Needs(*ctx.needs_input_grad[:3])
+        needs = Needs(*ctx.needs_input_grad[:5])
         with without_autocast(hidden.device.type):
-            head = Head(hidden, weight.to(hidden.dtype))
+            narrow = None if lora_b is None else lora_b.to(hidden.dtype)
+            head = Head(hidden, weight.to(hidden.dtype), lora_s, narrow)
             losses, made = _run(needs, head, bias, *rest)
-        ctx.save_for_backward(*made[:3])
-        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        ctx.save_for_backward(*made)
+        given = hidden, weight, bias, lora_s, lora_b
+        ctx.dtypes = [None if t is None else t.dtype for t in given]
         ctx.needs = needs
         return losses
 
@@ -285,12 +307,11 @@ class LinearDivergence(torch.autograd.Function):
                 got="create_graph=True",
                 remedy="Take them of logits: fastft.ops.divergence, or accelerate(loss=False).",
             )
-        hidden, weight, bias = ctx.saved_tensors
+        each = d_losses[:, None]
         one = d_losses[:1] if d_losses.numel() else d_losses.new_zeros(1)
         scaled: list[Tensor | None] = []
         for gradient, scale, dtype, need in zip(
-            (hidden, weight, bias), (d_losses[:, None], one, one), ctx.dtypes, ctx.needs[:3],
-            strict=True,
+            ctx.saved_tensors, (each, one, one, each, one), ctx.dtypes, ctx.needs, strict=True
         ):  # fmt: skip
             if not need:
                 scaled.append(None)

@@ -200,7 +200,9 @@ def _disproof(site: Site, rule: Rule) -> str | None:
 
 
 def _attach_head(owner: Any) -> None:
-    """The hooks that make a language model's head defer."""
+    """The hooks that make a language model's head defer: once, whatever copies the head has."""
+    if head_module.begin_forward in owner._forward_pre_hooks.values():
+        return
     owner.register_forward_pre_hook(head_module.begin_forward, with_kwargs=True)
     owner.register_forward_hook(head_module.end_forward, always_call=True)
 

@@ -27,7 +27,7 @@ from fastft.nn.embedding import (
     table_refusal,
 )
 from fastft.nn.experts import FusedLoraExperts, experts_of, experts_refusal
-from fastft.nn.head import FusedHead, FusedLoraHead
+from fastft.nn.head import FusedHead, FusedLoraHead, heads_in
 from fastft.nn.lora import FusedLoraLinear, module_refusal
 from fastft.nn.mlp import FusedGatedMLP, activation_of, layout_of
 from fastft.nn.norm import (
@@ -191,10 +191,12 @@ def _loss_sites(model: nn.Module) -> Iterator[Site]:
     owner = language_model_of(model)
     if owner is None:
         return
-    head = owner.get_output_embeddings()
-    name = next((n for n, m in model.named_modules() if m is head), "lm_head")
-    fused = FusedLoraHead if original_of(head) is PeftLinear else FusedHead
-    yield Site(name, head, _head_refusal(head), fused)
+    whole = owner.get_output_embeddings()
+    name = next((n for n, m in model.named_modules() if m is whole), "lm_head")
+    around = "hooks on the head" if hooked(whole) else None
+    for part, head in heads_in(whole).items():
+        fused = FusedLoraHead if original_of(head) is PeftLinear else FusedHead
+        yield Site(name + part, head, _head_refusal(head) or around, fused)
 
 
 def _loss_backend(head: Any) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import fastft
+from fastft.nn import FusedHead
 from tests.integration import tiny
 
 NAMES = list(tiny.ARCHITECTURES)
@@ -122,6 +124,76 @@ def test_trained_head_and_embeddings() -> None:
     got = tiny.step(fused, batch)
     assert any("lm_head" in name for name in got[1])
     tiny.assert_as_exact(got, tiny.step(plain, batch), tiny.step(exact, batch))
+    original, copied = [m for m in fastft.explain(fused).modules if m.kind == "loss"]
+    assert copied.name.endswith("lm_head.modules_to_save.default")
+    assert (copied.fused_calls, copied.fallback_calls) == (1, {})
+    assert (original.fused, original.fused_calls) == (True, 0)
+
+
+def test_trained_heads_of_several_adapters() -> None:
+    """Which copy of the head runs is asked at every call: switched, disabled, added and deleted."""
+    config = {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}
+    plain = tiny.peft_model("llama", **config)
+    plain.add_adapter("second", plain.peft_config["default"])
+    with torch.no_grad():
+        for name, p in plain.named_parameters():
+            if "modules_to_save.second" in name:
+                p.add_(torch.linspace(-1, 1, p.numel()).view(p.shape) / 10)
+    fused = fastft.accelerate(copy.deepcopy(plain))
+    batch, found = tiny.inputs("llama"), []
+    for model in (plain, fused):
+        results = []
+
+        def step(model: Any, results: list[Any]) -> None:
+            model.zero_grad(set_to_none=True)
+            loss = model(**batch).loss
+            if loss.requires_grad:
+                loss.backward()
+            grads = [p.grad for n, p in model.named_parameters() if p.grad is not None]
+            results.append([loss.detach(), *grads])
+
+        step(model, results)
+        model.set_adapter("second")
+        step(model, results)
+        with model.disable_adapter():
+            step(model, results)
+        torch.manual_seed(1)
+        model.add_adapter("third", plain.peft_config["default"])  # of the original: as it runs
+        model.set_adapter("third")
+        step(model, results)
+        model.delete_adapter("third")
+        model.set_adapter("default")
+        step(model, results)
+        found.append(results)
+    for got, want in zip(found[1], found[0], strict=True):
+        assert len(got) == len(want)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    reports = {m.name.rsplit(".", 1)[-1]: m for m in fastft.explain(fused).modules
+               if m.kind == "loss"}  # fmt: skip
+    calls = {name: report.fused_calls for name, report in reports.items()}
+    assert calls == {"original_module": 1, "default": 2, "second": 1}
+    assert not any(report.fallback_calls for report in reports.values())
+    fastft.restore(fused)
+    assert all(type(m) is not FusedHead for m in fused.modules())
+    assert type(fused(**batch).logits) is torch.Tensor
+
+
+def test_hooks_on_a_trained_head_run() -> None:
+    """On what PEFT wraps around the copies, and on a copy; after ``accelerate``."""
+    plain = tiny.peft_model("llama", modules_to_save=["lm_head"], target_modules=["q_proj"])
+    batch = tiny.inputs("llama")
+    for part in ("", ".modules_to_save.default"):
+        models = [copy.deepcopy(plain), fastft.accelerate(copy.deepcopy(plain))]
+        losses = []
+        for model in models:
+            hooked = model.get_submodule(f"base_model.model.lm_head{part}")
+            hooked.register_full_backward_hook(lambda module, given, _: (0.5 * given[0],))
+            losses.append(model(**batch).loss)
+            losses[-1].backward()
+        for (name, p), q in zip(models[1].named_parameters(), models[0].parameters(), strict=True):
+            if q.grad is not None:
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])

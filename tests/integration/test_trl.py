@@ -93,6 +93,22 @@ def test_dpo_is_trls_own(
     assert not counts.fallback
 
 
+def test_dpo_with_a_trained_head(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:  # noqa: F811
+    """modules_to_save: the policy's head is a trained copy, the reference's another, of an
+    adapter that TRL adds after ``accelerate``."""
+    plain = tiny.peft_model("llama", modules_to_save=["lm_head"], target_modules=["q_proj"])
+    exact = tiny.in_float64(plain)
+    fused = fastft.accelerate(copy.deepcopy(plain))
+    ours, theirs, truth = (
+        losses(dpo(model, tmp_path / name, tokenizer))
+        for name, model in {"a": fused, "b": plain, "c": exact}.items()
+    )
+    assert_as_exact(ours, theirs, truth)
+    for module in head_of(fused).modules_to_save.values():
+        assert call_counts(module).fused >= 20
+        assert not call_counts(module).fallback
+
+
 def by_logits(trainer: str, model: Any, folder: Path, tokenizer: Any, **changed: Any) -> Any:  # noqa: F811
     """A trainer of TRL's that asks the model for logits."""
     module = pytest.importorskip(f"trl.experimental.{trainer.lower()}")

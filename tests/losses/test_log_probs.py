@@ -31,8 +31,9 @@ def by_hand(model: Any, given: dict[str, Tensor], labels: Tensor, temperature: f
     return torch.where(labels[:, 1:] == -100, 0.0, found)
 
 
-def gradients(model: Any, loss: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+def gradients(model: Any, loss: Tensor, **options: Any) -> list[Tensor]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return list(torch.autograd.grad(loss, trained, **options))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -113,6 +114,25 @@ def test_a_teacher_changed_since_is_refused() -> None:
         losses.distillation_loss(student, logits)
 
 
+def test_logits_that_were_changed_or_are_watched_are_read() -> None:
+    plain, fused, given, labels = pair("llama")
+    teacher = torch.randn(tiny.BATCH, tiny.TOKENS, tiny.VOCABULARY)
+    found = []
+    for model in (plain, fused):
+        with losses.deferred_logits():
+            logits, watched = model(**given).logits, model(**given).logits
+        logits[..., 3] = -20.0
+        watched.retain_grad()
+        both = [losses.distillation_loss(logits, teacher), losses.token_log_probs(logits, labels)]
+        loss = both[0] + both[1].sum() + losses.distillation_loss(watched, teacher)
+        loss = loss + losses.token_log_probs(watched, labels).sum()
+        found.append([loss, *gradients(model, loss, retain_graph=True)])
+        loss.backward()
+        found[-1].append(watched.grad)
+    for got, want in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
 def test_an_adapter_on_the_head() -> None:
     config = {"target_modules": ["q_proj", "lm_head"]}
     plain = tiny.peft_model("llama", **config)
@@ -126,6 +146,30 @@ def test_an_adapter_on_the_head() -> None:
             logits = model(**given).logits
         loss = losses.log_probs(model, labels, **given).sum()
         loss = loss + losses.distillation_loss(logits, teacher)
+        found.append([loss, *gradients(model, loss)])
+    for got, want in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+    counts = call_counts(fused.get_base_model().get_output_embeddings())
+    assert counts.fused >= 2
+    assert "logits were read" not in counts.fallback
+
+
+def test_a_teacher_with_an_adapter_on_its_head_is_read() -> None:
+    config = {"target_modules": ["q_proj", "lm_head"]}
+    plain = tiny.peft_model("llama", **config)
+    fused = fastft.accelerate(copy.deepcopy(plain))
+    teachers = (
+        tiny.peft_model("qwen2", **config),
+        fastft.accelerate(tiny.peft_model("qwen2", **config)),
+    )
+    given, found = tiny.inputs("llama"), []
+    given.pop("labels")
+    for model, teacher in zip((plain, fused), teachers, strict=True):
+        with losses.deferred_logits():
+            logits = model(**given).logits
+            with torch.no_grad():
+                of_teacher = teacher(**given).logits
+        loss = losses.distillation_loss(logits, of_teacher)
         found.append([loss, *gradients(model, loss)])
     for got, want in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)

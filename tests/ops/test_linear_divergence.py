@@ -91,6 +91,42 @@ def test_autocast() -> None:
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_an_adapter_of_the_head(kind: str, chunk: int | None) -> None:
+    """Against plain torch in float64: the loss and each gradient."""
+    shapes = {"hidden_states": (2, 5, 8), "weight": (40, 8), "bias": (40,), "lora_s": (2, 5, 3),
+              "lora_b": (40, 3)}  # fmt: skip
+    given = {name: torch.randn(shape, dtype=F64) for name, shape in shapes.items()}
+    teacher, mask = torch.randn(2, 5, 40, dtype=F64), torch.rand(2, 5) > 0.3
+    mask[0, 0] = True
+
+    def plain(
+        hidden_states: Tensor, weight: Tensor, bias: Tensor, lora_s: Tensor, lora_b: Tensor
+    ) -> Tensor:
+        z = (hidden_states @ weight.t() + lora_s @ lora_b.t() + bias) * 1.5
+        return ops.divergence(z, teacher, kind=kind, temperature=2.0, mask=mask)
+
+    def results(dtype: torch.dtype, fused: bool) -> list[Tensor]:
+        leaves = {name: t.clone().to(dtype).requires_grad_() for name, t in given.items()}
+        if fused:
+            loss = ops.linear_divergence(
+                teacher=teacher.to(dtype), kind=kind, temperature=2.0, logit_scale=1.5, mask=mask,
+                chunk=chunk, **leaves,
+            )  # fmt: skip
+        else:
+            loss = plain(**leaves)
+        return [loss.detach(), *torch.autograd.grad(loss, list(leaves.values()))]
+
+    got = results(F32, fused=True)
+    for a, b in zip(got, results(F64, fused=False), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+    frozen = {name: t.float() for name, t in given.items()}
+    frozen["lora_s"].requires_grad_()
+    each = ops.linear_divergence(teacher=teacher.float(), reduction="none", **frozen)
+    assert bool(torch.autograd.grad(each.sum(), frozen["lora_s"])[0].abs().sum() > 0)
+
+
 def _rejected() -> list[Rejected]:
     h, w, teacher = torch.randn(4, 6), torch.randn(9, 6), torch.randn(4, 9)
 
@@ -112,6 +148,14 @@ def _rejected() -> list[Rejected]:
         ("temperature", {"temperature": 0.0}, errors.ArgumentError, ["temperature", "above 0"]),
         ("beta", {"beta": 1.0}, errors.ArgumentError, ["beta", "between 0 and 1"]),
         ("reduction", {"reduction": "all"}, errors.ArgumentError, ["reduction", "all"]),
+        ("adapter alone", {"lora_b": torch.zeros(9, 2)}, errors.DtypeError, ["lora_s"]),
+        ("rank", {"lora_s": torch.zeros(4, 3), "lora_b": torch.zeros(9, 2)}, errors.ShapeError,
+         ["lora_s", "(4, 2)"]),
+        ("adapter's rows", {"lora_s": torch.zeros(4, 2), "lora_b": torch.zeros(8, 2)},
+         errors.ShapeError, ["lora_b", "(9, 2)"]),
+        ("trained adapter", {"reduction": "none", "lora_s": torch.zeros(4, 2),
+                             "lora_b": torch.zeros(9, 2).requires_grad_()},
+         errors.ArgumentError, ["trained head"]),
         ("trained head", {"reduction": "none", "weight": w.clone().requires_grad_()},
          errors.ArgumentError, ["trained head"]),
     ]  # fmt: skip
