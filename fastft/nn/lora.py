@@ -226,19 +226,18 @@ class FusedLoraLinear(KeepsUnmerged, PeftLinear):
         """PEFT's merge, which also keeps the weights as they were, in host memory."""
         packing.unpack([self])
         forget_norms([self])
-        outer = self.__dict__.get(_MERGING, False)  # PEFT merges again while it merges
         self.__dict__[_MERGING] = True
         try:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         finally:
-            self.__dict__[_MERGING] = outer
+            del self.__dict__[_MERGING]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """PEFT's; while merging in float32, for adapters of 16 bits too: the sum with the weight is
         rounded once."""
         delta: Tensor
         parts = [part[adapter] for part in (self.lora_A, self.lora_B)]
-        if not self.__dict__.get(_MERGING) or parts[1].weight.dtype not in _NARROW:
+        if _MERGING not in self.__dict__ or parts[1].weight.dtype not in _NARROW:
             delta = super().get_delta_weight(adapter)
             return delta
         a, b = (part.weight.float() for part in parts)
