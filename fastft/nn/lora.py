@@ -31,10 +31,6 @@ __all__ = [
 ]
 
 
-# Set in a layer while it merges.
-_MERGING = "fastft_merging"
-_NARROW = (torch.bfloat16, torch.float16)
-
 # What the layer is, whatever its adapters.
 LAYER_RULES: tuple[Rule, ...] = (
     *LAYER_STATE,
@@ -226,23 +222,7 @@ class FusedLoraLinear(KeepsUnmerged, PeftLinear):
         """PEFT's merge, which also keeps the weights as they were, in host memory."""
         packing.unpack([self])
         forget_norms([self])
-        self.__dict__[_MERGING] = True
-        try:
-            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        finally:
-            del self.__dict__[_MERGING]
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """PEFT's; while merging in float32, for adapters of 16 bits too: the sum with the weight is
-        rounded once."""
-        delta: Tensor
-        parts = [part[adapter] for part in (self.lora_A, self.lora_B)]
-        if _MERGING not in self.__dict__ or parts[1].weight.dtype not in _NARROW:
-            delta = super().get_delta_weight(adapter)
-            return delta
-        a, b = (part.weight.float() for part in parts)
-        delta = (b @ a) * self.scaling[adapter]
-        return delta.t() if self.fan_in_fan_out else delta
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unmerge(self) -> None:
         """PEFT's unmerge, to the very bits from before the merge."""
