@@ -178,7 +178,7 @@ def distillation_loss(
     own.check()
     if teacher_of is not None:
         teacher_of.check()
-    with own.context(), own.without_logits():
+    with own.context(), student.without_logits():  # type: ignore[attr-defined]
         return linear_divergence(
             own.hidden_states,
             own.weight,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -119,8 +119,10 @@ class DeferredLogits(Tensor):
         source: what it is made of.
         done: the deferred logits that something was done to, what, and whether this is a view of
             them.
+        fused: whether a result with a gradient was computed without them, before anybody looked.
     """
 
+    fused = False
     source: Logits
     done: tuple[DeferredLogits, Callable[[Tensor], Tensor], bool] | None
     _value: Tensor | None
@@ -173,16 +175,28 @@ class DeferredLogits(Tensor):
     def deferrable(self) -> bool:
         """Whether results may be computed without these.
 
-        Not if somebody has looked, since the values are there, unless another result was computed
-        without them before: a checkpoint makes its calls again, of logits that are known by then,
-        and must get what it got.
+        Not if somebody has looked, since the values are there, and may have been changed. But a
+        checkpoint makes its calls again, in a backward, of logits that are known by then, and must
+        get what it got.
         """
-        uses = self.source.uses
-        if uses.watched:
+        if self.source.uses.watched:
             return False
         if not self.known():
             return True
-        return uses.fused and self._as_computed() and self.source.changed() is None
+        again = torch._C._current_graph_task_id() != -1 and self._went_without()
+        return again and self._as_computed() and self.source.changed() is None
+
+    def without_logits(self) -> AbstractContextManager[object]:
+        """For a result that is computed without them."""
+        if self.source.graph and torch.is_grad_enabled():
+            tensor: DeferredLogits | None = self
+            while tensor is not None and not tensor.known():
+                tensor.fused = True
+                tensor = tensor.done[0] if tensor.done is not None else None
+        return self.source.without_logits()
+
+    def _went_without(self) -> bool:
+        return self.fused or (self.done is not None and self.done[0]._went_without())
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype})"

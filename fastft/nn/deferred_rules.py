@@ -186,7 +186,7 @@ def _mean(logits: DeferredLogits, *dims: Any) -> Any:
     source.check()
     wide = torch.promote_types(logits.dtype, torch.float32)
     pairs = [(source.hidden_states, source.weight), *([source.adapter] if source.adapter else [])]
-    with source.without_logits():
+    with logits.without_logits():
         mean = torch.zeros((), dtype=wide, device=logits.device)
         for rows, of_classes in pairs:
             row = of_classes.mean(0, dtype=wide)

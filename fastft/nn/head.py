@@ -265,7 +265,7 @@ def head_losses(logits: DeferredLogits, labels: Tensor, **options: Any) -> Any:
     adapter = source.adapter
     if adapter is not None:
         options |= adapter._asdict()
-    with source.context(), source.without_logits():
+    with source.context(), logits.without_logits():
         return ops.linear_cross_entropy(
             source.hidden_states,
             source.weight,

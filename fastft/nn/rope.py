@@ -77,7 +77,10 @@ _thread = threading.local()  # .modules: whose forward this thread is in, innerm
 
 def _current(forward: Any, facts: RopeFacts) -> Callable[..., Any] | None:
     """The fused code with what its module's names mean now: others may have patched one since.
-    None when the rotary function itself is another than the one that was tried."""
+    None when the rotary function itself is another than the one that was tried, or cannot be
+    reached any more."""
+    if _code_of(forward) is None:
+        return None
     code, names, original = _rebound(forward, facts)
     own = inspect.unwrap(forward)
     live = own.__globals__

@@ -119,6 +119,9 @@ class LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
         constants: Constants = ctx.constants
         left = _take(ctx, dys)
+        reached = [i for i, dy in enumerate(dys) if dy is not None]
+        if not reached:  # autograd comes by where a function above gives None
+            return (None,) * len(ctx.needs_input_grad)
         x, tensors = saved_of(ctx) if left is None else left.saved
         needs = ctx.needs_input_grad[2:]
         if wanted(*dys):
@@ -127,7 +130,6 @@ class LoraLinear(torch.autograd.Function):
         if constants.scaled:
             saved[-1] = unchanged(saved[-1], ctx.witnesses)
         made = None if left is None else left.made
-        reached = [i for i, dy in enumerate(dys) if dy is not None]
         if len(reached) == len(dys):
             dx, parts = gradients(constants, x, saved, dys, needs[0], asked, made)
         else:

@@ -205,10 +205,13 @@ class DoraScale(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, scale: Tensor, bias: Tensor | None, backend: str) -> Tensor:
         ctx.save_for_backward(z, scale, bias)
         ctx.backend = backend
+        ctx.set_materialize_grads(False)  # what no gradient reaches has none
         return _fwd_kernel(z, scale, bias, backend)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
+        if dy is None:
+            return None, None, None, None
         z, scale, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if wanted(dy):

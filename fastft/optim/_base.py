@@ -17,7 +17,7 @@ from fastft.ops.optimizer_step import ROUNDINGS, RULES
 from fastft.optim._batch import Batch, Part, by_device
 from fastft.optim._flat import Flat, check_rounding, flatten
 from fastft.optim._host import HostBatch
-from fastft.optim._hyper import check_hyper, refuse_grad
+from fastft.optim._hyper import check_group, check_hyper, refuse_grad
 from fastft.optim._places import PLACES
 from fastft.optim._saved import SavedState
 from fastft.optim._shards import aligned, any_sharded, global_norm, shard_offset
@@ -104,8 +104,9 @@ class FusedOptimizer(SavedState):
         where = self._where = f"fastft.optim.{type(self).__name__}"
         ranged = {k: v for k, v in defaults.items() if not isinstance(v, bool)}
         check_hyper(where, ranged)
+        above_zero = hasattr(max_grad_norm, "__float__") and max_grad_norm > 0  # type: ignore[operator]
         for name, value, valid, expected in (
-            ("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0, "> 0"),
+            ("max_grad_norm", max_grad_norm, max_grad_norm is None or above_zero, "> 0"),
             ("rounding", rounding, rounding in ROUNDINGS, " or ".join(ROUNDINGS)),
             ("seed", seed, isinstance(seed, Integral) and 0 <= seed < 2**64, "0 to 2**64 - 1"),
             ("differentiable", differentiable, not differentiable, "False"),
@@ -373,6 +374,7 @@ class FusedOptimizer(SavedState):
             raise ArgumentError(
                 self._where, "state_bits", expected=_either(allowed), got=f"{bits!r}{whose}"
             )
+        check_group(self._where, param_group, self.defaults)
         self.defaults.update(self._more)
         super().add_param_group(param_group)
         try:

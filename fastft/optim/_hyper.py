@@ -12,7 +12,7 @@ from fastft.errors import ArgumentError, DtypeError, ShapeError
 if TYPE_CHECKING:
     from fastft.optim._base import FusedOptimizer
 
-__all__ = ["GRAD_DTYPES", "RefusedError", "check_hyper", "refuse_grad"]
+__all__ = ["GRAD_DTYPES", "RefusedError", "check_group", "check_hyper", "refuse_grad"]
 
 # Of gradients; those of float64 parameters may be float64 too.
 GRAD_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -23,6 +23,19 @@ class RefusedError(DtypeError, RuntimeError):
     """Sparse or complex: torch's optimizers raise a RuntimeError, some of ours a TypeError."""
 
 
+def check_group(where: str, group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """A group's own hyper-parameters: numbers where the optimizer's are. Their range is, as in
+    torch, the caller's.
+
+    Raises:
+        ArgumentError: a text for a number, or betas that are not two numbers in [0, 1).
+    """
+    for name, value in group.items():
+        number = isinstance(defaults.get(name), (int, float, Tensor))
+        if (number and isinstance(value, str)) or name == "betas":
+            check_hyper(where, {name: value})
+
+
 def check_hyper(where: str, values: dict[str, Any]) -> None:
     """Hyper-parameters that are numbers in range: betas in [0, 1), all else non-negative.
 
@@ -30,6 +43,8 @@ def check_hyper(where: str, values: dict[str, Any]) -> None:
         ArgumentError: with torch's words in its text, which callers may look for.
     """
     for name, value in values.items():
+        if name == "betas" and not (isinstance(value, (tuple, list)) and len(value) == 2):
+            raise ArgumentError(where, name, expected="two numbers", got=repr(value))
         for number in value if name == "betas" else (value,):
             if not hasattr(number, "__float__"):
                 raise ArgumentError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import poisoned
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -100,6 +101,44 @@ def test_an_optimizer_leaves_an_unreached_sibling_alone(dora: bool) -> None:
             assert (p.grad is None) == (q.grad is None), name
             if p.grad is not None:
                 torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-5)
+
+
+class _Stop(torch.autograd.Function):
+    """Gives its input no gradient; autograd then asks what made it for gradients of nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> None:
+        return None
+
+
+class _Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.q(x)
+        return hidden.sum() + _Stop.apply(self.k(hidden)).sum()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_no_gradient_at_all_reaches_gives_none(dora: bool) -> None:
+    config = LoraConfig(r=R, target_modules=["q", "k"], use_dora=dora, init_lora_weights=False)
+    torch.manual_seed(0)
+    plain = get_peft_model(_Chain(), config)
+    fused = fastft.accelerate(copy.deepcopy(plain))
+    x = torch.randn(256, 64)
+    for model in (plain, fused):
+        with poisoned():
+            model(x).backward()
+    for (name, p), q in zip(plain.named_parameters(), fused.named_parameters(), strict=True):
+        assert (p.grad is None) == (q[1].grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(q[1].grad, p.grad, rtol=1e-4, atol=1e-3)
 
 
 def test_a_batch_of_gradients_through_a_gated_unit() -> None:

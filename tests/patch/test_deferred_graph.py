@@ -250,3 +250,32 @@ def test_a_compiled_loss_over_deferred_logits() -> None:
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("change", ["data", "numpy"])
+def test_a_change_without_a_version_is_seen_after_a_fused_loss(change: str) -> None:
+    plain = tiny.peft_model("llama", target_modules=["q_proj"])
+    given, found = tiny.inputs("llama"), []
+    for model in (plain, fastft.accelerate(copy.deepcopy(plain))):
+        out = model(**given)
+        if change == "data":
+            out.logits.data.div_(3.0)
+        else:
+            out.logits.detach().numpy()[..., 4:] = -50.0
+        found.append(nll(out.logits, given["labels"]))
+    torch.testing.assert_close(*found)
+
+
+def test_a_checkpoint_that_read_reads_again_though_a_sibling_went_without() -> None:
+    model = fastft.accelerate(tiny.peft_model("llama", target_modules=["q_proj"]))
+    given = tiny.inputs("llama")
+    labels = given["labels"]
+    with fastft.losses.deferred_logits():
+        z = model(input_ids=given["input_ids"]).logits
+    y, total = z.double(), z.sum()
+
+    def loss(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.reshape(-1))
+
+    read = checkpoint(loss, z, use_reentrant=False)
+    (loss(y) + read + 0 * total).backward()
