@@ -51,16 +51,21 @@ def context_fn(policy: str) -> Callable[[], Contexts]:
 def keep_products() -> Contexts:
     """Of "lora". These hooks are within the checkpoint's own, which therefore see nothing, and
     nothing is recomputed but what is made again from saved tensors."""
-    if torch.compiler.is_compiling():
+    if _compiling():
         return create_selective_checkpoint_contexts(_save)
     return saving(recipes=True), nullcontext()
 
 
 def keep_input() -> Contexts:
     """Of "full": all is recomputed but the last product."""
-    if torch.compiler.is_compiling():
+    if _compiling():
         return create_selective_checkpoint_contexts(_recompute)
     return full_contexts()
+
+
+def _compiling() -> bool:
+    """torch 2.11 asks for contexts while it compiles, and says that it does not."""
+    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
 
 
 def _save(context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

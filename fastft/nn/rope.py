@@ -196,8 +196,10 @@ def rotary_function(cls: type[nn.Module]) -> str | None:
     for name in forward.__code__.co_names:
         found = forward.__globals__.get(name)
         if callable(found) and not isinstance(found, type):
+            # Older Transformers beside the package kernels make a module of it.
+            made = found.forward if isinstance(found, nn.Module) else found
             try:
-                parameters = list(inspect.signature(found).parameters)
+                parameters = list(inspect.signature(made).parameters)
             except (TypeError, ValueError):
                 continue
             if parameters[:4] == _PARAMETERS:

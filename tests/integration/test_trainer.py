@@ -7,6 +7,7 @@ a few times as far as plain PEFT in float32 does.
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 from pathlib import Path
 from typing import Any
@@ -301,10 +302,13 @@ def test_sft_trainer(
     layers = [m for m in found["modules"] if m["kind"] == "lora"]
     assert all(m["fused_calls"] for m in layers)
     assert not any(m["fallback_calls"] for m in layers)
-    # TRL 1.16 has a fused head of its own, which fastft stands in for; before, the model's loss.
+    # TRL 1.16 has a fused head of its own, which fastft stands in for; one of 1.14 stays TRL's.
     (head,) = [m for m in found["modules"] if m["kind"] == "loss"]
-    assert head["fused_calls"]
-    assert set(head["fallback_calls"]) <= {"logits were read"}
+    if hasattr(importlib.import_module("trl.trainer.utils"), "_use_triton"):
+        assert head["fused_calls"]
+        assert set(head["fallback_calls"]) <= {"logits were read"}
+    else:
+        assert set(head["fallback_calls"]) <= {"this version of TRL has another fused head"}
 
 
 def test_sft_trainer_makes_its_adapters_under_patch_peft(
