@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastft import native
+from fastft.cpu._supports import refusal
 from fastft.cpu.products import mm_nn, mm_nt, mm_tn, native_bfloat16, scratch
 
 __all__ = [
@@ -24,12 +25,7 @@ __all__ = [
 
 def supports(*, device_type: str, dtype: torch.dtype, **_: object) -> str | None:
     """float32, bfloat16 and float16."""
-    if not native.available():
-        return f"the compiled module is missing ({native.load_error()})"
-    if dtype not in native.DTYPE_CODES:
-        kinds = ", ".join(map(str, native.DTYPE_CODES))
-        return f"hidden states in {dtype}; the CPU kernels take {kinds}"
-    return None
+    return refusal({"hidden states in ": dtype})
 
 
 def new_slab(name: str, tokens: int, vocabulary: int, hidden: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastft import native
 from fastft.cpu import lora_layers, thin
 from fastft.cpu._lora_buffers import dropped, keep, narrow, row_slices, scatter, stacked, thin_side
+from fastft.cpu._supports import refusal
 from fastft.cpu.lora_layers import takes_scales as takes_scales
 from fastft.cpu.product import Part, Term, product, serves, takes
 from fastft.cpu.products import mm_nn, mm_nt, mm_tn, scratch
@@ -32,13 +33,7 @@ def supports(
     *, device_type: str, dtype: torch.dtype, adapter_dtype: torch.dtype, r: int
 ) -> str | None:
     """float32, bfloat16 and float16 activations and adapters."""
-    if not native.available():
-        return f"the compiled module is missing ({native.load_error()})"
-    for name, value in (("activations", dtype), ("adapters", adapter_dtype)):
-        if value not in native.DTYPE_CODES:
-            kinds = ", ".join(map(str, native.DTYPE_CODES))
-            return f"{name} in {value}; the CPU kernels take {kinds}"
-    return None
+    return refusal({"activations in ": dtype, "adapters in ": adapter_dtype})
 
 
 def threshold16(p: float) -> int:

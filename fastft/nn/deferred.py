@@ -187,13 +187,16 @@ class DeferredLogits(Tensor):
         return again and self._as_computed() and self.source.changed() is None
 
     def without_logits(self) -> AbstractContextManager[object]:
-        """For a result that is computed without them."""
-        if self.source.graph and torch.is_grad_enabled():
+        """For a result that is computed without them: gradients where they were enabled for the
+        head, and are."""
+        graph = self.source.graph and torch.is_grad_enabled()
+        if graph:
+            self.source.uses.fused = True
             tensor: DeferredLogits | None = self
             while tensor is not None and not tensor.known():
                 tensor.fused = True
                 tensor = tensor.done[0] if tensor.done is not None else None
-        return self.source.without_logits()
+        return torch.set_grad_enabled(graph)
 
     def _went_without(self) -> bool:
         return self.fused or (self.done is not None and self.done[0]._went_without())

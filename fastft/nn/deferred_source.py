@@ -145,14 +145,6 @@ class Logits:
         """Autocast as it was for the head."""
         return autocast_as(self.hidden_states.device.type, self.autocast)
 
-    def without_logits(self) -> AbstractContextManager[object]:
-        """For a result that is computed without the logits: gradients where they were enabled for
-        the head, and are."""
-        graph = self.graph and torch.is_grad_enabled()
-        if graph:
-            self.uses.fused = True
-        return torch.set_grad_enabled(graph)
-
     def total_bias(self) -> Tensor | None:
         """The head's bias and what the model has added."""
         if self.bias is None or self.added is None:

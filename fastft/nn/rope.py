@@ -75,14 +75,23 @@ class FusedRope(Swapped):
 _thread = threading.local()  # .modules: whose forward this thread is in, innermost last
 
 
+class _Fused(NamedTuple):
+    """A forward over the names of its module, with fastft's rotary function in place of its own."""
+
+    code: FunctionType
+    names: dict[str, Any]
+    own: FunctionType  # the function under the forward's decorators
+    original: Callable[..., Any]  # its rotary function
+
+
 def _current(forward: Any, facts: RopeFacts) -> Callable[..., Any] | None:
     """The fused code with what its module's names mean now: others may have patched one since.
     None when the rotary function itself is another than the one that was tried, or cannot be
     reached any more."""
-    if _code_of(forward) is None:
+    found = _rebound(forward, facts)
+    if found is None:
         return None
-    code, names, original = _rebound(forward, facts)
-    own = inspect.unwrap(forward)
+    code, names, own, original = found
     live = own.__globals__
     if live.get(facts.name) is not original:
         return None
@@ -93,21 +102,25 @@ def _current(forward: Any, facts: RopeFacts) -> Callable[..., Any] | None:
 
 
 @functools.cache
-def _rebound(
-    forward: Any, facts: RopeFacts
-) -> tuple[FunctionType, dict[str, Any], Callable[..., Any]]:
-    """``forward`` over the names of its module, the second, with fastft's function in place of its
-    own, the third."""
-    wrapper, inner = forward, getattr(forward, "__wrapped__", None)
-    if inner is None:
-        names = dict(forward.__globals__)
-        original = names[facts.name]
-        names[facts.name] = fused_rope(original, facts)
-        return _copied(forward, names, forward.__closure__), names, original
-    # A decorator's function: the same, around the fused code.
-    code, names, original = _rebound(inner, facts)
-    cells = [CellType(code) if _holds(c, inner) else c for c in wrapper.__closure__]
-    return _copied(wrapper, wrapper.__globals__, tuple(cells)), names, original
+def _rebound(forward: Any, facts: RopeFacts) -> _Fused | None:
+    own = _code_of(forward)
+    if own is None or facts.name not in own.__globals__:
+        return None
+    names = dict(own.__globals__)
+    original = names[facts.name]
+    names[facts.name] = fused_rope(original, facts)
+    code = _around(forward, own, _copied(own, names, own.__closure__))
+    return _Fused(code, names, own, original)
+
+
+def _around(forward: Any, own: FunctionType, code: FunctionType) -> FunctionType:
+    """The decorators of a forward around ``code`` in place of what they are around."""
+    if forward is own:
+        return code
+    inner = forward.__wrapped__
+    fused = _around(inner, own, code)
+    cells = [CellType(fused) if _holds(c, inner) else c for c in forward.__closure__]
+    return _copied(forward, forward.__globals__, tuple(cells))
 
 
 def _holds(cell: CellType, value: Any) -> bool:

@@ -40,7 +40,7 @@ def _note_adapters(
 
 
 def _adapters_again(constants: Constants, x: Tensor, *tensors: Any) -> Tensor:
-    """The ss of a call once more, as ``_room`` lays them out; tensors: its lora_as and masks."""
+    """The ss of a call once more, as ``room_of`` lays them out; tensors: its lora_as and masks."""
     half = len(tensors) // 2
     lora_as, masks = list(tensors[:half]), list(tensors[half:])
     ss, held = room_of(x, lora_as, constants.spans)

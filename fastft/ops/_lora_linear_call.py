@@ -67,7 +67,7 @@ class Constants(NamedTuple):
             end += size
         return [*found, tensors[end:]]
 
-    def rest(self) -> Any:
+    def rest(self) -> tuple[list[float], list[float], list[int], list[int], str]:
         """The arguments of the registered operation after its tensors."""
         return self.scalings, self.dropout_ps, self.owners, self.spans, self.backend
 

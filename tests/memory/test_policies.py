@@ -45,16 +45,20 @@ def test_under_autocast_and_with_an_embedding_that_is_trained(policy: str) -> No
     assert same(run(policy), run("none"))
 
 
+def compiled_gradients(model: nn.Module) -> list[torch.Tensor]:
+    compiled = torch.compile(model, backend="aot_eager")
+    ids = torch.arange(12).view(1, 12)
+    compiled(input_ids=ids, labels=ids).loss.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
 @pytest.mark.parametrize("policy", ["lora", "attention", "full"])
 def test_compiled(policy: str) -> None:
     def run(policy: str | None) -> list[torch.Tensor]:
         model = llama(dropout=0.0, num_hidden_layers=2)
         if policy is not None:
             memory.checkpoint(model, policy)
-        compiled = torch.compile(model, backend="aot_eager")
-        ids = torch.arange(12).view(1, 12)
-        compiled(input_ids=ids, labels=ids).loss.backward()
-        return [p.grad for p in model.parameters() if p.grad is not None]
+        return compiled_gradients(model)
 
     for a, b in zip(run(policy), run(None), strict=True):
         torch.testing.assert_close(a, b)
@@ -169,10 +173,7 @@ def test_transformers_own_checkpointing_compiled(policy: str) -> None:
         model = llama(dropout=0.0, num_hidden_layers=2)
         if policy is not None:
             switch_on(model, "gradient", context_fn=memory.context_fn(policy))
-        compiled = torch.compile(model, backend="aot_eager")
-        ids = torch.arange(12).view(1, 12)
-        compiled(input_ids=ids, labels=ids).loss.backward()
-        return [p.grad for p in model.parameters() if p.grad is not None]
+        return compiled_gradients(model)
 
     for a, b in zip(run(policy), run(None), strict=True):
         torch.testing.assert_close(a, b)
