@@ -1,41 +1,48 @@
-"""TRL's trainers that ask a model for its logits (ORPO, CPO and with it SimPO), without them.
+"""TRL's trainers that ask a model for its logits, without them: ORPO, CPO and with it SimPO, and
+the distillations GKD, GOLD and IW-OPD; and its ``DistillationTrainer``, which makes none itself, by
+the fused operation.
 
-They take each token's log-probability by a function of TRL's, ``selective_log_softmax``. For as
-long as the context is open that function knows deferred logits (:mod:`fastft.nn.deferred`) of
-accelerated models; given any others it is TRL's own.
+They take each token's log-probability, or its divergence from a teacher, by a function of TRL's.
+For as long as the context is open that function knows deferred logits (:mod:`fastft.nn.deferred`)
+of accelerated models; given any others it is TRL's own.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastft.losses.log_probs import token_log_probs
+from fastft.losses.log_probs import distillation_loss, token_log_probs
 from fastft.nn.deferred import DeferredLogits
 from fastft.nn.head import fleeting_logits
+from fastft.ops import Teacher, linear_divergence
+from fastft.ops._checks import autocast_dtype
+from fastft.ops._differentiable import transform
 
 __all__ = ["deferred_in_trl"]
 
-_NAME = "selective_log_softmax"
 _lock = threading.Lock()
 _open = 0  # contexts, of all threads
-_replaced: list[tuple[Any, Any]] = []  # modules, and what they held
+_replaced: list[tuple[Any, str, Any]] = []  # modules and classes, a name, what it was
 
 
 @contextmanager
 def deferred_in_trl() -> Iterator[None]:
-    """Inside, :func:`fastft.losses.deferred_logits`, and TRL's log-probabilities come out of the
-    fused head:
+    """Inside, :func:`fastft.losses.deferred_logits`, and TRL's log-probabilities and divergences
+    come out of the fused head:
 
         trainer = ORPOTrainer(model=fastft.accelerate(model), ...)
         with fastft.losses.deferred_in_trl():
             trainer.train()
+
+    GKD's teacher is best accelerated, too: else its logits are made, all at once.
 
     Under DDP set ``ddp_find_unused_parameters=False`` in the trainer's arguments, without which
     nothing is deferred there. TRL's modules that are imported when the first context opens are
@@ -53,28 +60,151 @@ def deferred_in_trl() -> Iterator[None]:
         with _lock:
             _open -= 1
             if _open == 0:
-                for module, original in _replaced:
-                    setattr(module, _NAME, original)
+                for owner, name, original in _replaced:
+                    setattr(owner, name, original)
                 _replaced.clear()
 
 
 def _serve() -> None:
     for name, module in list(sys.modules.items()):
-        original = vars(module).get(_NAME) if name.startswith("trl.") else None
-        if original is not None:
-            _replaced.append((module, original))
-            setattr(module, _NAME, _knowing_deferred(original))
+        if not name.startswith("trl."):
+            continue
+        _replace(module, "selective_log_softmax", _log_probs_of_deferred)
+        _replace(module, "_chunked_divergence_loss", _divergence_of_heads)
+        for kind in list(vars(module).values()):  # the lazy ones are no classes yet
+            if isinstance(kind, type) and kind.__module__ == name:
+                _replace(kind, "generalized_jsd_loss", _divergence_of_deferred)
 
 
-def _knowing_deferred(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _replace(owner: Any, name: str, knowing: Callable[[Any], Any]) -> None:
+    original = vars(owner).get(name)
+    if original is not None:
+        _replaced.append((owner, name, original))
+        setattr(owner, name, knowing(original))
+
+
+def _log_probs_of_deferred(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def selective_log_softmax(
         logits: Tensor, index: Tensor, temperature: float = 1.0, *rest: Any, **options: Any
     ) -> Tensor:
-        deferred = isinstance(logits, DeferredLogits) and logits.deferrable()
         masked = any(value is not None for value in (*rest, *options.values()))
-        if deferred and not masked and index.shape == logits.shape[:-1]:
+        if _deferred(logits) and not masked and index.shape == logits.shape[:-1]:
             return token_log_probs(logits, index, temperature=temperature, shift=False)
         return original(logits, index, temperature, *rest, **options)
 
     return selective_log_softmax
+
+
+def _kind(beta: float) -> dict[str, Any]:
+    """TRL's beta in this library's terms."""
+    ends = {0.0: {"kind": "forward_kl"}, 1.0: {"kind": "reverse_kl"}}
+    return ends.get(beta, {"kind": "jensen_shannon", "beta": beta})
+
+
+# Of the divergence's options those at which it is that of whole distributions.
+_WHOLE: dict[str, tuple[Any, ...]] = {
+    "logits_are_probs": (False,),
+    "top_k": (0,),
+    "add_tail": (False, True),  # of the top_k
+}
+
+
+def _divergence_of_deferred(original: Any) -> Any:
+    theirs = original.__func__
+
+    @functools.wraps(theirs)
+    def generalized_jsd_loss(
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None = None,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        reduction: str = "batchmean",
+        *rest: Any,
+        num_items_in_batch: Any = None,
+        **options: Any,
+    ) -> Tensor:
+        summed = num_items_in_batch is not None or reduction in ("batchmean", "sum")
+        whole = not rest and all(value in _WHOLE.get(key, ()) for key, value in options.items())
+        fits = student_logits.shape == teacher_logits.shape
+        if labels is not None:
+            fits = fits and labels.shape == student_logits.shape[:-1]
+        if not (_deferred(student_logits) and summed and whole and fits):
+            return theirs(  # type: ignore[no-any-return]
+                student_logits, teacher_logits, labels, beta, temperature, reduction, *rest,
+                num_items_in_batch=num_items_in_batch, **options,
+            )  # fmt: skip
+        mask = None if labels is None else labels != -100
+        total = distillation_loss(
+            student_logits,
+            teacher_logits,
+            mask,
+            temperature=temperature,
+            reduction="sum",
+            **_kind(beta),
+        )
+        total = total / temperature**2  # which TRL leaves out
+        if num_items_in_batch is not None:
+            return _over(total, num_items_in_batch)
+        if reduction == "sum":
+            return total
+        rows = max(student_logits.shape[0], 1) if mask is None else mask.sum().clamp_min(1)
+        return total / rows
+
+    return staticmethod(generalized_jsd_loss)
+
+
+# What TRL's function takes, by which it is known.
+_OF_HEADS = (
+    "student_hidden_states", "teacher_hidden_states", "student_lm_head_weight",
+    "teacher_lm_head_weight", "completion_mask", "beta", "num_items_in_batch",
+    "student_lm_head_bias", "teacher_lm_head_bias", "student_logit_scale", "teacher_logit_scale",
+    "student_final_logit_softcapping", "teacher_final_logit_softcapping", "temperature",
+)  # fmt: skip
+
+
+def _divergence_of_heads(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+    if tuple(signature.parameters) != _OF_HEADS:
+        return original
+
+    @functools.wraps(original)
+    def _chunked_divergence_loss(*args: Any, **kwargs: Any) -> Any:
+        """TRL's: the loss, the sum of the student's entropies, the number of tokens that count."""
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        hidden, of_teacher, weight, teacher_weight, mask, beta, items, *rest = bound.args
+        bias, teacher_bias, scale, teacher_scale, cap, teacher_cap, temperature = rest
+        tensors = [hidden, of_teacher, weight, teacher_weight, bias, teacher_bias]
+        plain = all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors)
+        same = weight.dtype == hidden.dtype or autocast_dtype(hidden.device.type) is not None
+        if not (plain and same) or transform() is not None:
+            return original(*args, **kwargs)
+        counts = mask.reshape(hidden.shape[:-1]) != 0
+        total, entropy = linear_divergence(
+            hidden,
+            weight,
+            Teacher(of_teacher, teacher_weight, teacher_bias, teacher_scale, teacher_cap),
+            bias=bias,
+            logit_scale=scale,
+            softcap=cap,
+            temperature=temperature,
+            mask=counts,
+            reduction="sum",
+            return_entropy=True,
+            **_kind(beta),
+        )
+        number = counts.sum()
+        loss = _over(total / temperature**2, number.clamp(min=1) if items is None else items)
+        return loss, entropy.sum(), number
+
+    return _chunked_divergence_loss
+
+
+def _over(total: Tensor, number: Tensor | float) -> Tensor:
+    return total / (number.to(total.device) if isinstance(number, Tensor) else number)
+
+
+def _deferred(logits: Tensor) -> bool:
+    return isinstance(logits, DeferredLogits) and logits.deferrable()

@@ -24,6 +24,7 @@ from fastft.ops._checks import autocast_dtype, without_autocast
 from fastft.ops._differentiable import batched
 from fastft.ops._divergence_checks import KINDS, WHERE, Teacher, check
 from fastft.ops._head_loop import (
+    ELSEWHERE,
     Gradients,
     Head,
     Needs,
@@ -54,9 +55,10 @@ def linear_divergence(
     lora_b: Tensor | None = None,
     mask: Tensor | None = None,
     reduction: str = "mean",
+    return_entropy: bool = False,
     backend: str | None = None,
     chunk: int | None = None,
-) -> Tensor:
+) -> Any:
     """Divergence of the student's distribution from the teacher's.
 
     Args:
@@ -72,6 +74,8 @@ def linear_divergence(
         mask: (...) bool, True for tokens that count; None: all do.
         reduction: "mean" over the tokens that count, "sum", or "none": one number a token, 0 where
             it does not count; the head and lora_b must then be frozen.
+        return_entropy: return (divergence, entropy): of each token -sum_v p log p, float32 (...), 0
+            where it does not count, without gradient.
         chunk: tokens of a slab, of which there are two.
 
     Returns:
@@ -88,10 +92,13 @@ def linear_divergence(
     given = _Call(KINDS[kind], temperature, beta, logit_scale, softcap or 0.0)
     source = _teacher_source(teacher, hidden_states.device.type)
     adapter = lora_s, lora_b
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    entropy = hidden_states.new_zeros(leading, dtype=wide) if return_entropy else None
     losses = _losses(
-        hidden_states, weight, bias, adapter, source, given, mask, None, backend, chunk
+        hidden_states, weight, bias, adapter, source, given, mask, None, entropy, backend, chunk
     )
-    return _reduced(losses.view(leading) * temperature**2, mask, reduction)
+    loss = _reduced(losses.view(leading) * temperature**2, mask, reduction)
+    return loss if entropy is None else (loss, entropy)
 
 
 def divergence(
@@ -166,7 +173,7 @@ def soft_cross_entropy(
         return torch.where(mass[places][:, None] > 0, log_q, 0.0), dict(_PLAIN)
 
     losses = _losses(
-        hidden_states, weight, bias, (None, None), source, given, None, mass, backend, chunk
+        hidden_states, weight, bias, (None, None), source, given, None, mass, None, backend, chunk
     )
     # s KL(q / s || p) = sum q log q - s log s - sum q log p
     losses = losses - (plogp - torch.special.xlogy(mass, mass))
@@ -210,6 +217,7 @@ def _losses(
     given: _Call,
     mask: Tensor | None,
     row_scale: Tensor | None,
+    entropy: Tensor | None,
     backend: str | None,
     chunk: int | None,
 ) -> Tensor:
@@ -235,7 +243,10 @@ def _losses(
         free_bytes=free_bytes(flat.device),
     )
     kept = None if mask is None else mask.reshape(-1)
-    return LinearDivergence.apply(*tensors, source, given, kept, row_scale, launcher, rows)
+    entropies = None if entropy is None else entropy.view(-1)
+    return LinearDivergence.apply(
+        *tensors, source, given, kept, row_scale, entropies, launcher, rows
+    )
 
 
 def _run(
@@ -246,6 +257,7 @@ def _run(
     given: _Call,
     kept: Tensor | None,
     row_scale: Tensor | None,
+    entropy: Tensor | None,
     launcher: Any,
     chunk: int,
 ) -> tuple[Tensor, Gradients]:
@@ -261,6 +273,8 @@ def _run(
             logits = logits.to(head.wide)
         if options["teacher_bias"] is not None:
             options["teacher_bias"] = options["teacher_bias"].detach().to(head.wide).contiguous()
+        if entropy is not None:
+            entropy[places] = _entropies(launcher, slab, wide_bias, given)
         found = head.hidden.new_empty(slab.shape[0], dtype=head.wide)
         scale = None if row_scale is None else row_scale[places]
         launcher.divergence_rows(
@@ -271,6 +285,23 @@ def _run(
 
     slabs(launcher, head, tokens, chunk, needs, out, rows)
     return losses, out
+
+
+def _entropies(launcher: Any, slab: Tensor, bias: Tensor | None, given: _Call) -> Tensor:
+    """Of the slab's rows: one of the loss's statistics."""
+    rows, classes = slab.shape
+    wide = torch.promote_types(slab.dtype, torch.float32)
+    names = ("top", "log_sum", "z_label", "entropy", "log_sum_sq", "mean_logit")
+    found = dict(zip(names, slab.new_empty(len(names), rows, dtype=wide).unbind(), strict=True))
+    absent = ("class_weight", "label_weight", "row_scale", "entropy_scale", "weighted_sum")
+    label = torch.full((rows,), ELSEWHERE, dtype=torch.int64, device=slab.device)
+    launcher.rows(
+        slab, labels=label, argmax=torch.empty_like(label), bias=bias, **found,
+        **dict.fromkeys(absent), scale=given.scale / given.temperature,
+        softcap=given.softcap / given.temperature, smoothing=0.0, z_loss=0.0,
+        weight_sum=float(classes), classes=float(classes), statistics=True, gradient=False,
+    )  # fmt: skip
+    return found["entropy"]
 
 
 class LinearDivergence(torch.autograd.Function):
@@ -321,4 +352,4 @@ class LinearDivergence(torch.autograd.Function):
                 continue
             target = torch.empty_like(gradient, dtype=dtype)
             scaled.append(torch.mul(gradient, scale, out=target))
-        return *scaled, *[None] * 6
+        return *scaled, *[None] * 7

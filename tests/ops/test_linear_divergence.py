@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from harness import Rejected, assert_as_good_as_torch, assert_rejected, poisoned
@@ -78,6 +80,24 @@ def test_reductions_masks_and_a_trained_bias() -> None:
     (d_bias,) = torch.autograd.grad(mean, bias)
     plain = divergence(0, hidden.detach() @ weight.t() + bias, teacher, 0.5)[mask].mean()
     torch.testing.assert_close(d_bias, torch.autograd.grad(plain, bias)[0])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_entropies(backend: str) -> None:
+    """Of the student's distribution at the temperature, where a token counts."""
+    hidden, weight, bias = torch.randn(2, 6, 8), torch.randn(40, 8), torch.randn(40)
+    teacher, mask = torch.randn(2, 6, 40), torch.rand(2, 6) > 0.4
+    options: dict[str, Any] = {"bias": bias, "softcap": 3.0, "temperature": 1.7, "logit_scale": 1.5}
+    hidden.requires_grad_()
+    loss, entropy = ops.linear_divergence(
+        hidden, weight, teacher, mask=mask, return_entropy=True, chunk=3, backend=backend, **options
+    )
+    assert not entropy.requires_grad
+    z = 3 * torch.tanh(1.5 * (hidden.detach() @ weight.t() + bias) / 3) / 1.7
+    want = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1) * mask
+    torch.testing.assert_close(entropy, want, rtol=1e-5, atol=1e-5)
+    same = ops.linear_divergence(hidden, weight, teacher, mask=mask, backend=backend, **options)
+    torch.testing.assert_close(loss, same)
 
 
 def test_autocast() -> None:
