@@ -1,6 +1,6 @@
 """``make gpu OUT=dir``: builds, tests and measures everything on the GPU of this machine.
 
-    python -m bench.gpu OUT
+    python -m bench.gpu OUT [--only tests,layer,e2e] [--seconds 400]
 
 Writes OUT/gpu.json (versions, device, commit, every step, every kernel), OUT/tests.jsonl (every
 GPU test with its errors and times), OUT/<suite>.jsonl (benchmarks) and a log of each step, copies
@@ -69,7 +69,8 @@ _PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cachepro
 # measures time runs after them, alone. A package that this machine lacks breaks the collection of
 # some tests, not of the others.
 _TESTS = ("--continue-on-collection-errors", "tests/gpu")
-_PARALLEL = ("-n", "8", "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
+_PROCESSES = str(max(1, min(14, (os.cpu_count() or 1) - 2)))
+_PARALLEL = ("-n", _PROCESSES, "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
 _LINES = {_REPORT: "{out}/tests.jsonl"}
 _BENCH = (sys.executable, "-m", "bench")
 
@@ -253,15 +254,22 @@ def collect(lines: Iterable[str], found: Mapping[str, Any]) -> dict[str, Entry]:
     return entries
 
 
-def run(out: Path, steps: Sequence[Step] = STEPS, results: Path | None = None) -> int:
-    """All steps; returns the exit status. ``results`` is where the committed results lie."""
+def run(
+    out: Path,
+    steps: Sequence[Step] = STEPS,
+    results: Path | None = None,
+    seconds: float = TOTAL_LIMIT_S,
+) -> int:
+    """These steps, one after another; returns the exit status. ``results`` is where the committed
+    results lie."""
     results = results or ROOT / "bench" / "results"
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    # Lines of an earlier run are not this run's.
-    for old in ("tests", *SUITES):
+    chosen = [step.name for step in steps]
+    # Lines of an earlier run of a step are not this run's.
+    for old in chosen:
         (out / f"{old}.jsonl").unlink(missing_ok=True)
-    deadline = time.monotonic() + TOTAL_LIMIT_S
+    deadline = time.monotonic() + seconds
     found = facts()
     environment = environment_for(found["capability"])
     print(f"{found['device']}, commit {found['commit']}", flush=True)
@@ -275,7 +283,8 @@ def run(out: Path, steps: Sequence[Step] = STEPS, results: Path | None = None) -
         if outcome.state == "failed":
             print("".join(f"    {line}\n" for line in _tail(out / outcome.log)), end="", flush=True)
     tests = out / "tests.jsonl"
-    entries = collect(tests.read_text().splitlines(), found) if tests.is_file() else {}
+    tested = "tests" in chosen and tests.is_file()
+    entries = collect(tests.read_text().splitlines(), found) if tested else {}
     ledger.record(entries, results / "verified.json")
     slug = re.sub(r"[^a-z0-9]+", "-", found["device"].lower()).strip("-")
     for outcome in outcomes:
@@ -303,13 +312,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("out", type=Path, help="folder for results and logs")
-    out: Path = parser.parse_args(arguments).out
+    names = [step.name for step in STEPS]
+    parser.add_argument("--only", help=f"some of the steps: {','.join(names)}")
+    parser.add_argument("--seconds", type=float, default=TOTAL_LIMIT_S, help="for all of them")
+    given = parser.parse_args(arguments)
+    only = names if given.only is None else given.only.split(",")
+    if unknown := set(only) - set(names):
+        parser.error(f"--only: no step {sorted(unknown)}; there are {','.join(names)}")
     problems = obstacles()
     if problems:
         for problem in problems:
             print(f"bench.gpu: {problem}", file=sys.stderr)
         return 2
-    return run(out)
+    return run(given.out, [step for step in STEPS if step.name in only], seconds=given.seconds)
 
 
 if __name__ == "__main__":

@@ -209,6 +209,37 @@ def test_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
+def test_some_steps_leave_what_others_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--only and --seconds; an unknown step is refused before anything runs."""
+    ran: list[tuple[list[str], float]] = []
+
+    def record(out: Path, steps: Any, seconds: float) -> int:
+        ran.append(([step.name for step in steps], seconds))
+        return 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "obstacles", list)
+        patch.setattr(gpu, "run", record)
+        assert gpu.main([str(tmp_path)]) == 0
+        assert gpu.main([str(tmp_path), "--only", "e2e,tests", "--seconds", "100"]) == 0
+        with pytest.raises(SystemExit):
+            gpu.main([str(tmp_path), "--only", "e2e,nothing"])
+    assert ran == [([s.name for s in gpu.STEPS], gpu.TOTAL_LIMIT_S), (["tests", "e2e"], 100.0)]
+    assert "nothing" in capsys.readouterr().err
+    monkeypatch.setattr(gpu, "facts", lambda: FACTS)
+    for name in ("tests", "lora", "loss"):
+        (tmp_path / f"{name}.jsonl").write_text(_line() if name == "tests" else "old")
+    code = "import sys; open(sys.argv[1], 'w').write('new')"
+    step = gpu.Step("lora", (*_python(code), "{out}/lora.jsonl"), 60)
+    assert gpu.run(tmp_path, [step], tmp_path / "results") == 0
+    assert (tmp_path / "loss.jsonl").read_text() == "old"
+    assert (tmp_path / "lora.jsonl").read_text() == "new"
+    # Tests of another run say nothing of the kernels as they are now.
+    assert ledger.load(tmp_path / "results" / "verified.json") == {}
+
+
 def test_no_step_starts_when_the_time_is_up(tmp_path: Path) -> None:
     step = gpu.Step("late", _python("raise SystemExit(0)"), 60)
     outcome = gpu.run_step(step, tmp_path, time.monotonic() + 1, {})
