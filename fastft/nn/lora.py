@@ -1,4 +1,5 @@
-"""PEFT's LoRA layer over ``nn.Linear`` (or GPT-2's ``Conv1D``), its forward one operation."""
+"""PEFT's LoRA layers over ``nn.Linear``, GPT-2's ``Conv1D`` and bitsandbytes' ``Linear4bit``, their
+forward one operation."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from fastft.nn.calls import count
 from fastft.nn.dora import dropped, forget_norms, scale_of
 from fastft.nn.mixed import adapter_names_of
 from fastft.nn.plans import Parts, Plan, plain_plan
+from fastft.nn.quantized import Dense, dtype_of, is_4bit, state_refusal
 from fastft.nn.rules import ADAPTER_STATE, LAYER_STATE, Rule, first, hooked
 from fastft.nn.unmerged import KeepsUnmerged
 from fastft.ops._checks import autocast_dtype
@@ -26,6 +28,7 @@ __all__ = [
     "ADAPTER_RULES",
     "CALL_RULES",
     "LAYER_RULES",
+    "FusedLora",
     "FusedLoraLinear",
     "module_refusal",
 ]
@@ -34,7 +37,10 @@ __all__ = [
 # What the layer is, whatever its adapters.
 LAYER_RULES: tuple[Rule, ...] = (
     *LAYER_STATE,
-    Rule("base layer is no nn.Linear", lambda m: type(m.base_layer) not in (nn.Linear, Conv1D)),
+    Rule(
+        "base layer is no nn.Linear",
+        lambda m: type(m.base_layer) not in (nn.Linear, Conv1D) and not is_4bit(m.base_layer),
+    ),
     Rule("hooks on the base layer", lambda m: hooked(m.base_layer)),
 )
 
@@ -90,7 +96,9 @@ def _foreign_tensors(p: Parts, x: Any) -> bool:
     if torch.compiler.is_compiling():  # torch.compile shows its own tensors in their place
         return False
     magnitude = () if p.magnitude is None else (p.magnitude.weight,)
-    return not all(type(t) in (Tensor, nn.Parameter) for t in (x, *p.tensors(), *magnitude))
+    weight, *adapter = p.tensors()
+    dense = () if is_4bit(p.base) else (weight,)
+    return not all(type(t) in (Tensor, nn.Parameter) for t in (x, *dense, *adapter, *magnitude))
 
 
 def _several_devices(p: Parts, x: Tensor) -> bool:
@@ -100,11 +108,13 @@ def _several_devices(p: Parts, x: Tensor) -> bool:
 
 def _mixed_dtypes(p: Parts, x: Tensor) -> bool:
     weight, a, b = p.tensors()
-    if not weight.is_floating_point() or a.dtype != b.dtype:
+    dtype = dtype_of(weight)
+    if not dtype.is_floating_point or a.dtype != b.dtype:
         return True
-    if autocast_dtype(x.device.type) is not None:
-        return False
-    return x.dtype != weight.dtype or a.dtype not in (x.dtype, torch.float32)
+    autocast = autocast_dtype(x.device.type)
+    if autocast is not None:  # in which bitsandbytes' products have their own dtype
+        return is_4bit(p.base) and dtype != autocast
+    return x.dtype != dtype or a.dtype not in (x.dtype, torch.float32)
 
 
 # What the call is.
@@ -116,6 +126,16 @@ CALL_RULES: tuple[Rule, ...] = (
     Rule("mixed dtypes", _mixed_dtypes),
 )
 
+# And over a weight in 4 bits.
+CALL_RULES_4BIT: tuple[Rule, ...] = (
+    Rule("4-bit weight under torch.compile", lambda p, x: torch.compiler.is_compiling()),
+    Rule(
+        "DoRA with dropout over a 4-bit weight",  # whose product would keep the weight's values
+        lambda p, x: p.magnitude is not None and p.dropout_p() > 0,
+    ),
+    *CALL_RULES,
+)
+
 
 def module_refusal(layer: PeftLinear) -> str | None:
     """Why the layer, as it stands, runs through PEFT; None when it can run fused."""
@@ -125,11 +145,18 @@ def module_refusal(layer: PeftLinear) -> str | None:
 
 def _standing_plan(layer: PeftLinear) -> Plan | str:
     """What the layer, as it stands, computes, or why that cannot be fused."""
-    reason = first(LAYER_RULES, layer)
+    reason = _layer_refusal(layer)
     if reason is not None:
         return reason
     plan = Plan(layer, None)
     return _plan_refusal(plan) or plan
+
+
+def _layer_refusal(layer: PeftLinear) -> str | None:
+    reason = first(LAYER_RULES, layer)
+    if reason is None and is_4bit(layer.base_layer):
+        return state_refusal(layer.base_layer)
+    return reason
 
 
 def _plan_refusal(plan: Plan) -> str | None:
@@ -140,15 +167,14 @@ def _plan_refusal(plan: Plan) -> str | None:
     return first(PLAN_RULES, plan)
 
 
-class FusedLoraLinear(KeepsUnmerged, PeftLinear):
-    """``peft.tuners.lora.Linear`` whose forward is :func:`fastft.ops.lora_linear_siblings`.
+class FusedLora(nn.Module):
+    """Mixin of the fused classes of PEFT's LoRA layers over a linear one, whose forward is
+    :func:`fastft.ops.lora_linear_siblings`.
 
-    Made by swapping the class of an existing layer, so parameters, state-dict keys, merging,
-    saving and deep copies are PEFT's. A call that cannot be fused runs PEFT's own forward and is
-    counted with its reason.
+    Their layers are made by swapping the class of an existing one, so parameters, state-dict keys,
+    merging, saving and deep copies are PEFT's. A call that cannot be fused runs PEFT's own forward
+    and is counted with its reason.
     """
-
-    fastft_original = PeftLinear
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan = self.plan(x, args, kwargs)
@@ -159,9 +185,11 @@ class FusedLoraLinear(KeepsUnmerged, PeftLinear):
             names = adapter_names_of(self, kwargs)
             if names is not None:
                 kwargs["adapter_names"] = names
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
         if plan.few:
             siblings.see(self, x)
+            if plan.dense is not None:  # bitsandbytes has a product of its own for few rows
+                return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
             return few.lora_linear(plan, x)
         if torch.compiler.is_compiling() or kwargs.get("adapter_names") is not None:
             return self.fused_call([plan], x)[0]
@@ -191,17 +219,19 @@ class FusedLoraLinear(KeepsUnmerged, PeftLinear):
         names = adapter_names_of(self, kwargs)
         if args or any(v is not None and k != "adapter_names" for k, v in kwargs.items()):
             return "arguments passed to the layer"
-        reason = first(LAYER_RULES, self)
+        reason = _layer_refusal(self)  # type: ignore[arg-type]
         if reason is not None:
             return reason
         plan = Plan(self, names)
+        plan.dense = Dense(plan.base) if is_4bit(plan.base) else None
         if names is not None:
             if x.dim() < 2 or x.shape[0] != len(names):
                 return "adapter_names that do not fit the batch"
             plan.route(names, x.numel() // x.shape[-1])
         reason = _plan_refusal(plan)
+        rules = CALL_RULES if plan.dense is None else CALL_RULES_4BIT
         for parts in plan.parts:
-            reason = reason or first(CALL_RULES, parts, x)
+            reason = reason or first(rules, parts, x)
         return reason or plan
 
     def standing_plan(self) -> Plan | str:
@@ -210,8 +240,23 @@ class FusedLoraLinear(KeepsUnmerged, PeftLinear):
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's: a new adapter, whose initialisation may alter the base weight in place."""
-        super().update_layer(*args, **kwargs)
+        super().update_layer(*args, **kwargs)  # type: ignore[misc]
         forget_norms([self])
+
+    @staticmethod
+    def fused_call(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of layers that share x: in one operation, but for DoRA under dropout."""
+        together = [plan for plan in plans if not plan.drops_all()]
+        if len(together) == len(plans):
+            return _in_one_operation(plans, x)
+        ys = iter(_in_one_operation(together, x) if together else ())
+        return tuple(dropped(plan, x) if plan.drops_all() else next(ys) for plan in plans)
+
+
+class FusedLoraLinear(KeepsUnmerged, FusedLora, PeftLinear):
+    """``peft.tuners.lora.Linear``, fused."""
+
+    fastft_original = PeftLinear
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Another device or dtype: the weight leaves a packed buffer first, which is then freed."""
@@ -229,15 +274,6 @@ class FusedLoraLinear(KeepsUnmerged, PeftLinear):
         forget_norms([self])
         super().unmerge()
 
-    @staticmethod
-    def fused_call(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of layers that share x: in one operation, but for DoRA under dropout."""
-        together = [plan for plan in plans if not plan.drops_all()]
-        if len(together) == len(plans):
-            return _in_one_operation(plans, x)
-        ys = iter(_in_one_operation(together, x) if together else ())
-        return tuple(dropped(plan, x) if plan.drops_all() else next(ys) for plan in plans)
-
 
 # PEFT parses the class's name, and its tests and users print it.
 FusedLoraLinear.__name__ = "Linear"
@@ -250,7 +286,8 @@ def _in_one_operation(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
             terms.append((owner, plan.parts[k], (start, stop)))
     adapters = [p for _, p, _ in terms]
     scaled = any(plan.magnitude() is not None for plan in plans)
-    return ops.lora_linear_siblings(
+    remade = any(plan.dense is not None for plan in plans)
+    ys = ops.lora_linear_siblings(
         x,
         [plan.weight() for plan in plans],
         [p.tensors()[1] for p in adapters],
@@ -261,4 +298,9 @@ def _in_one_operation(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
         owners=[owner for owner, _, _ in terms],
         spans=None if plans[0].spans is None else [span for _, _, span in terms],
         scales=[scale_of(plan) for plan in plans] if scaled else None,
+        remake=[plan.dense for plan in plans] if remade else None,
     )
+    if not remade:
+        return ys
+    # bitsandbytes gives the input's dtype back, under autocast too.
+    return tuple(y if plan.dense is None else y.to(x.dtype) for plan, y in zip(plans, ys))

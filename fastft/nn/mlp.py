@@ -14,7 +14,7 @@ from transformers import activations
 from fastft import ops
 from fastft.nn.calls import count
 from fastft.nn.few import few_rows
-from fastft.nn.lora import FusedLoraLinear
+from fastft.nn.lora import FusedLora
 from fastft.nn.mixed import adapter_names_of
 from fastft.nn.rules import hooked, hooked_everywhere
 from fastft.nn.swap import Swapped, call_refusal
@@ -138,7 +138,8 @@ class FusedGatedMLP(Swapped):
         dropped = product if layout.dropout is None else getattr(self, layout.dropout)(product)
         down = getattr(self, layout.down)
         # A wrapper, or a hook, may look at the value, and call the layer again alone.
-        alone = type(down) is FusedLoraLinear and not hooked(down)
+        own = isinstance(down, FusedLora) and "fastft_original" in vars(type(down))
+        alone = own and not hooked(down)
         # Where nothing looks at the value after the product that makes it; DoRA's scale does.
         leaves_out = not value and alone and not down.lora_variant
         recorded = product.requires_grad and not torch.compiler.is_compiling()

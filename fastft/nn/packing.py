@@ -19,7 +19,6 @@ from fastft import ops
 from fastft.ops._checks import autocast_dtype
 
 if TYPE_CHECKING:
-    from fastft.nn.lora import FusedLoraLinear
     from fastft.nn.plans import Plan
 
 __all__ = ["pack", "packed", "packs", "shared_storages", "unpack", "wanted"]
@@ -43,7 +42,7 @@ def _packed(base: Any) -> bool:
     )
 
 
-def packs(layer: FusedLoraLinear, plan: Plan | str, shared: Container[int]) -> bool:
+def packs(layer: Any, plan: Plan | str, shared: Container[int]) -> bool:
     """Whether one product can serve the layer: plain LoRA of one adapter on a dense frozen weight
     that is the layer's own. shared: addresses of storages that several parameters have."""
     if isinstance(plan, str) or len(plan.parts) != 1 or plan.spans is not None:
@@ -76,9 +75,7 @@ def shared_storages(model: nn.Module) -> set[int]:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def pack(
-    layers: Sequence[FusedLoraLinear], plans: Sequence[Plan | str], shared: Container[int]
-) -> None:
+def pack(layers: Sequence[Any], plans: Sequence[Plan | str], shared: Container[int]) -> None:
     """Packs the weights of layers that share an input, in the order they are called; nothing where
     one of them cannot be, they differ in dtype, or the backend has no use for it."""
     if not all(packs(layer, plan, shared) for layer, plan in zip(layers, plans, strict=True)):

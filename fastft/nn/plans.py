@@ -12,6 +12,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fastft.nn.quantized import Dense
 from fastft.nn.rules import hooked, hooked_everywhere
 from fastft.ops._checks import autocast_dtype
 from fastft.ops._differentiable import transform
@@ -69,9 +70,10 @@ class Plan:
     parts: the adapters that take part. names: theirs. spans: None where each takes all rows, else
     (adapter, first row, past the last row) for each run of samples with one adapter.
     adapter_names: that of each sample, in a mixed batch. few: whether ``few.lora_linear`` runs it.
+    dense: of a weight in 4 bits, what makes its values.
     """
 
-    __slots__ = ("adapter_names", "base", "few", "names", "parts", "spans")
+    __slots__ = ("_values", "adapter_names", "base", "dense", "few", "names", "parts", "spans")
 
     def __init__(
         self,
@@ -81,6 +83,8 @@ class Plan:
     ) -> None:
         """only: the name and the parts of the one adapter, where they are at hand."""
         self.adapter_names, self.few = adapter_names, False
+        self.dense: Dense | None = None
+        self._values: Tensor | None = None
         self.spans: list[tuple[int, int, int]] | None = None
         self.base = layer._modules["base_layer"]
         if only is not None:
@@ -102,6 +106,10 @@ class Plan:
 
     def weight(self) -> Tensor:
         """The frozen matrix (out_features, in_features); GPT-2's Conv1D holds its transpose."""
+        if self.dense is not None:
+            if self._values is None:
+                self._values = self.dense()
+            return self._values
         weight: Tensor = self.parts[0].tensors()[0]
         return weight.t() if type(self.base) is Conv1D else weight
 
@@ -133,12 +141,17 @@ class Plan:
     def bias(self) -> Tensor | None:
         """base bias + scaling * adapter biases (``lora_bias=True``), which get their gradient."""
         frozen = bias = parameter(self.base, "bias")
+        if self.dense is not None and bias is not None:
+            frozen = bias = bias.to(self.dense.dtype)
         for p in self.parts:
             trained = parameter(p.b, "bias")
             if trained is not None:
                 own = trained * float(p.scaling)
                 bias = own if bias is None else bias + own
-        return bias if bias is frozen else bias.to(self.base.weight.dtype)  # type: ignore[union-attr]
+        if bias is frozen:
+            return bias
+        dtype = self.base.weight.dtype if self.dense is None else self.dense.dtype
+        return bias.to(dtype)  # type: ignore[union-attr]
 
 
 _TENSORS = (Tensor, nn.Parameter)

@@ -20,7 +20,7 @@ from fastft.nn import packing
 from fastft.ops._checks import autocast_dtype
 
 if TYPE_CHECKING:
-    from fastft.nn.lora import FusedLoraLinear
+    from fastft.nn.lora import FusedLora
     from fastft.nn.plans import Plan
 
 __all__ = ["begin_forward", "end_forward", "forget", "forward", "group_of", "see"]
@@ -29,7 +29,7 @@ __all__ = ["begin_forward", "end_forward", "forget", "forward", "group_of", "see
 class Group:
     """Layers that share an input, in the order they are called, and the outputs not yet fetched."""
 
-    def __init__(self, layers: list[FusedLoraLinear]) -> None:
+    def __init__(self, layers: list[FusedLora]) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
         self._held = threading.local()  # two threads may run one model
 
@@ -38,12 +38,12 @@ class Group:
         self._held.__dict__.clear()
         _holding().pop(id(self), None)
 
-    def layers(self) -> list[FusedLoraLinear]:
+    def layers(self) -> list[FusedLora]:
         """The layers; empty when one is gone."""
         found = [ref() for ref in self._layers]
         return [] if None in found else found  # type: ignore[return-value]
 
-    def forward(self, layer: FusedLoraLinear, x: Tensor, plan: Plan) -> Tensor:
+    def forward(self, layer: FusedLora, x: Tensor, plan: Plan) -> Tensor:
         """The layer's output, computed with its siblings' when it is the first of them."""
         if x.is_inference():  # such a tensor has no version: a change in place would go unseen
             return layer.fused_call([plan], x)[0]
@@ -100,7 +100,7 @@ class _Watch:
         self.needed_grad = False
         self.backward_ran = False
 
-    def see(self, layer: FusedLoraLinear, x: Tensor) -> None:
+    def see(self, layer: FusedLora, x: Tensor) -> None:
         if x.is_inference():
             return
         same = self.last is not None and self.last() is x and self.version == x._version
@@ -112,7 +112,7 @@ class _Watch:
         if torch.is_grad_enabled():
             self.needed_grad = True
 
-    def called(self) -> list[FusedLoraLinear]:
+    def called(self) -> list[FusedLora]:
         """Every layer that was called, once, in order."""
         found = (ref() for ref in self.order)
         return list(dict.fromkeys(layer for layer in found if layer is not None))
@@ -146,7 +146,7 @@ def group_of(layer: nn.Module) -> Group | None:
     return _groups.get(layer)
 
 
-def forward(layer: FusedLoraLinear, x: Tensor, plan: Plan) -> Tensor:
+def forward(layer: FusedLora, x: Tensor, plan: Plan) -> Tensor:
     """The fused forward of a layer, with its siblings where it has any."""
     group = _groups.get(layer)
     if group is not None:
@@ -161,7 +161,7 @@ def forward(layer: FusedLoraLinear, x: Tensor, plan: Plan) -> Tensor:
     return y
 
 
-def see(layer: FusedLoraLinear, x: Tensor) -> None:
+def see(layer: FusedLora, x: Tensor) -> None:
     """Notes a call that computes its output alone, where the forward is watched."""
     watch: _Watch | None = getattr(_thread, "watch", None)
     if watch is not None:
@@ -197,7 +197,7 @@ def begin_forward(root: nn.Module, *_: Any) -> None:
         _thread.watch = _watches[root] = _Watch()
 
 
-def _pack(layers: list[FusedLoraLinear], shared: set[int]) -> None:
+def _pack(layers: list[FusedLora], shared: set[int]) -> None:
     """Packs each group once, and each layer without siblings by itself."""
     for layer in layers:
         group = _groups.get(layer)

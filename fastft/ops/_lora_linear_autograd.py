@@ -61,10 +61,11 @@ class Left(NamedTuple):
 def saved_of(node: Any) -> tuple[Tensor, Sequence[Tensor]]:
     """x, made again where it was not kept, and what else a call has saved."""
     saved = node.saved_tensors
+    tensors = node.constants.again(saved[node.kept :])
     if node.make is None:
-        return saved[0], saved[1:]
+        return saved[0], tensors
     x = node.make(*saved[: node.kept])
-    return x.view(-1, x.shape[-1]), saved[node.kept :]
+    return x.view(-1, x.shape[-1]), tensors
 
 
 def identity(tensor: Tensor) -> tuple[Any, ...]:
@@ -108,7 +109,7 @@ class LoraLinear(torch.autograd.Function):
         if constants.scaled:
             read = [y if getattr(s, "requires_grad", False) else None for y, s in zip(ys, scales)]
             results, ctx.witnesses = witnessed(read)
-        ctx.save_for_backward(*kept, *tensors, *ss, *results)
+        ctx.save_for_backward(*kept, *constants.kept(tensors), *ss, *results)
         ctx.kept = len(kept)
         # A layer that no gradient has reached has none, not one of zeros, which an optimizer would
         # take for a step.

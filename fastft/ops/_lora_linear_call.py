@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +45,8 @@ def choose(backend: str | None, x: Tensor, lora_as: Sequence[Tensor]) -> tuple[s
 
 class Constants(NamedTuple):
     """What a call holds beside tensors: one scaling, dropout, owner and two row numbers (first,
-    past the last) an adapter; whether results are scaled (DoRA); the launcher, once chosen."""
+    past the last) an adapter; whether results are scaled (DoRA); the launcher, once chosen; what
+    makes each weight that is not kept for the backward again."""
 
     layers: int
     scalings: list[float]
@@ -55,6 +56,7 @@ class Constants(NamedTuple):
     backend: str
     scaled: bool = False
     launcher: Any = None
+    remake: Sequence[Callable[[], Tensor] | None] | None = None
 
     def split(self, tensors: Sequence[Any]) -> list[Sequence[Any]]:
         """weights, biases, lora_as, lora_bs, masks, scales (none of a call without) and, where
@@ -66,6 +68,20 @@ class Constants(NamedTuple):
             found.append(tensors[end : end + size])
             end += size
         return [*found, tensors[end:]]
+
+    def kept(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """The tensors of a call that its backward is to have; None for those made again."""
+        if self.remake is None:
+            return tensors
+        weights = zip(tensors, self.remake)
+        return [*[None if make else w for w, make in weights], *tensors[self.layers :]]
+
+    def again(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """What :meth:`kept` has left out made again."""
+        if self.remake is None:
+            return tensors
+        weights = zip(tensors, self.remake)
+        return [*[make() if make else w for w, make in weights], *tensors[self.layers :]]
 
     def rest(self) -> tuple[list[float], list[float], list[int], list[int], str]:
         """The arguments of the registered operation after its tensors."""

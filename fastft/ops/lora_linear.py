@@ -20,7 +20,7 @@ A result may be scaled by column before the bias, as DoRA does (``fastft.ops.dor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,23 +28,14 @@ from torch import Tensor
 
 import fastft.ops._lora_linear_registered  # noqa: F401  what torch.compile sees
 from fastft import backends
-from fastft.errors import ArgumentError, ShapeError
-from fastft.ops._checks import (
-    FLOATS,
-    autocast_dtype,
-    check_device,
-    check_dtype,
-    check_shape,
-    check_tensor,
-)
+from fastft.ops._checks import autocast_dtype
 from fastft.ops._lora_linear_autograd import LoraLinear, late_values
 from fastft.ops._lora_linear_call import AUTO, Constants, choose, new_dropout_mask
+from fastft.ops._lora_linear_checks import check, check_remake, check_scales, check_spans
 from fastft.ops._saving import values_wanted
 from fastft.ops.dora_scale import dora_scale
 
 __all__ = ["check", "lay_out_weights", "lora_linear", "lora_linear_siblings"]
-
-_WHERE = "fastft.ops.lora_linear"
 
 
 def lora_linear(
@@ -109,6 +100,7 @@ def lora_linear_siblings(
     owners: Sequence[int] | None = None,
     spans: Sequence[tuple[int, int]] | None = None,
     scales: Sequence[Tensor | None] | None = None,
+    remake: Sequence[Callable[[], Tensor] | None] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """:func:`lora_linear` for several layers that share the input x; one result for each layer.
@@ -126,9 +118,13 @@ def lora_linear_siblings(
             applies to; None: all rows.
         scales: one a layer, (out_features,) in float32 (float64 for float64), or None: the layer's
             result times it, before its bias. Gradients flow to it.
+        remake: one a layer, or None: called in the backward, it gives the layer's weight, a frozen
+            one that is not kept until then (its values are held in 4 bits). Not under
+            torch.compile.
 
     Raises:
-        As ``lora_linear``; ArgumentError also for owners and spans out of range.
+        As ``lora_linear``; ArgumentError also for owners and spans out of range, and for a weight
+        made again that is trained.
     """
     biases = list(biases) if biases is not None else [None] * len(weights)
     ps = list(dropout_ps) if dropout_ps is not None else [0.0] * len(lora_as)
@@ -137,16 +133,18 @@ def lora_linear_siblings(
     dtype = autocast_dtype(x.device.type) or x.dtype
     if scales is not None:
         scales = list(scales)
-        _check_scales(weights, scales, dtype)
+        check_scales(weights, scales, dtype)
     flat = x.reshape(-1, x.shape[-1])
     flat = (flat if flat.dtype == dtype else flat.to(dtype)).contiguous()
     rows = flat.shape[0]
     if spans is None:
         bounds = [0, rows] * len(owners)
     else:
-        _check_spans(spans, len(owners), rows)
+        check_spans(spans, len(owners), rows)
         bounds = [row for span in spans for row in span]
     compiling = torch.compiler.is_compiling()
+    if remake is not None:
+        check_remake(weights, remake, compiling)
     # A compiled graph chooses when it runs: the choice reads facts that tracing should not guard.
     name, launcher = (backend or AUTO, None) if compiling else choose(backend, flat, lora_as)
     masks: list[Tensor | None] = [None] * len(ps)
@@ -156,7 +154,9 @@ def lora_linear_siblings(
             None if p == 0.0 else draw(flat[start:stop], p, lora_as[0], name)
             for p, start, stop in zip(ps, bounds[::2], bounds[1::2], strict=True)
         ]
-    constants = Constants(len(weights), list(scalings), ps, owners, bounds, name, launcher=launcher)
+    constants = Constants(
+        len(weights), list(scalings), ps, owners, bounds, name, launcher=launcher, remake=remake
+    )
     adapters = (lora_as, lora_bs, masks)
     if scales is None or all(scale is None for scale in scales):
         ys = _products(constants, flat, weights, biases, *adapters)
@@ -259,122 +259,3 @@ def lay_out_weights(
         return None
     with torch.no_grad():
         return launcher.lay_out([w.detach() for w in weights], list(ranks))
-
-
-def check(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    dropout_ps: Sequence[float],
-    owners: Sequence[int],
-) -> None:
-    """Refuses what the operation is not defined for.
-
-    Raises:
-        DtypeError: no tensor; no floating dtype; weight or bias in another dtype than x outside
-            autocast; an adapter neither in x's dtype nor in float32, or in another than the rest.
-        ShapeError: shapes that do not fit the formula, or lists of different lengths.
-        DeviceError: a tensor on another device than x.
-        ArgumentError: r = 0, r > min(in_features, out_features), dropout outside [0, 1), a
-            scaling that is no finite number, an owner that is no layer.
-    """
-    check_tensor(_WHERE, "x", x)
-    check_dtype(_WHERE, "x", x, FLOATS)
-    if x.dim() == 0:
-        raise ShapeError(_WHERE, "x", expected="(..., in_features)", got="a scalar")
-    if not weights or len(biases) != len(weights):
-        got = f"{len(weights)} weights and {len(biases)} biases"
-        raise ShapeError(_WHERE, "weights", expected="one weight and one bias a layer", got=got)
-    lengths = [len(v) for v in (lora_as, lora_bs, scalings, dropout_ps, owners)]
-    if not lora_as or len(set(lengths)) != 1:
-        raise ShapeError(_WHERE, "lora_as", expected="as many of each argument", got=str(lengths))
-    autocast = autocast_dtype(x.device.type)
-    for weight, bias in zip(weights, biases, strict=True):
-        _check_layer(x, weight, bias, autocast)
-    for j, owner in enumerate(owners):
-        if not 0 <= owner < len(weights):
-            expected = f"0 to {len(weights) - 1}, the index of a layer"
-            raise ArgumentError(_WHERE, "owners", expected=expected, got=str(owner))
-        _check_adapter(x, weights[owner], lora_as[j], lora_bs[j], lora_as[0].dtype, autocast)
-        if not 0.0 <= dropout_ps[j] < 1.0:
-            raise ArgumentError(_WHERE, "dropout_p", expected="0 <= p < 1", got=repr(dropout_ps[j]))
-        if not abs(scalings[j]) < float("inf"):
-            raise ArgumentError(
-                _WHERE, "scaling", expected="a finite number", got=repr(scalings[j])
-            )
-
-
-def _check_layer(
-    x: Tensor, weight: Tensor, bias: Tensor | None, autocast: torch.dtype | None
-) -> None:
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None and name == "bias":
-            continue
-        check_tensor(_WHERE, name, tensor)
-        check_device(_WHERE, name, tensor, x.device)  # type: ignore[arg-type]
-        check_dtype(_WHERE, name, tensor, FLOATS if autocast is not None else (x.dtype,))  # type: ignore[arg-type]
-    if weight.dim() != 2:
-        got = str(tuple(weight.shape))
-        raise ShapeError(_WHERE, "weight", expected="(out_features, in_features)", got=got)
-    out_features = weight.shape[0]
-    check_shape(_WHERE, "weight", weight, (out_features, x.shape[-1]), "(out, in_features)")
-    if bias is not None:
-        check_shape(_WHERE, "bias", bias, (out_features,), "(out_features,)")
-
-
-def _check_adapter(
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    dtype: torch.dtype,
-    autocast: torch.dtype | None,
-) -> None:
-    for name, tensor in (("lora_a", a), ("lora_b", b)):
-        check_tensor(_WHERE, name, tensor)
-        check_device(_WHERE, name, tensor, x.device)
-        allowed = FLOATS if autocast is not None else (x.dtype, torch.float32)
-        check_dtype(_WHERE, name, tensor, allowed)
-        if tensor.dtype != dtype:
-            check_dtype(_WHERE, name, tensor, (dtype,))
-    out_features, in_features = weight.shape
-    if a.dim() != 2 or a.shape[1] != in_features:
-        raise ShapeError(_WHERE, "lora_a", expected=f"(r, {in_features})", got=str(tuple(a.shape)))
-    r = a.shape[0]
-    if not 1 <= r <= min(in_features, out_features):
-        raise ArgumentError(
-            _WHERE,
-            "r",
-            expected=f"1 to min(in_features, out_features) = {min(in_features, out_features)}",
-            got=str(r),
-            remedy="A larger rank than the matrix has adds nothing; r = 0 is no adapter.",
-        )
-    check_shape(_WHERE, "lora_b", b, (out_features, r), "(out_features, r)")
-
-
-def _check_scales(
-    weights: Sequence[Tensor], scales: Sequence[Tensor | None], dtype: torch.dtype
-) -> None:
-    if len(scales) != len(weights):
-        expected = f"{len(weights)} scales, one a layer or None"
-        raise ShapeError(_WHERE, "scales", expected=expected, got=str(len(scales)))
-    wide = torch.promote_types(dtype, torch.float32)
-    for weight, scale in zip(weights, scales, strict=True):
-        if scale is not None:
-            check_tensor(_WHERE, "scale", scale)
-            check_dtype(_WHERE, "scale", scale, (wide,))
-            check_device(_WHERE, "scale", scale, weight.device)
-            check_shape(_WHERE, "scale", scale, (weight.shape[0],), "(out_features,)")
-
-
-def _check_spans(spans: Sequence[tuple[int, int]], adapters: int, rows: int) -> None:
-    if len(spans) != adapters:
-        expected = f"{adapters} spans, one an adapter"
-        raise ShapeError(_WHERE, "spans", expected=expected, got=str(len(spans)))
-    for start, stop in spans:
-        if not 0 <= start <= stop <= rows:
-            expected = f"0 <= first <= past the last <= {rows}, the rows of x"
-            raise ArgumentError(_WHERE, "spans", expected=expected, got=f"({start}, {stop})")

@@ -6,7 +6,6 @@ import weakref
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
 from fastft import memory, native
@@ -16,7 +15,7 @@ from fastft.nn import packing, siblings
 from fastft.nn.calls import strict_modules
 from fastft.nn.experts import FusedLoraExperts, InnerLoraExperts, experts_of
 from fastft.nn.head import FusedHead, FusedLoraHead
-from fastft.nn.lora import forget_norms
+from fastft.nn.lora import FusedLora, forget_norms
 from fastft.nn.swap import Swapped, become, combined_class, original_of
 from fastft.nn.unmerged import UNMERGED
 from fastft.ops import _room
@@ -228,9 +227,9 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         original = original_of(module)
         if type(module) is not original:
-            become(module, original)
-            if original is PeftLinear:
+            if isinstance(module, FusedLora):
                 forget_norms([module])
+            become(module, original)
             module.__dict__.pop(UNMERGED, None)
             strict_modules.discard(module)
         refusals.pop(module, None)

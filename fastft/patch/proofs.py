@@ -18,6 +18,7 @@ from fastft.nn.deferred import DeferredLogits
 from fastft.nn.experts import experts_of
 from fastft.nn.head import FusedHead, FusedLoraHead, deferring
 from fastft.nn.mlp import layout_of
+from fastft.nn.quantized import dtype_of
 from fastft.nn.rope import FusedRope, fused_rope, rope_facts
 from fastft.nn.rules import unhooked
 from fastft.nn.swap import become, original_of
@@ -58,7 +59,7 @@ def tolerance(module: nn.Module) -> float:
     relative error of eps / (2 sqrt(3)): 2 eps covers their sum. Sums of K products in float32 in
     another order differ by eps32 sqrt(K): twice that.
     """
-    eps = max(torch.finfo(p.dtype).eps for p in module.parameters())
+    eps = max(torch.finfo(dtype_of(p)).eps for p in module.parameters())
     width = max(max(p.shape) for p in module.parameters())
     return 2 * eps + 2 * torch.finfo(torch.float32).eps * width**0.5
 
@@ -129,7 +130,7 @@ def run_lora(module: Any, kind: type[nn.Module]) -> list[Tensor]:
         p = module.lora_magnitude_vector[name].weight
         random = p.detach() * (1 + 0.5 * torch.rand(p.shape, device=p.device).to(p.dtype))
         adapters[f"lora_magnitude_vector.{name}.weight"] = random.requires_grad_()
-    x = torch.randn(_TOKENS, module.in_features, device=weight.device).to(weight.dtype)
+    x = torch.randn(_TOKENS, module.in_features, device=weight.device).to(dtype_of(weight))
     x.requires_grad_()
     with _as_class(module, kind):
         y = functional_call(module, adapters, (x,))
@@ -334,9 +335,13 @@ def run_rope(module: Any, kind: type[nn.Module]) -> list[Tensor]:
 
 
 def verifiable(module: nn.Module) -> bool:
-    """Whether there is anything to run: not on the meta device, not sharded, floats."""
+    """Whether there is anything to run: not on the meta device, not sharded, floats (or 4 bits)."""
     parameters = list(module.parameters())
     return bool(parameters) and all(
-        p.device.type != "meta" and type(p) in (Tensor, nn.Parameter) and p.is_floating_point()
+        p.device.type != "meta" and (_of_floats(p) or getattr(p, "quant_state", None) is not None)
         for p in parameters
     )
+
+
+def _of_floats(p: nn.Parameter) -> bool:
+    return type(p) in (Tensor, nn.Parameter) and p.is_floating_point()

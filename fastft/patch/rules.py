@@ -37,6 +37,7 @@ from fastft.nn.norm import (
     layer_norm_offset,
     norm_facts,
 )
+from fastft.nn.quantized import dtype_of
 from fastft.nn.rope import FusedRope, rope_facts, rotary_function
 from fastft.nn.rules import hooked, unhooked
 from fastft.nn.swap import Swapped, original_of, site_refusal, swapped_class
@@ -86,13 +87,26 @@ def _lora_sites(model: nn.Module) -> Iterator[Site]:
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or not isinstance(module, nn.Module):
             continue
-        if original_of(module) is PeftLinear:
-            yield Site(name, module, module_refusal(module), FusedLoraLinear, by_state=True)
+        fused = _fused_lora(module)
+        if fused is not None:
+            yield Site(name, module, module_refusal(module), fused, by_state=True)  # type: ignore[arg-type]
         elif not isinstance(module, ParamWrapper) and original_of(module) not in _OTHER_LAYERS:
             yield Site(name, module, f"{type(module).__name__} layers are not fused")
 
 
 _OTHER_LAYERS = {*FUSED_CONVS, PeftEmbedding}
+
+
+def _fused_lora(module: nn.Module) -> type[nn.Module] | None:
+    """The fused class of PEFT's LoRA layer over a linear one, dense or in 4 bits."""
+    original = original_of(module)
+    if original is PeftLinear:
+        return FusedLoraLinear
+    if (original.__module__, original.__name__) != ("peft.tuners.lora.bnb", "Linear4bit"):
+        return None
+    from fastft.nn.lora_4bit import FusedLora4bit  # PEFT's class imports bitsandbytes
+
+    return FusedLora4bit
 
 
 def _conv_sites(model: nn.Module) -> Iterator[Site]:
@@ -136,10 +150,11 @@ def _lora_backend(module: Any) -> str:
     adapter = next(module.lora_A[n].weight for n in module.active_adapters if n in module.lora_A)
     if weight.device.type == "meta":
         return "reference"
+    dtype = dtype_of(weight)
     return backends.select(
         "lora_linear",
         device_type=weight.device.type,
-        dtype=weight.dtype if weight.dtype.is_floating_point else torch.float32,
+        dtype=dtype if dtype.is_floating_point else torch.float32,
         adapter_dtype=adapter.dtype,
         r=adapter.shape[0],
     )[0]

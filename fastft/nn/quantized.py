@@ -1,0 +1,65 @@
+"""Frozen weights in bitsandbytes' 4 bits (QLoRA): their values are made when a call needs them, and
+again in its backward, as bitsandbytes itself does (Dettmers et al. 2023, "QLoRA").
+
+bitsandbytes is imported where a model has such a layer, by whoever made it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Dense", "dtype_of", "is_4bit", "state_refusal"]
+
+
+def is_4bit(base: nn.Module) -> bool:
+    """Whether a base layer is bitsandbytes' ``Linear4bit``."""
+    kind = type(base)
+    return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
+
+
+def dtype_of(parameter: Any) -> torch.dtype:
+    """The dtype that a parameter's values have in products: of 4 bits, that of their layer's."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return parameter.dtype  # type: ignore[no-any-return]
+    computes = getattr(getattr(parameter, "module", None), "compute_dtype", None)
+    return computes or state.dtype  # type: ignore[no-any-return]
+
+
+def state_refusal(base: Any) -> str | None:
+    """Why the values of a 4-bit layer's weight cannot be made here as it stands; None when they
+    can."""
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        return "4-bit weight without its quantization state"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "4-bit weight packed for inference on a CPU"
+    if tuple(state.shape) != (base.out_features, base.in_features):
+        return "4-bit weight of another layout"
+    if not base.compute_type_is_set or base.compute_dtype is None:
+        return "4-bit layer that has not chosen its dtype yet"
+    return None
+
+
+class Dense:
+    """Makes the values of a 4-bit layer's weight, (out_features, in_features)."""
+
+    __slots__ = ("dtype", "state", "weight")
+
+    def __init__(self, base: Any) -> None:
+        self.weight, self.state, self.dtype = (
+            base.weight,
+            base.weight.quant_state,
+            base.compute_dtype,
+        )
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """The values, in the layer's dtype of products."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        packed = self.weight.data.view(-1, 1)
+        return dequantize_4bit(packed, self.state).to(self.dtype)  # type: ignore[no-any-return]
