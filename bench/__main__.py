@@ -23,6 +23,7 @@ from . import (
     memory,
     optim,
     plan,
+    qlora,
     ways,
 )
 from .declare import Options, Suite
@@ -35,6 +36,7 @@ SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
         lora.SUITE,
+        qlora.SUITE,
         layer.SUITE,
         ways.SUITE,
         experts.SUITE,

@@ -39,7 +39,10 @@ TOTAL_LIMIT_S = 520.0
 _SHORTEST_S = 5.0
 _REPORT = "FASTFT_GPU_REPORT"
 # Steps whose lines are kept in bench/results.
-SUITES = ("ways", "layer", "optim", "e2e", "loss", "block", "lora", "memory", "e2e-checkpointed")
+SUITES = (
+    *("ways", "layer", "optim", "e2e", "loss", "block", "lora", "memory"),
+    *("e2e-checkpointed", "qlora"),
+)
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ STEPS: tuple[Step, ...] = (
     _bench("lora", 40, "--rounds", "5"),
     _bench("memory", 90, "--quick", "--rounds", "1"),
     _bench("e2e", 90, *_E2E, "--checkpointing", name="e2e-checkpointed"),
+    _bench("qlora", 40, "--rounds", "5"),
 )
 
 

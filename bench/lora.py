@@ -63,6 +63,14 @@ class Inputs:
     b: torch.Tensor
     known: dict[str, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]
 
+    def linear(self) -> nn.Module:
+        """The frozen layer."""
+        n, k = self.weight.shape
+        with torch.device("meta"):
+            made = nn.Linear(k, n, bias=False)
+        made.weight = nn.Parameter(self.weight, requires_grad=False)
+        return made
+
 
 def prepare(case: Case, options: Options) -> Inputs:
     k, n, m, r = (case[name] for name in ("k", "n", "m", "r"))
@@ -141,10 +149,9 @@ class Host(nn.Module):
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
-        n, k = inputs.weight.shape
-        with torch.device("meta"):
-            self.linear = nn.Linear(k, n, bias=False)
-        self.linear.weight = nn.Parameter(inputs.weight, requires_grad=False)
+        self.linear: nn.Module = inputs.linear()
+        # What PEFT asks before it takes bitsandbytes' layers for such.
+        self.is_loaded_in_4bit = type(self.linear) is not nn.Linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import adapters, block, experts, factored, layer, lora, loss, optim
+from bench import adapters, block, experts, factored, layer, lora, loss, optim, qlora
 from bench.declare import Case, Impl, Options, Step, Suite
 from bench.runner import run_suite
 
@@ -19,6 +19,7 @@ SIZES: dict[str, list[dict[str, Any]]] = {
     "layer": [{"hidden": 24, "inner": 40, "keys": 16, "m": 33, "r": 4, "dropout": 0.0}],
     "experts": [{"k": 24, "n": 40, "e": 5, "top": 2, "m": 33}],
     "adapters": [{"k": 3, "batch": 2, "tokens": 9, "model": _MODEL}],
+    "qlora": [{"k": 64, "n": 64, "m": 33, "r": 16, "dropout": p} for p in (0.0, 0.3)],
     "lora": [{"k": 48, "n": 40, "m": 33, "r": 16, "dropout": p} for p in (0.0, 0.3)],
     "loss": [
         {"t": 24, "h": 16, "v": 80, "trained": trained, "ignored": ignored}
@@ -40,6 +41,7 @@ SIZES: dict[str, list[dict[str, Any]]] = {
 }
 _ALL = (
     lora.SUITE,
+    qlora.SUITE,
     layer.SUITE,
     experts.SUITE,
     adapters.SUITE,

@@ -250,7 +250,7 @@ def test_steps_build_test_and_measure_within_the_limit() -> None:
     names = [step.name for step in gpu.STEPS]
     # The table of ways is written before anything is measured that chooses by it.
     suites = ["ways", "table", "layer", "optim", "e2e", "loss", "block", "lora", "memory"]
-    suites.append("e2e-checkpointed")
+    suites += ["e2e-checkpointed", "qlora"]
     assert names == ["build", "tests", "times", *suites]
     assert set(gpu.SUITES) == set(names[3:]) - {"table"}
     assert gpu.TOTAL_LIMIT_S < 540
