@@ -101,7 +101,7 @@ def _added(logits: Any, other: Any) -> Any:
         return NotImplemented
     if other.dim() > logits.dim():
         return NotImplemented
-    bias = other.reshape(-1)
+    bias = other.reshape(-1).clone()  # it may be changed before they are read
     added = bias if source.added is None else source.added + bias
 
     def plus(z: Tensor) -> Tensor:
@@ -138,8 +138,8 @@ def _chosen(logits: DeferredLogits, index: Any) -> Any:
         whole = whole and (len(items) < dims or items[-1] == slice(None))
     if not whole:
         return NotImplemented
-    if isinstance(items[0], Tensor):  # a copy
-        shape = logits.shape
+    if isinstance(items[0], Tensor):  # a copy, of a mask that may be changed before they are read
+        shape, items = logits.shape, (items[0].clone(),)
         return done(
             logits,
             lambda z: z[items],

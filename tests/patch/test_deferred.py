@@ -195,6 +195,23 @@ def test_what_they_are_made_of_may_not_change() -> None:
         z.sum()
 
 
+@torch.no_grad()
+def test_a_mask_and_a_bias_are_those_of_the_call() -> None:
+    """Changed in place before anybody looks, after somebody looked at what they were taken of."""
+    plain, fused, hidden, _ = heads()
+    found = []
+    for head in (plain, fused):
+        mask, bias = torch.arange(14).view(2, 7) % 3 == 0, torch.ones(50)
+        z = logits(head, hidden)
+        masked, twice = z[mask], (z + bias) + bias
+        z.argmax(-1)
+        mask.logical_not_()
+        bias.zero_()
+        found.append((masked * 1, twice * 1))
+    for got, want in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_the_loss_under_autocast_is_float32() -> None:
     _, fused, hidden, labels = heads()
     with torch.autocast("cpu", dtype=torch.bfloat16):
