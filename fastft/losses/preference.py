@@ -259,7 +259,8 @@ def grpo_loss(
     if advantages.dim() == 1:
         advantages = advantages[:, None]
     kept = mask.to(log_probs.dtype)
-    # Where the mask is 0 log-probabilities may be anything.
+    # Where the mask is 0 log-probabilities and advantages may be anything.
+    advantages = torch.where(mask != 0, advantages, 0.0)
     difference = log_probs - (log_probs.detach() if old is None else old)
     difference = torch.where(mask != 0, difference, 0.0)
     lengths = kept.sum(-1).clamp(min=1)

@@ -13,7 +13,7 @@ from fastft.nn.deferred import RULES, DeferredLogits, like
 from fastft.nn.deferred_graph import done, made_of, viewed
 from fastft.nn.deferred_source import HeadAdapter, Uses
 
-__all__: list[str] = []
+__all__ = ["mean"]
 
 
 def _same(gradient: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def _added(logits: Any, other: Any) -> Any:
         return NotImplemented
     if other.dim() > logits.dim():
         return NotImplemented
-    bias = other.reshape(-1)
+    bias = other.reshape(-1).clone()  # it may be changed before they are read
     added = bias if source.added is None else source.added + bias
 
     def plus(z: Tensor) -> Tensor:
@@ -132,14 +132,14 @@ def _chosen(logits: DeferredLogits, index: Any) -> Any:
         at = next(n for n, i in enumerate(items) if i is Ellipsis)
         items = (*items[:at], *[slice(None)] * (dims - len(items) + 1), *items[at + 1 :])
     if len(items) == 1 and isinstance(items[0], Tensor):
-        whole = items[0].dtype == torch.bool and items[0].dim() < dims
+        whole = items[0].dtype == torch.bool and 0 < items[0].dim() < dims
     else:
         whole = all(isinstance(i, slice) for i in items) and len(items) <= dims
         whole = whole and (len(items) < dims or items[-1] == slice(None))
     if not whole:
         return NotImplemented
-    if isinstance(items[0], Tensor):  # a copy
-        shape = logits.shape
+    if isinstance(items[0], Tensor):  # a copy, of a mask that may be changed before they are read
+        shape, items = logits.shape, (items[0].clone(),)
         return done(
             logits,
             lambda z: z[items],
@@ -178,10 +178,11 @@ def _detached(logits: DeferredLogits) -> Any:
     return DeferredLogits(detached, logits.dtype)
 
 
-def _mean(logits: DeferredLogits, *dims: Any) -> Any:
+def mean(logits: DeferredLogits, *dims: Any) -> Any:
     """Of all elements: the mean hidden state by the mean row of the head."""
     source = logits.source
-    if dims or source.softcap:
+    # Of none it is NaN, which no gradient has.
+    if dims or source.softcap or not logits.numel():
         return NotImplemented
     source.check()
     wide = torch.promote_types(logits.dtype, torch.float32)
@@ -221,7 +222,5 @@ RULES.update(
         Tensor.clone: _cloned,
         Tensor.detach: _detached,
         torch.detach: _detached,
-        Tensor.mean: _mean,
-        torch.mean: _mean,
     }
 )

@@ -12,12 +12,12 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-import fastft.nn.deferred_rules  # noqa: F401  what models do between head and loss
 from fastft import ops
 from fastft.nn import trl_head
 from fastft.nn.calls import count
-from fastft.nn.deferred import CALLS, DeferredLogits
+from fastft.nn.deferred import CALLS, RULES, DeferredLogits
 from fastft.nn.deferred_graph import deferred
+from fastft.nn.deferred_rules import mean  # and what models do between head and loss
 from fastft.nn.deferred_source import HeadAdapter, Logits
 from fastft.nn.lora import FusedLoraLinear
 from fastft.nn.plans import Parts
@@ -315,4 +315,14 @@ def _cross_entropy(
     return loss.to(input.dtype)
 
 
+def _mean(logits: DeferredLogits, *dims: Any) -> Any:
+    """The mean of all elements; under a cap of each token, where it needs no gradient."""
+    if dims or not logits.source.softcap or (logits.source.graph and torch.is_grad_enabled()):
+        return mean(logits, *dims)
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    found = head_losses(logits, labels, reduction="none", return_statistics=True)
+    return found if found is NotImplemented else found[1].mean_logit.mean().to(logits.dtype)
+
+
 CALLS[nn.functional.cross_entropy] = _cross_entropy
+RULES.update({Tensor.mean: _mean, torch.mean: _mean})

@@ -130,6 +130,22 @@ def test_grpo_without_old_log_probabilities_has_their_gradient() -> None:
     torch.testing.assert_close(gradient, want)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_grpo_takes_anything_beneath_its_mask(level: str) -> None:
+    p, old, reference, advantages = draw(3, 4), draw(3, 4).detach(), draw(3, 4).detach(), draw(3, 4)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+
+    def loss(fill: float) -> torch.Tensor:
+        filled = (t.masked_fill(mask == 0, fill) for t in (p, advantages.detach(), old, reference))
+        log_probs, a, *rest = filled
+        options = dict(zip(("old", "reference"), rest, strict=True))
+        return losses.grpo_loss(
+            log_probs, a, mask, beta=0.1, importance_sampling_level=level, **options
+        )
+
+    same(loss(float("nan")), loss(0.0), [p])
+
+
 PAIR = (torch.zeros(3), torch.zeros(3))
 REFUSED = {
     "shapes": (lambda: losses.dpo_loss(*PAIR, torch.zeros(2), torch.zeros(3)),

@@ -75,6 +75,14 @@ def mean_under_a_cap(z: Tensor, labels: Tensor) -> Tensor:
     return (torch.tanh(z / 3) * 3).mean()
 
 
+def mean_of_none(z: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(z.view(-1, 50), labels) + z[:0].mean().nan_to_num()
+
+
+def behind_a_mask_of_no_dimensions(z: Tensor, labels: Tensor) -> Tensor:
+    return z[torch.tensor(True)].square().sum()
+
+
 def beside_a_detached(z: Tensor, labels: Tensor) -> Tensor:
     known = z.detach()
     return F.cross_entropy(known.view(-1, 50), labels) * F.cross_entropy(z.view(-1, 50), labels)
@@ -89,6 +97,8 @@ def beside_a_detached(z: Tensor, labels: Tensor) -> Tensor:
         probabilities_each,
         mean_of_some,
         mean_under_a_cap,
+        mean_of_none,
+        behind_a_mask_of_no_dimensions,
         beside_a_detached,
     ],
 )
@@ -106,6 +116,22 @@ def test_means_make_none_and_in_a_trainer_of_trl_s_detached_logits_neither() -> 
     assert not call_counts(fused).fallback
     assert z.mean(-1).shape == (2, 7)
     assert call_counts(fused).fallback == {"logits were read": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mean_under_a_cap_makes_none_where_it_needs_no_gradient(dtype: torch.dtype) -> None:
+    plain, fused, hidden, _ = heads()
+    with head_module.fleeting_logits():
+        z = torch.tanh(logits(fused.to(dtype), hidden.to(dtype)) / 0.5) * 0.5
+    found = z[:1, 1:].detach().mean()
+    assert found.dtype == dtype
+    assert not found.requires_grad
+    assert not call_counts(fused).fallback
+    want = (torch.tanh(plain(hidden[:1, 1:]) / 0.5) * 0.5).mean()
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.01}
+    )
+    torch.testing.assert_close(found.float(), want.detach(), **tolerance)
 
 
 def test_detached_logits_are_a_picture_of_what_they_were() -> None:
@@ -167,6 +193,23 @@ def test_what_they_are_made_of_may_not_change() -> None:
     fused.weight.data.untyped_storage().resize_(0)  # as FSDP does after a forward
     with pytest.raises(errors.ArgumentError, match="freed"):
         z.sum()
+
+
+@torch.no_grad()
+def test_a_mask_and_a_bias_are_those_of_the_call() -> None:
+    """Changed in place before anybody looks, after somebody looked at what they were taken of."""
+    plain, fused, hidden, _ = heads()
+    found = []
+    for head in (plain, fused):
+        mask, bias = torch.arange(14).view(2, 7) % 3 == 0, torch.ones(50)
+        z = logits(head, hidden)
+        masked, twice = z[mask], (z + bias) + bias
+        z.argmax(-1)
+        mask.logical_not_()
+        bias.zero_()
+        found.append((masked * 1, twice * 1))
+    for got, want in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_the_loss_under_autocast_is_float32() -> None:
