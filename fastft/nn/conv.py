@@ -116,6 +116,7 @@ def _is_product(conv: nn.Module, adapter: _Adapter, x: Tensor) -> bool:
         and a.shape[0] <= min(conv.in_channels, conv.out_channels)
         and a.dtype == b.dtype
         and (a.dtype in (x.dtype, torch.float32) or autocast_dtype(x.device.type) is not None)
+        and x.dtype != torch.float64  # which autocast leaves as it is
         and (torch.compiler.is_compiling() or _plain(x, conv.weight, a, b))
         and x.dim() == 4
         and x.is_contiguous(memory_format=torch.channels_last)

@@ -102,8 +102,8 @@ def _mixed_dtypes(p: Parts, x: Tensor) -> bool:
     weight, a, b = p.tensors()
     if not weight.is_floating_point() or a.dtype != b.dtype:
         return True
-    if autocast_dtype(x.device.type) is not None:
-        return False
+    if autocast_dtype(x.device.type) is not None:  # which leaves float64 as it is
+        return torch.float64 in (x.dtype, weight.dtype, a.dtype)
     return x.dtype != weight.dtype or a.dtype not in (x.dtype, torch.float32)
 
 
