@@ -21,6 +21,7 @@ from fastft.nn.mixed import adapter_names_of
 from fastft.nn.rules import ADAPTER_STATE, LAYER_STATE, Rule, hooked, refusal
 from fastft.nn.unmerged import KeepsUnmerged
 from fastft.ops._checks import autocast_dtype
+from fastft.ops._differentiable import transform
 
 __all__ = ["FUSED_CONVS", "FusedLoraConv", "conv_refusal"]
 
@@ -75,6 +76,7 @@ class FusedLoraConv(KeepsUnmerged):
             reason = "mixed dtypes"
         if reason is None and x.dim() != weight.dim():
             reason = "input without a batch"
+        reason = reason or transform()
         if not torch.compiler.is_compiling():
             count(self, reason)
         if reason is not None:
@@ -116,6 +118,7 @@ def _is_product(conv: nn.Module, adapter: _Adapter, x: Tensor) -> bool:
         and a.shape[0] <= min(conv.in_channels, conv.out_channels)
         and a.dtype == b.dtype
         and (a.dtype in (x.dtype, torch.float32) or autocast_dtype(x.device.type) is not None)
+        and x.dtype != torch.float64  # which autocast leaves as it is
         and (torch.compiler.is_compiling() or _plain(x, conv.weight, a, b))
         and x.dim() == 4
         and x.is_contiguous(memory_format=torch.channels_last)
@@ -123,9 +126,8 @@ def _is_product(conv: nn.Module, adapter: _Adapter, x: Tensor) -> bool:
 
 
 def _plain(*tensors: Any) -> bool:
-    """Neither a transform of torch.func nor a tensor subclass, which autograd functions refuse."""
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return not transformed and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+    """No tensor subclass, which autograd functions refuse."""
+    return all(type(t) in (Tensor, nn.Parameter) for t in tensors)
 
 
 def _product(conv: Any, adapter: _Adapter, x: Tensor) -> Tensor:

@@ -129,7 +129,9 @@ class FusedLoraExperts(InnerLoraExperts):
         if autocast_dtype(x.device.type) is not None or dtypes != {x.dtype}:
             return "mixed dtypes"
         if torch.compiler.is_compiling():
-            return None
+            # torch.compile traces torch's grouped product in bfloat16 only.
+            bare = any(name not in wrappers for name in _weights(experts))
+            return "compiled in another dtype" if bare and x.dtype != torch.bfloat16 else None
         if not all(type(t) in (Tensor, nn.Parameter) for t in (x, index, weights)):
             return "tensor subclass"
         for a, b, _ in _adapters(wrappers, experts).values():

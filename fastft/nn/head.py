@@ -60,11 +60,13 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def _defers(head: nn.Module) -> bool:
+def _defers(head: nn.Module, hidden_states: Tensor) -> bool:
     """Whether the head is to defer its product, and can."""
     if not any(f.head is not None and f.head() is head for f in _thread.forwards):
         return False
     reason = "hooks on the head" if hooked(head) else transform()
+    if hidden_states.dtype == torch.float64 and autocast_dtype(hidden_states.device.type):
+        reason = reason or "mixed dtypes"  # autocast leaves float64 as it is
     if reason is not None:
         count(head, reason)
     return reason is None
@@ -100,7 +102,11 @@ class FusedHead(nn.Linear):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         # A head that FSDP shards by itself has another class, and no weight once this returns.
-        if type(self) is not FusedHead or torch.compiler.is_compiling() or not _defers(self):
+        if (
+            type(self) is not FusedHead
+            or torch.compiler.is_compiling()
+            or not _defers(self, hidden_states)
+        ):
             return super().forward(hidden_states)
         return _deferred(hidden_states, self, self.weight, self.bias)
 
@@ -112,7 +118,7 @@ class FusedLoraHead(FusedLoraLinear):
     """A head with an adapter, deferred likewise: the adapter's gradient comes out of the loss."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if type(self) is FusedLoraHead and not torch.compiler.is_compiling() and _defers(self):
+        if type(self) is FusedLoraHead and not torch.compiler.is_compiling() and _defers(self, x):
             parts = self._one_adapter(x, args, kwargs)
             if parts is not None:
                 return _deferred(x, self, parts.base.weight, parts.base.bias, _adapter(parts, x))

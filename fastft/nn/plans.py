@@ -215,5 +215,5 @@ def _suits(x: Tensor, parts: Parts) -> bool:
     ):
         return False
     if autocast_dtype(device.type) is not None:
-        return True
+        return torch.float64 not in (x.dtype, weight.dtype, dtype)
     return x.dtype == weight.dtype and dtype in (x.dtype, torch.float32)

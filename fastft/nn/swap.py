@@ -106,7 +106,10 @@ def call_refusal(op: str, *tensors: Any, dtype: torch.dtype | None = None) -> st
 
     dtype: what the operation casts them to (autocast); None: they must agree.
     """
-    mixed = dtype is None and any(t.dtype != tensors[0].dtype for t in tensors)
+    if dtype is None:
+        mixed = any(t.dtype != tensors[0].dtype for t in tensors)
+    else:
+        mixed = any(t.dtype == torch.float64 for t in tensors)  # autocast leaves it as it is
     if torch.compiler.is_compiling():  # the operation chooses when the graph runs
         return "mixed dtypes" if mixed else None
     followed = transform()

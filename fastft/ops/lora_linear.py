@@ -30,8 +30,12 @@ import fastft.ops._lora_linear_registered  # noqa: F401  what torch.compile sees
 from fastft import backends
 from fastft.ops._checks import autocast_dtype
 from fastft.ops._lora_linear_autograd import LoraLinear, late_values
+<<<<<<< HEAD
 from fastft.ops._lora_linear_call import AUTO, Constants, choose, new_dropout_mask
 from fastft.ops._lora_linear_checks import check, check_remake, check_scales, check_spans
+=======
+from fastft.ops._lora_linear_call import AUTO, Constants, cast, choose, new_dropout_mask
+>>>>>>> 5d549ec9975205d7b310b3f70d9dd60ada6aaea1
 from fastft.ops._saving import values_wanted
 from fastft.ops.dora_scale import dora_scale
 
@@ -55,7 +59,8 @@ def lora_linear(
         x: (..., in_features), float32, bfloat16, float16 or float64. Under autocast it is cast to
             the autocast dtype, as ``torch.nn.functional.linear`` does.
         weight: (out_features, in_features), the frozen W, in x's dtype (any under autocast).
-        lora_a: (r, in_features), in x's dtype or float32; no float32 copy of x is made.
+        lora_a: (r, in_features), in x's dtype or float32 (any under autocast); no float32 copy of
+            x is made.
         lora_b: (out_features, r), in the dtype of ``lora_a``.
         scaling: lora_alpha / r (rsLoRA: lora_alpha / sqrt(r)).
         bias: (out_features,) or None.
@@ -131,6 +136,8 @@ def lora_linear_siblings(
     owners = list(range(len(weights))) if owners is None else list(owners)
     check(x, weights, biases, lora_as, lora_bs, scalings, ps, owners)
     dtype = autocast_dtype(x.device.type) or x.dtype
+    if lora_as[0].dtype not in (dtype, torch.float32):  # under autocast; kernels read no other
+        lora_as, lora_bs = cast(lora_as, dtype), cast(lora_bs, dtype)
     if scales is not None:
         scales = list(scales)
         check_scales(weights, scales, dtype)

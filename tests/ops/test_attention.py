@@ -102,6 +102,25 @@ def test_as_good_as_torch(backend: str, case: Case, dtype: torch.dtype) -> None:
     assert y.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("size", [30, 100])
+def test_large_scores(size: int) -> None:
+    """Where the logsumexp is large it is rounded, too, and its rounding scales all of a row's p."""
+    case = Case(2, 4, 2, 9, 9, 8, causal=True)
+    leaves, _, dy = inputs(case, F32)
+    leaves = [(t * size**0.5).detach().requires_grad_() for t in leaves[:2]] + leaves[2:]
+
+    def unfused(dtype: torch.dtype) -> list[Tensor]:
+        wide = [t.detach().to(dtype).requires_grad_() for t in leaves]
+        q, k, v = (t.repeat_interleave(case.heads // t.shape[1], 1) for t in wide)
+        hidden = torch.ones(9, 9, dtype=torch.bool).triu(1)
+        scores = (q @ k.mT * case.width**-0.5).masked_fill(hidden, -torch.inf)
+        return outputs(scores.softmax(-1) @ v, wide, dy.to(dtype))
+
+    y = ops.scaled_dot_product_attention(*leaves, is_causal=True, backend="cpu")
+    got = outputs(y, leaves, dy)
+    assert_as_good_as_torch(["y", "dq", "dk", "dv"], got, unfused(F32), unfused(F64), F32)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_reference_is_torch_s_own(case: Case) -> None:
     """And the truth above is no mistake of ours."""

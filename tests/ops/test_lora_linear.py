@@ -252,7 +252,7 @@ def test_several_adapters_and_mixed_batches(
         assert_as_good_as_torch(names, again, *[e[: 1 + 2 * n] for e in expected], case.x.dtype)
 
 
-@pytest.mark.parametrize("adapter", [F32, BF16], ids=ID)
+@pytest.mark.parametrize("adapter", [F32, BF16, F16], ids=ID)
 @pytest.mark.parametrize("base", [F32, BF16], ids=ID)
 def test_autocast_is_peft_s(base: torch.dtype, adapter: torch.dtype) -> None:
     """Under autocast any mix of dtypes runs in the autocast dtype, as F.linear does."""

@@ -190,6 +190,15 @@ def test_several_adapters_and_autocast() -> None:
         assert got[name].dtype == value.dtype
 
 
+@pytest.mark.parametrize("name", ["3x3", "1x1"])
+def test_a_convolution_under_vmap_runs_as_peft_s(name: str) -> None:
+    model = adapted(CONVS[name][0])
+    x = torch.randn(3, *CONVS[name][1]).unsqueeze(1)
+    expected = torch.func.vmap(model)(x)
+    got = torch.func.vmap(fastft.accelerate(model))(x)
+    assert torch.equal(got, expected)
+
+
 def test_what_a_convolution_leaves_to_peft() -> None:
     x = torch.randn(2, 12, 5, 7)
     for config, reason in (
