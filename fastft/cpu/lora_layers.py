@@ -35,7 +35,8 @@ def _takes(
     """Whether the adapters are such as the call takes: all rows, dense, of ranks that pay."""
     rows = (0, x.shape[0])
     if (
-        x.shape[1] % 2
+        not lora_as  # of the layers that a gradient has reached
+        or x.shape[1] % 2
         or len(lora_as) > native.module().PRODUCT_TERMS
         or any(span != rows for span in spans)
     ):
