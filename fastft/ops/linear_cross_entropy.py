@@ -28,6 +28,7 @@ from fastft.ops._checks import (
     check_shape,
     check_tensor,
 )
+from fastft.ops._eager import recording
 from fastft.ops._head_loop import default_chunk, free_bytes, over
 from fastft.ops._linear_cross_entropy_autograd import LinearCrossEntropy
 from fastft.ops._linear_cross_entropy_run import AUTO, WHERE, Shard, choose
@@ -173,7 +174,7 @@ def linear_cross_entropy(
         dropped = torch.nn.functional.dropout(flat, lora_dropout) if lora_dropout else flat
         lora_s = torch.nn.functional.linear(dropped, lora_a.to(dtype)) * scaling
     tensors = [flat, weight, bias, class_weight, lora_s, lora_b]
-    if not torch.is_grad_enabled():  # an evaluation of a trained head makes no gradients
+    if not recording():  # an evaluation of a trained head makes no gradients
         tensors = [None if t is None else t.detach() for t in tensors]
     compiling = torch.compiler.is_compiling()
     name = backend or AUTO

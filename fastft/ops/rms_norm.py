@@ -19,7 +19,7 @@ from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from fastft.ops._differentiable import plain_gradients, wanted
-from fastft.ops._eager import call
+from fastft.ops._eager import call, recording
 from fastft.ops._library import register
 from fastft.ops._room import new_empty
 from fastft.ops._saving import note
@@ -62,7 +62,7 @@ def rms_norm(
         ArgumentError, BackendError: eps below 0, an unknown backend, or one that cannot run this.
     """
     check(x, weight, eps, residual)
-    if not torch.is_grad_enabled():
+    if not recording():
         weight = weight.detach()
     arguments = (float(eps), float(offset), bool(round_first))
     name = backend or _AUTO
