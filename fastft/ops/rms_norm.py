@@ -265,15 +265,18 @@ class AddRMSNorm(torch.autograd.Function):
         found = _add_fwd_kernel(x, residual, weight, *facts)
         note(found[0], (found[1], weight), lambda x, weight: _fwd_kernel(x, weight, *facts)[0])
         _add_setup_context(ctx, (x, residual, weight, *facts), found)
+        ctx.set_materialize_grads(False)  # what no gradient reaches has none
         return found[0], found[1]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, d_sum: Tensor) -> Any:
+    def backward(ctx: Any, dy: Tensor | None, d_sum: Tensor | None) -> Any:
+        if dy is None:
+            return d_sum, d_sum, *[None] * 5
         summed, weight, rstd = ctx.saved_tensors
         need = ctx.needs_input_grad[2]
         if wanted(dy, d_sum):
-            d_norm, dw = plain_gradients(_again(ctx), (summed, weight), (True, need), [dy])
-            dx = d_sum if d_norm is None else d_norm + d_sum
+            dx, dw = plain_gradients(_again(ctx), (summed, weight), (True, need), [dy])
+            dx = d_sum if dx is None else dx if d_sum is None else dx + d_sum
             return dx, dx, dw, *[None] * 4
         dx, dw = _bwd_kernel(dy, summed, weight, rstd, ctx.offset, need, ctx.backend, d_sum)
         return dx, dx, dw if need else None, *[None] * 4

@@ -8,6 +8,7 @@ over pairs of features: (j, j + rotary / 2), or with ``interleaved`` (2 j, 2 j +
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -206,19 +207,29 @@ class Rope(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *facts: Any) -> Any:
         ctx.save_for_backward(cos, sin)
         ctx.facts, ctx.dtype = facts, query.dtype
-        ctx.shapes = (query.shape, key.shape)
+        ctx.set_materialize_grads(False)  # what no gradient reaches has none
         return _fwd_kernel(query, key, cos, sin, *facts)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
+        reached = [d for d in upstream if d is not None]
+        if not reached:
+            return (None,) * 9
         cos, sin = ctx.saved_tensors
         interleaved, half_tables, backward, _, backend = ctx.facts
-        if wanted(*upstream):
+        gradients: Sequence[Tensor]
+        if wanted(*reached):
             options = {"interleaved": interleaved, "half_tables": half_tables}
-            found = [reference.rope(d, cos, sin, **options, backward=True) for d in upstream]
-            return (*(t.to(ctx.dtype) for t in found), *[None] * 7)
-        facts = (interleaved, half_tables, not backward, ctx.dtype, backend)
-        return (*_fwd_kernel(upstream[0], upstream[1], cos, sin, *facts), *[None] * 7)
+            wide = [reference.rope(d, cos, sin, **options, backward=True) for d in reached]
+            gradients = [t.to(ctx.dtype) for t in wide]
+        else:
+            facts = (interleaved, half_tables, not backward, ctx.dtype, backend)
+            first, last = reached[0], reached[-1]
+            if len(reached) == 1:  # beside it, heads of none
+                last = first[:, :0]
+            gradients = _fwd_kernel(first, last, cos, sin, *facts)
+        found = iter(gradients)
+        return (*[None if d is None else next(found) for d in upstream], *[None] * 7)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

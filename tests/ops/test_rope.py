@@ -33,6 +33,21 @@ def test_second_derivatives_and_gradcheck() -> None:
     assert torch.autograd.gradgradcheck(lambda q, k: ops.rope(q, k, cos, sin), (q, k))
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("reached", [0, 1])
+def test_what_no_gradient_reaches_has_none(reached: int, create_graph: bool) -> None:
+    q, k, cos, sin = _heads()
+    every = torch.autograd.grad(
+        [y.sum() for y in ops.rope(q, k, cos, sin)], (q, k), create_graph=create_graph
+    )
+    got = torch.autograd.grad(
+        ops.rope(q, k, cos, sin)[reached].sum(), (q, k), create_graph=create_graph,
+        allow_unused=True,
+    )  # fmt: skip
+    assert got[1 - reached] is None
+    assert torch.equal(got[reached], every[reached])
+
+
 @pytest.mark.parametrize("isa", native.build_info()["instruction_sets_usable"])
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
