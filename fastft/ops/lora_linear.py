@@ -37,6 +37,7 @@ from fastft.ops._checks import (
     check_shape,
     check_tensor,
 )
+from fastft.ops._eager import dispatched
 from fastft.ops._lora_linear_autograd import LoraLinear, late_values
 from fastft.ops._lora_linear_call import AUTO, Constants, choose, new_dropout_mask
 from fastft.ops._saving import values_wanted
@@ -146,7 +147,7 @@ def lora_linear_siblings(
     else:
         _check_spans(spans, len(owners), rows)
         bounds = [row for span in spans for row in span]
-    compiling = torch.compiler.is_compiling()
+    compiling = dispatched(x, *weights)
     # A compiled graph chooses when it runs: the choice reads facts that tracing should not guard.
     name, launcher = (backend or AUTO, None) if compiling else choose(backend, flat, lora_as)
     masks: list[Tensor | None] = [None] * len(ps)
@@ -203,7 +204,7 @@ def _products(
     scales: Sequence[Tensor | None] = (),
 ) -> Sequence[Tensor]:
     """One result for each layer, x flattened; scales: those the backend takes along."""
-    if torch.compiler.is_compiling():
+    if constants.launcher is None:
         outputs = torch.ops.fastft.lora_linear_fwd(
             x,
             list(weights),

@@ -19,7 +19,7 @@ from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from fastft.ops._differentiable import plain_gradients, wanted
-from fastft.ops._eager import call, recording
+from fastft.ops._eager import call, dispatched, recording
 from fastft.ops._library import register
 from fastft.ops._room import new_empty
 from fastft.ops._saving import note
@@ -65,13 +65,13 @@ def rms_norm(
     if not recording():
         weight = weight.detach()
     arguments = (float(eps), float(offset), bool(round_first))
-    name = backend or _AUTO
+    name, through = backend or _AUTO, dispatched(x, weight, residual)
     if residual is not None:
-        if torch.compiler.is_compiling():
+        if through:
             found = torch.ops.fastft.add_rms_norm_fwd(x, residual, weight, *arguments, name)
             return found[0], found[1]
         return call(AddRMSNorm, x, residual, weight, *arguments, _choose(name, x)[0])
-    if torch.compiler.is_compiling():
+    if through:
         return torch.ops.fastft.rms_norm_fwd(x, weight, *arguments, name)[0]
     return call(RMSNorm, x, weight, *arguments, _choose(name, x)[0])
 

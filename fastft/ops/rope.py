@@ -18,7 +18,7 @@ from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from fastft.ops._differentiable import wanted
-from fastft.ops._eager import call
+from fastft.ops._eager import call, dispatched
 from fastft.ops._library import register
 from fastft.ops._room import empty_like, new_empty
 from fastft.reference import rope as reference
@@ -77,7 +77,7 @@ def rope(
         torch.autograd.graph.increment_version(found)  # so that a graph that holds them can tell
         return found[0], found[1]
     arguments = (interleaved, half_tables, False, written)
-    if torch.compiler.is_compiling():
+    if dispatched(query, key, cos, sin):
         found = torch.ops.fastft.rope_fwd(query, key, cos, sin, *arguments, name)
     else:
         chosen = _choose(name, query, cos.dtype, written)[0]
