@@ -67,17 +67,20 @@ def rope(
     # What the kernels write; torch rounds it to any other.
     written = dtype if dtype in (query.dtype, torch.float64) else torch.float32
     name = backend or _AUTO
+    through = dispatched(query, key, cos, sin)
     if inplace:
-        wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-        if wanted or dtype != query.dtype:
-            expected = "tensors that need no gradient, in the dtype of the result"
-            got = "a gradient" if wanted else f"{query.dtype} for {dtype}"
-            raise ArgumentError(_WHERE, "inplace", expected=expected, got=got)
+        _check_inplace(query, key, dtype)
+        if through:
+            found = rope(
+                query, key, cos, sin, interleaved=interleaved, half_tables=half_tables,
+                backend=backend,
+            )  # fmt: skip
+            return query.copy_(found[0]), key.copy_(found[1])
         found = _run(query, key, cos, sin, interleaved, half_tables, False, (query, key), name)
         torch.autograd.graph.increment_version(found)  # so that a graph that holds them can tell
         return found[0], found[1]
     arguments = (interleaved, half_tables, False, written)
-    if dispatched(query, key, cos, sin):
+    if through:
         found = torch.ops.fastft.rope_fwd(query, key, cos, sin, *arguments, name)
     else:
         chosen = _choose(name, query, cos.dtype, written)[0]
@@ -114,6 +117,20 @@ def check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, half_tables: boo
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         expected, got = "tables without a gradient", "one that requires one"
         raise ArgumentError(_WHERE, "cos", expected=expected, got=got)
+
+
+def _check_inplace(query: Tensor, key: Tensor, dtype: torch.dtype) -> None:
+    wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    several = any(
+        stride == 0 and size > 1
+        for tensor in (query, key)
+        for stride, size in zip(tensor.stride(), tensor.shape)
+    )
+    if wanted or several or dtype != query.dtype:
+        expected = "tensors that need no gradient, in the dtype of the result, each element once"
+        got = f"{query.dtype} for {dtype}"
+        got = "a gradient" if wanted else "an expanded tensor" if several else got
+        raise ArgumentError(_WHERE, "inplace", expected=expected, got=got)
 
 
 def _choose(backend: str, query: Tensor, *others: torch.dtype) -> tuple[str, Any]:

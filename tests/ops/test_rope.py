@@ -33,6 +33,21 @@ def test_second_derivatives_and_gradcheck() -> None:
     assert torch.autograd.gradgradcheck(lambda q, k: ops.rope(q, k, cos, sin), (q, k))
 
 
+def test_inplace_compiled_whole() -> None:
+    q, k, cos, sin = (t.detach() for t in _heads())
+    own = q.clone(), k.clone()
+    compiled = torch.compile(lambda q, k: ops.rope(q, k, cos, sin, inplace=True), fullgraph=True)
+    compiled(*own)
+    for got, expected in zip(own, ops.rope(q, k, cos, sin), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_inplace_over_an_expanded_tensor_is_refused() -> None:
+    q, k, cos, sin = (t.detach() for t in _heads())
+    with pytest.raises(errors.ArgumentError, match="expanded"):  # heads would be turned twice
+        ops.rope(q, k[:, :1].expand(-1, 2, -1, -1), cos, sin, inplace=True)
+
+
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("reached", [0, 1])
 def test_what_no_gradient_reaches_has_none(reached: int, create_graph: bool) -> None:
