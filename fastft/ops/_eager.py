@@ -20,6 +20,9 @@ class _Unrecorded:
     def save_for_backward(self, *tensors: Any) -> None:
         """Nothing is saved."""
 
+    def set_materialize_grads(self, value: bool) -> None:
+        """There are no gradients."""
+
 
 def recording() -> bool:
     """Whether derivatives are taken of what runs now: backward, or along (forward-mode), which

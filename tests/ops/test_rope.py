@@ -33,6 +33,14 @@ def test_second_derivatives_and_gradcheck() -> None:
     assert torch.autograd.gradgradcheck(lambda q, k: ops.rope(q, k, cos, sin), (q, k))
 
 
+def test_without_gradients() -> None:
+    heads = _heads()
+    with torch.no_grad():
+        got = ops.rope(*heads)
+    for a, b in zip(got, ops.rope(*heads), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_inplace_compiled_whole() -> None:
     q, k, cos, sin = (t.detach() for t in _heads())
     own = q.clone(), k.clone()
