@@ -55,7 +55,7 @@ class CudaEngine:
     def host_buffer(self, size: int) -> Tensor:
         if size < _ROUNDED:
             return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
-        buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         with torch.cuda.device(self._device):
             status = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, _PORTABLE))
         if status:

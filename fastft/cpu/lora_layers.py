@@ -35,7 +35,8 @@ def _takes(
     """Whether the adapters are such as the call takes: all rows, dense, of ranks that pay."""
     rows = (0, x.shape[0])
     if (
-        x.shape[1] % 2
+        not lora_as  # of the layers that a gradient has reached
+        or x.shape[1] % 2
         or len(lora_as) > native.module().PRODUCT_TERMS
         or any(span != rows for span in spans)
     ):
@@ -173,7 +174,8 @@ def _from_products(
 ) -> None:
     """d_scale of the columns whose result does not tell their product: (dy^T x . W) + scaling
     (dy^T s . B), row by row. lost: which; None: all."""
-    columns = torch.arange(len(d_scale)) if lost is None else lost.nonzero()[:, 0]
+    every = torch.arange(len(d_scale), device=d_scale.device)
+    columns = every if lost is None else every[lost]
     for some in columns.split(_COLUMNS):
         own = dy[:, some].t()
         total = ((own @ x).float() * weight[some]).sum(1)

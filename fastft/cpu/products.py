@@ -41,7 +41,7 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if buffer is None or buffer.numel() < numel:
         # detach from inference mode: such a tensor could not be written in a later training step
         with torch.inference_mode(False):
-            buffer = torch.empty(numel, dtype=dtype)
+            buffer = torch.empty(numel, dtype=dtype, device="cpu")  # whatever the default is
         _scratch.buffers[key] = buffer
     return buffer[:numel].view(shape)
 

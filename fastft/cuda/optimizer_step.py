@@ -113,7 +113,7 @@ def _codes(tensors: Any) -> Tensor:
     """The codes of 8-bit states as the kernel reads them, once for each device."""
     device = tensors.device
     if device not in _held:
-        words = torch.tensor(native.module().dynamic8_words(), dtype=torch.int64)
+        words = torch.tensor(native.module().dynamic8_words(), dtype=torch.int64, device="cpu")
         host = words.to(torch.int32)  # wraps
         if torch.cuda.is_current_stream_capturing():
             # The copy is made when the graph runs: it is no one's but the graph's.

@@ -189,7 +189,7 @@ def _draw(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     weight: Tensor = module.weight
     # A weight on meta is replaced by the one drawn: what the module computes can be seen anywhere.
     device = "cpu" if weight.is_meta else weight.device
-    draw = torch.randn(9, weight.shape[0], generator=generator).to(device, dtype)
+    draw = torch.randn(9, weight.shape[0], generator=generator, device="cpu").to(device, dtype)
     draw[1::2] *= 1e-3
     return draw[1:], draw[0]
 

@@ -248,7 +248,7 @@ def _draw(facts: RopeFacts, partial: bool) -> list[Tensor]:
     size = rotary // 2 if facts.tables == "half" else rotary
     table = (batch, tokens, size)
     shapes = [(batch, heads, tokens, width), (batch, 1, tokens, width), table, table]
-    return [torch.randn(shape, generator=generator) for shape in shapes]
+    return [torch.randn(shape, generator=generator, device="cpu") for shape in shapes]
 
 
 def _agrees(function: Callable[..., Any], facts: RopeFacts, *, partial: bool) -> bool:

@@ -16,6 +16,7 @@ from fastft.ops._checks import (
     check_shape,
     check_tensor,
 )
+from fastft.ops._eager import dispatched
 
 __all__ = ["KINDS", "WHERE", "Teacher", "check"]
 
@@ -116,8 +117,8 @@ def check(
         ("reduction", reduction != "none" or not trained, "'mean' or 'sum' over a trained head",
          "'none'"),
         ("chunk", chunk is None or chunk >= 1, "at least 1 token", chunk),
-        ("hidden_states", not torch.compiler.is_compiling(), "a call outside torch.compile",
-         "one under it"),
+        ("hidden_states", not dispatched(hidden_states, weight),
+         "tensors with memory, outside torch.compile", "others, or a call under it"),
     )  # fmt: skip
     for name, fine, expected, got in refusals:
         if not fine:

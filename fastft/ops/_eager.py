@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-__all__ = ["call"]
+__all__ = ["call", "dispatched", "recording"]
+
+_PLAIN = (Tensor, nn.Parameter)
+_NONE = torch._C._disabled_torch_dispatch_impl
 
 
 class _Unrecorded:
@@ -15,10 +20,31 @@ class _Unrecorded:
     def save_for_backward(self, *tensors: Any) -> None:
         """Nothing is saved."""
 
+    def set_materialize_grads(self, value: bool) -> None:
+        """There are no gradients."""
+
+
+def recording() -> bool:
+    """Whether derivatives are taken of what runs now: backward, or along (forward-mode), which
+    ``no_grad`` does not end."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
+def dispatched(*tensors: Any) -> bool:
+    """Whether a call on these is the registered operation: compiled, or of tensors that have no
+    memory of their own (fake ones, sharded ones), whose address a kernel must not be given."""
+    if torch.compiler.is_compiling():
+        return True
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind not in _PLAIN and getattr(kind, "__torch_dispatch__", _NONE) is not _NONE:
+            return True
+    return False
+
 
 def call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply``, which costs 5 us, or the function's forward where no gradients are
     recorded, as in generation."""
-    if torch.is_grad_enabled():
+    if recording():
         return function.apply(*arguments)  # type: ignore[no-untyped-call]
     return function.forward(_Unrecorded(), *arguments)

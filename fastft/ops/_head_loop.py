@@ -147,7 +147,7 @@ def kept_tokens(ignored: Tensor, flops: float) -> Tokens:
         if torch.cuda.is_current_stream_capturing():
             return Tokens()
         order = torch.argsort(ignored.to(torch.uint8), stable=True)
-        pinned = torch.empty(1, dtype=torch.int64, pin_memory=True)
+        pinned = torch.empty(1, dtype=torch.int64, device="cpu", pin_memory=True)
         pinned.copy_((~ignored).sum().view(1), non_blocking=True)
         event = torch.cuda.Event()
         event.record()

@@ -122,7 +122,9 @@ def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def cast_biases(biases: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    return [b if b is None or b.dtype == dtype else b.to(dtype) for b in biases]
+    """In this dtype, elements next to each other: kernels read them by address."""
+    plain = [b is None or (b.dtype == dtype and b.is_contiguous()) for b in biases]
+    return [b if ok or b is None else b.to(dtype).contiguous() for b, ok in zip(biases, plain)]
 
 
 def pairs_of(spans: Sequence[int]) -> list[tuple[int, int]]:

@@ -28,6 +28,7 @@ from fastft.ops._checks import (
     without_autocast,
 )
 from fastft.ops._differentiable import plain_gradients, wanted
+from fastft.ops._eager import dispatched
 from fastft.ops._library import register
 from fastft.ops._room import empty_like, new_empty
 from fastft.ops._saving import registered
@@ -85,7 +86,7 @@ def scaled_dot_product_attention(
     if mask is not None and mask.stride(-1) != 1:
         mask = mask.contiguous()
     name = backend or _AUTO
-    if registered():
+    if registered() or dispatched(query, key, value):
         out, _ = torch.ops.fastft.attention_fwd(query, key, value, mask, factor, is_causal, name)
         return out
     name = _choose(name, query)[0]

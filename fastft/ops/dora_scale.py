@@ -30,6 +30,7 @@ from fastft.ops._checks import (
     without_autocast,
 )
 from fastft.ops._differentiable import plain_gradients, wanted
+from fastft.ops._eager import dispatched
 from fastft.ops._library import register
 from fastft.ops._room import new_empty
 from fastft.reference import dora_scale as reference
@@ -63,7 +64,7 @@ def dora_norm(
     wide = torch.promote_types(lora_a.dtype, torch.float32)
     if squared_rows is None:
         squared_rows = squared_row_norms(weight)
-    if not torch.compiler.is_compiling():
+    if not dispatched(weight, lora_a, lora_b):
         own = getattr(_choose(_AUTO, weight)[1], "norm", None)
         found = own(weight, lora_a, lora_b, scaling, squared_rows) if own else None
         if found is not None:
@@ -119,7 +120,7 @@ def dora_scale(
     """
     check(z, scale, bias)
     name = backend or _AUTO
-    if torch.compiler.is_compiling():
+    if dispatched(z, scale, bias):
         trained = bias is not None and bias.requires_grad
         y = torch.ops.fastft.dora_scale_fwd(z, scale, None if trained else bias, name)
         return y + bias if trained else y

@@ -20,6 +20,7 @@ from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_tensor
 from fastft.ops._differentiable import wanted
+from fastft.ops._eager import dispatched
 from fastft.ops._library import register
 
 __all__ = ["check", "embedding"]
@@ -50,7 +51,7 @@ def embedding(
     """
     padding = check(ids, weight, padding_idx)
     name = backend or _AUTO
-    if torch.compiler.is_compiling():
+    if dispatched(ids, weight):
         return torch.ops.fastft.embedding_fwd(ids, weight, padding, name)
     return Embedding.apply(ids, weight, padding, _choose(name, weight)[0])
 

@@ -20,7 +20,7 @@ from fastft.errors import ArgumentError, nearest
 from fastft.ops import _glu_pair
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from fastft.ops._differentiable import plain_gradients, wanted
-from fastft.ops._eager import call
+from fastft.ops._eager import call, dispatched
 from fastft.ops._library import register
 from fastft.ops._room import new_empty
 from fastft.ops._saving import note
@@ -53,7 +53,7 @@ def glu(
     """
     check(gate, up, activation)
     name = backend or _AUTO
-    if torch.compiler.is_compiling():
+    if dispatched(gate, up):
         return torch.ops.fastft.glu_fwd(gate, up, activation, name)
     return call(Glu, gate, up, activation, _choose(name, gate)[0])
 

@@ -18,7 +18,7 @@ from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from fastft.ops._differentiable import plain_gradients, wanted
-from fastft.ops._eager import call
+from fastft.ops._eager import call, dispatched, recording
 from fastft.ops._library import register
 from fastft.ops._room import new_empty
 from fastft.ops._saving import note
@@ -58,11 +58,11 @@ def layer_norm(
         ArgumentError, BackendError: eps below 0, an unknown backend, or one that cannot run this.
     """
     check(x, weight, bias, eps)
-    if not torch.is_grad_enabled():
+    if not recording():
         weight, bias = (None if t is None else t.detach() for t in (weight, bias))
     arguments = (float(eps), float(offset), bool(round_first))
     name = backend or _AUTO
-    if torch.compiler.is_compiling():
+    if dispatched(x, weight, bias):
         return torch.ops.fastft.layer_norm_fwd(x, weight, bias, *arguments, name)[0]
     return call(LayerNorm, x, weight, bias, *arguments, _choose(name, x)[0])
 

@@ -28,6 +28,7 @@ from fastft.ops._checks import (
     check_shape,
     check_tensor,
 )
+from fastft.ops._eager import dispatched, recording
 from fastft.ops._head_loop import default_chunk, free_bytes, over
 from fastft.ops._linear_cross_entropy_autograd import LinearCrossEntropy
 from fastft.ops._linear_cross_entropy_run import AUTO, WHERE, Shard, choose
@@ -173,9 +174,9 @@ def linear_cross_entropy(
         dropped = torch.nn.functional.dropout(flat, lora_dropout) if lora_dropout else flat
         lora_s = torch.nn.functional.linear(dropped, lora_a.to(dtype)) * scaling
     tensors = [flat, weight, bias, class_weight, lora_s, lora_b]
-    if not torch.is_grad_enabled():  # an evaluation of a trained head makes no gradients
+    if not recording():  # an evaluation of a trained head makes no gradients
         tensors = [None if t is None else t.detach() for t in tensors]
-    compiling = torch.compiler.is_compiling()
+    compiling = dispatched(flat, weight, target)
     name = backend or AUTO
     if not compiling:
         name = choose(name, flat)[0]
@@ -296,6 +297,7 @@ def check(
             check_tensor(WHERE, name, tensor)
             check_device(WHERE, name, tensor, device)
             check_shape(WHERE, name, tensor, shape, what)
+    through = dispatched(hidden_states, weight)
     refusals = (
         ("lora_b", (lora_a is None) + (lora_s is None) == 1 + (lora_b is None),
          "lora_b together with lora_a or lora_s", "one alone"),
@@ -304,13 +306,13 @@ def check(
         ("label_smoothing", 0.0 <= label_smoothing <= 1.0, "0 to 1", label_smoothing),
         ("labels", not (labels.requires_grad and torch.is_grad_enabled()),
          "labels without a gradient", "probabilities that require one"),
-        ("labels", not (labels.is_floating_point() and torch.compiler.is_compiling()),
+        ("labels", not (labels.is_floating_point() and through),
          "int64 labels under torch.compile", "probabilities"),
         ("softcap", softcap is None or softcap > 0, "a number above 0, or None", softcap),
         ("reduction", reduction in ("mean", "sum", "none"), "'mean', 'sum' or 'none'",
          repr(reduction)),
         ("chunk", chunk is None or chunk >= 1, "at least 1 token", chunk),
-        ("shard", shard is None or not (whole or torch.compiler.is_compiling()),
+        ("shard", shard is None or not (whole or through),
          "a whole vocabulary with probabilities, return_statistics or torch.compile",
          "a part of one"),
     )  # fmt: skip

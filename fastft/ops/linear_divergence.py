@@ -23,6 +23,7 @@ from fastft.errors import ArgumentError
 from fastft.ops._checks import autocast_dtype, without_autocast
 from fastft.ops._differentiable import batched
 from fastft.ops._divergence_checks import KINDS, WHERE, Teacher, check
+from fastft.ops._eager import recording
 from fastft.ops._head_loop import (
     ELSEWHERE,
     Gradients,
@@ -228,7 +229,7 @@ def _losses(
     if lora_s is not None:
         lora_s = lora_s.reshape(-1, lora_s.shape[-1]).to(dtype).contiguous()
     tensors = [flat, weight, bias, lora_s, lora_b]
-    if not torch.is_grad_enabled():
+    if not recording():
         tensors = [None if t is None else t.detach() for t in tensors]
     name, launcher = backends.select(
         "linear_cross_entropy", backend, device_type=device_type, dtype=dtype

@@ -24,6 +24,7 @@ from fastft.ops._checks import (
     without_autocast,
 )
 from fastft.ops._differentiable import plain_gradients, wanted
+from fastft.ops._eager import dispatched
 from fastft.ops._library import register
 from fastft.reference.lora_grouped_linear import lora_grouped_linear as reference
 
@@ -64,7 +65,7 @@ def lora_grouped_linear(
     check(x, weight, lora_a, lora_b, ends, scaling)
     x = x.contiguous()
     name = backend or _AUTO
-    if torch.compiler.is_compiling():
+    if dispatched(x, weight, lora_a, lora_b, ends):
         fused = torch.ops.fastft.lora_grouped_linear_fwd
         return fused(x, weight, lora_a, lora_b, ends, float(scaling), name)[0]
     chosen = _choose(name, x, lora_a)[0]
@@ -120,7 +121,7 @@ def check(
         )
     if not abs(scaling) < float("inf"):
         raise ArgumentError(_WHERE, "scaling", expected="a finite number", got=repr(scaling))
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and not dispatched(x, ends):
         stops = [0, *ends.tolist()]
         if sorted(stops) != stops or stops[-1] != x.shape[0]:
             expected = f"ascending row numbers up to {x.shape[0]}, the rows of x"

@@ -19,7 +19,7 @@ from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from fastft.ops._differentiable import plain_gradients, wanted
-from fastft.ops._eager import call
+from fastft.ops._eager import call, dispatched, recording
 from fastft.ops._library import register
 from fastft.ops._room import new_empty
 from fastft.ops._saving import note
@@ -62,16 +62,16 @@ def rms_norm(
         ArgumentError, BackendError: eps below 0, an unknown backend, or one that cannot run this.
     """
     check(x, weight, eps, residual)
-    if not torch.is_grad_enabled():
+    if not recording():
         weight = weight.detach()
     arguments = (float(eps), float(offset), bool(round_first))
-    name = backend or _AUTO
+    name, through = backend or _AUTO, dispatched(x, weight, residual)
     if residual is not None:
-        if torch.compiler.is_compiling():
+        if through:
             found = torch.ops.fastft.add_rms_norm_fwd(x, residual, weight, *arguments, name)
             return found[0], found[1]
         return call(AddRMSNorm, x, residual, weight, *arguments, _choose(name, x)[0])
-    if torch.compiler.is_compiling():
+    if through:
         return torch.ops.fastft.rms_norm_fwd(x, weight, *arguments, name)[0]
     return call(RMSNorm, x, weight, *arguments, _choose(name, x)[0])
 
@@ -265,15 +265,18 @@ class AddRMSNorm(torch.autograd.Function):
         found = _add_fwd_kernel(x, residual, weight, *facts)
         note(found[0], (found[1], weight), lambda x, weight: _fwd_kernel(x, weight, *facts)[0])
         _add_setup_context(ctx, (x, residual, weight, *facts), found)
+        ctx.set_materialize_grads(False)  # what no gradient reaches has none
         return found[0], found[1]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, d_sum: Tensor) -> Any:
+    def backward(ctx: Any, dy: Tensor | None, d_sum: Tensor | None) -> Any:
+        if dy is None:
+            return d_sum, d_sum, *[None] * 5
         summed, weight, rstd = ctx.saved_tensors
         need = ctx.needs_input_grad[2]
         if wanted(dy, d_sum):
-            d_norm, dw = plain_gradients(_again(ctx), (summed, weight), (True, need), [dy])
-            dx = d_sum if d_norm is None else d_norm + d_sum
+            dx, dw = plain_gradients(_again(ctx), (summed, weight), (True, need), [dy])
+            dx = d_sum if dx is None else dx if d_sum is None else dx + d_sum
             return dx, dx, dw, *[None] * 4
         dx, dw = _bwd_kernel(dy, summed, weight, rstd, ctx.offset, need, ctx.backend, d_sum)
         return dx, dx, dw if need else None, *[None] * 4

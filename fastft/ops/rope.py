@@ -8,6 +8,7 @@ over pairs of features: (j, j + rotary / 2), or with ``interleaved`` (2 j, 2 j +
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from fastft import backends
 from fastft.errors import ArgumentError, ShapeError
 from fastft.ops._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from fastft.ops._differentiable import wanted
-from fastft.ops._eager import call
+from fastft.ops._eager import call, dispatched
 from fastft.ops._library import register
 from fastft.ops._room import empty_like, new_empty
 from fastft.reference import rope as reference
@@ -66,17 +67,20 @@ def rope(
     # What the kernels write; torch rounds it to any other.
     written = dtype if dtype in (query.dtype, torch.float64) else torch.float32
     name = backend or _AUTO
+    through = dispatched(query, key, cos, sin)
     if inplace:
-        wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-        if wanted or dtype != query.dtype:
-            expected = "tensors that need no gradient, in the dtype of the result"
-            got = "a gradient" if wanted else f"{query.dtype} for {dtype}"
-            raise ArgumentError(_WHERE, "inplace", expected=expected, got=got)
+        _check_inplace(query, key, dtype)
+        if through:
+            found = rope(
+                query, key, cos, sin, interleaved=interleaved, half_tables=half_tables,
+                backend=backend,
+            )  # fmt: skip
+            return query.copy_(found[0]), key.copy_(found[1])
         found = _run(query, key, cos, sin, interleaved, half_tables, False, (query, key), name)
         torch.autograd.graph.increment_version(found)  # so that a graph that holds them can tell
         return found[0], found[1]
     arguments = (interleaved, half_tables, False, written)
-    if torch.compiler.is_compiling():
+    if through:
         found = torch.ops.fastft.rope_fwd(query, key, cos, sin, *arguments, name)
     else:
         chosen = _choose(name, query, cos.dtype, written)[0]
@@ -113,6 +117,20 @@ def check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, half_tables: boo
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         expected, got = "tables without a gradient", "one that requires one"
         raise ArgumentError(_WHERE, "cos", expected=expected, got=got)
+
+
+def _check_inplace(query: Tensor, key: Tensor, dtype: torch.dtype) -> None:
+    wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    several = any(
+        stride == 0 and size > 1
+        for tensor in (query, key)
+        for stride, size in zip(tensor.stride(), tensor.shape)
+    )
+    if wanted or several or dtype != query.dtype:
+        expected = "tensors that need no gradient, in the dtype of the result, each element once"
+        got = f"{query.dtype} for {dtype}"
+        got = "a gradient" if wanted else "an expanded tensor" if several else got
+        raise ArgumentError(_WHERE, "inplace", expected=expected, got=got)
 
 
 def _choose(backend: str, query: Tensor, *others: torch.dtype) -> tuple[str, Any]:
@@ -206,19 +224,29 @@ class Rope(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *facts: Any) -> Any:
         ctx.save_for_backward(cos, sin)
         ctx.facts, ctx.dtype = facts, query.dtype
-        ctx.shapes = (query.shape, key.shape)
+        ctx.set_materialize_grads(False)  # what no gradient reaches has none
         return _fwd_kernel(query, key, cos, sin, *facts)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
+        reached = [d for d in upstream if d is not None]
+        if not reached:
+            return (None,) * 9
         cos, sin = ctx.saved_tensors
         interleaved, half_tables, backward, _, backend = ctx.facts
-        if wanted(*upstream):
+        gradients: Sequence[Tensor]
+        if wanted(*reached):
             options = {"interleaved": interleaved, "half_tables": half_tables}
-            found = [reference.rope(d, cos, sin, **options, backward=True) for d in upstream]
-            return (*(t.to(ctx.dtype) for t in found), *[None] * 7)
-        facts = (interleaved, half_tables, not backward, ctx.dtype, backend)
-        return (*_fwd_kernel(upstream[0], upstream[1], cos, sin, *facts), *[None] * 7)
+            wide = [reference.rope(d, cos, sin, **options, backward=True) for d in reached]
+            gradients = [t.to(ctx.dtype) for t in wide]
+        else:
+            facts = (interleaved, half_tables, not backward, ctx.dtype, backend)
+            first, last = reached[0], reached[-1]
+            if len(reached) == 1:  # beside it, heads of none
+                last = first[:, :0]
+            gradients = _fwd_kernel(first, last, cos, sin, *facts)
+        found = iter(gradients)
+        return (*[None if d is None else next(found) for d in upstream], *[None] * 7)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -215,7 +215,7 @@ class _Plan:
         """(host bytes, bytes of the slot) of each copy."""
         return [
             (
-                torch.empty(0, dtype=torch.uint8).set_(storage, first, (size,), (1,)),
+                torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, first, (size,), (1,)),
                 slot[start : start + size],
             )
             for storage, first, size, start in self._runs

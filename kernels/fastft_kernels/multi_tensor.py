@@ -100,7 +100,7 @@ def table_for(tensors: Any, grads: Sequence[Tensor]) -> Tensor:
 
 def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A small table on ``device``; the host does not wait for the copy."""
-    return upload(torch.tensor(values, dtype=dtype), device)
+    return upload(torch.tensor(values, dtype=dtype, device="cpu"), device)
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:

@@ -98,3 +98,29 @@ def test_a_checkpoint_gives_saved_tensors_once() -> None:
     loss = torch.utils.checkpoint.checkpoint(run, hidden, use_reentrant=False)
     for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), want, strict=True):
         assert torch.equal(a, b)
+
+
+def rotated(x: Tensor) -> Tensor:
+    heads, table = x.view(1, 2, -1, 8), torch.ones(1, x.numel() // 16, 8, dtype=x.dtype)
+    return ops.rope(heads, heads, table, table)[0]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: ops.rms_norm(x, x[0]),
+        lambda x: ops.rms_norm(torch.ones(4, 8), x[0]),
+        lambda x: ops.layer_norm(x),
+        lambda x: ops.layer_norm(torch.ones(4, 8), x[0]),
+        lambda x: ops.glu(x, x),
+        rotated,
+        lambda x: ops.linear_cross_entropy(x, torch.ones(9, 8), torch.zeros(4, dtype=torch.int64)),
+        lambda x: ops.linear_divergence(x, torch.ones(9, 8), torch.zeros(4, 9)),
+    ],
+)
+def test_a_tangent_is_never_lost_in_silence(function: Callable[[Tensor], Tensor]) -> None:
+    """Forward-mode AD goes on under ``no_grad``."""
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(torch.ones(4, 8), torch.ones(4, 8))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            function(x)

@@ -74,6 +74,22 @@ def test_gradients_are_those_of_the_reached_layers_alone(
             torch.testing.assert_close(g, e)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_reached_layer_without_an_adapter(backend: str) -> None:
+    torch.manual_seed(0)
+    x = leaf(600, FEATURES, dtype=torch.bfloat16)
+    weights = [torch.randn(n, FEATURES).bfloat16() for n in (8, 12)]
+    a, b = leaf(R, FEATURES), leaf(12, R)
+    frozen, _ = lora_linear_siblings(
+        x, weights, [a], [b], scalings=[0.5], owners=[1], backend=backend
+    )
+    dy = torch.randn_like(frozen)
+    dx, da, db = torch.autograd.grad(frozen, [x, a, b], dy, allow_unused=True)
+    assert da is None
+    assert db is None
+    torch.testing.assert_close(dx, dy @ weights[0])
+
+
 class _Three(nn.Module):
     """q, k, v, of which k's and v's results are not always used."""
 

@@ -25,6 +25,26 @@ def outputs(y: Tensor, x: Tensor, weight: Tensor, dy: Tensor) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, (x, weight), dy)]
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_of_a_sum_what_no_gradient_reaches_has_none(create_graph: bool) -> None:
+    x, weight, dy = inputs((3, 5), F32)
+    residual = torch.randn(3, 5, requires_grad=True)
+    tensors = (x, residual, weight)
+    _, summed = ops.rms_norm(x, weight, residual=residual)
+    options = {"create_graph": create_graph, "allow_unused": True}
+    with torch.no_grad():
+        assert torch.equal(ops.rms_norm(x, weight, residual=residual)[1], summed)
+    dx, d_residual, d_weight = torch.autograd.grad(summed * 2, tensors, dy, **options)
+    assert d_weight is None
+    assert torch.equal(dx, 2 * dy)
+    assert torch.equal(d_residual, 2 * dy)
+    y, _ = ops.rms_norm(x, weight, residual=residual)
+    got = torch.autograd.grad(y, tensors, dy, **options)
+    plain, _ = reference.rms_norm(x + residual, weight, 1e-6, 0.0, True)
+    for g, e in zip(got, torch.autograd.grad(plain, tensors, dy), strict=True):
+        torch.testing.assert_close(g, e)
+
+
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

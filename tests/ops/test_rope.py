@@ -33,6 +33,44 @@ def test_second_derivatives_and_gradcheck() -> None:
     assert torch.autograd.gradgradcheck(lambda q, k: ops.rope(q, k, cos, sin), (q, k))
 
 
+def test_without_gradients() -> None:
+    heads = _heads()
+    with torch.no_grad():
+        got = ops.rope(*heads)
+    for a, b in zip(got, ops.rope(*heads), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_inplace_compiled_whole() -> None:
+    q, k, cos, sin = (t.detach() for t in _heads())
+    own = q.clone(), k.clone()
+    compiled = torch.compile(lambda q, k: ops.rope(q, k, cos, sin, inplace=True), fullgraph=True)
+    compiled(*own)
+    for got, expected in zip(own, ops.rope(q, k, cos, sin), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_inplace_over_an_expanded_tensor_is_refused() -> None:
+    q, k, cos, sin = (t.detach() for t in _heads())
+    with pytest.raises(errors.ArgumentError, match="expanded"):  # heads would be turned twice
+        ops.rope(q, k[:, :1].expand(-1, 2, -1, -1), cos, sin, inplace=True)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("reached", [0, 1])
+def test_what_no_gradient_reaches_has_none(reached: int, create_graph: bool) -> None:
+    q, k, cos, sin = _heads()
+    every = torch.autograd.grad(
+        [y.sum() for y in ops.rope(q, k, cos, sin)], (q, k), create_graph=create_graph
+    )
+    got = torch.autograd.grad(
+        ops.rope(q, k, cos, sin)[reached].sum(), (q, k), create_graph=create_graph,
+        allow_unused=True,
+    )  # fmt: skip
+    assert got[1 - reached] is None
+    assert torch.equal(got[reached], every[reached])
+
+
 @pytest.mark.parametrize("isa", native.build_info()["instruction_sets_usable"])
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])

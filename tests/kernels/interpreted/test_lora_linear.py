@@ -9,6 +9,7 @@ import torch
 from fastft_kernels import lora_linear as launcher
 from torch import Tensor
 
+from fastft import ops
 from fastft.reference import lora_linear as reference
 from tests.kernels.bounds import assert_as_accurate, poison
 from tests.kernels.cases import LORA_CASES, LoraCase, LoraInputs
@@ -183,3 +184,15 @@ def test_supports() -> None:
     assert "float64" in (launcher.supports("cpu", torch.float64, F32, 16) or "")
     assert "adapters" in (launcher.supports("cpu", F16, BF16, 16) or "")
     assert "rank" in (launcher.supports("cpu", F32, F32, 0) or "")
+
+
+@pytest.mark.parametrize(
+    "bias", [torch.randn(1).expand(8), torch.randn(16)[::2]], ids=["expanded", "strided"]
+)
+def test_a_bias_of_elements_that_are_apart(bias: Tensor) -> None:
+    """The kernels read it by its address."""
+    shapes = [(6, 16), (8, 16), (2, 16), (8, 2)]
+    tensors = [torch.randn(shape) for shape in shapes]
+    got = ops.lora_linear(*tensors, scaling=0.5, bias=bias, backend="triton")
+    expected = ops.lora_linear(*tensors, scaling=0.5, bias=bias, backend="reference")
+    torch.testing.assert_close(got, expected)
