@@ -111,16 +111,12 @@ def _mixed_dtypes(p: Parts, x: Tensor) -> bool:
     dtype = dtype_of(weight)
     if not dtype.is_floating_point or a.dtype != b.dtype:
         return True
-<<<<<<< HEAD
     autocast = autocast_dtype(x.device.type)
-    if autocast is not None:  # in which bitsandbytes' products have their own dtype
-        return is_4bit(p.base) and dtype != autocast
-    return x.dtype != dtype or a.dtype not in (x.dtype, torch.float32)
-=======
-    if autocast_dtype(x.device.type) is not None:  # which leaves float64 as it is
-        return torch.float64 in (x.dtype, weight.dtype, a.dtype)
-    return x.dtype != weight.dtype or a.dtype not in (x.dtype, torch.float32)
->>>>>>> 5d549ec9975205d7b310b3f70d9dd60ada6aaea1
+    if autocast is None:
+        return x.dtype != dtype or a.dtype not in (x.dtype, torch.float32)
+    if is_4bit(p.base) and dtype != autocast:  # bitsandbytes' products have their own dtype
+        return True
+    return torch.float64 in (x.dtype, dtype, a.dtype)  # which autocast leaves as it is
 
 
 # What the call is.

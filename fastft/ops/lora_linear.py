@@ -28,27 +28,11 @@ from torch import Tensor
 
 import fastft.ops._lora_linear_registered  # noqa: F401  what torch.compile sees
 from fastft import backends
-<<<<<<< HEAD
 from fastft.ops._checks import autocast_dtype
-=======
-from fastft.errors import ArgumentError, ShapeError
-from fastft.ops._checks import (
-    FLOATS,
-    autocast_dtype,
-    check_device,
-    check_dtype,
-    check_shape,
-    check_tensor,
-)
 from fastft.ops._eager import dispatched
->>>>>>> 2e82827f79fa6cc4439b86cd1f8486484f626a55
 from fastft.ops._lora_linear_autograd import LoraLinear, late_values
-<<<<<<< HEAD
-from fastft.ops._lora_linear_call import AUTO, Constants, choose, new_dropout_mask
-from fastft.ops._lora_linear_checks import check, check_remake, check_scales, check_spans
-=======
 from fastft.ops._lora_linear_call import AUTO, Constants, cast, choose, new_dropout_mask
->>>>>>> 5d549ec9975205d7b310b3f70d9dd60ada6aaea1
+from fastft.ops._lora_linear_checks import check, check_remake, check_scales, check_spans
 from fastft.ops._saving import values_wanted
 from fastft.ops.dora_scale import dora_scale
 
@@ -162,13 +146,9 @@ def lora_linear_siblings(
     else:
         check_spans(spans, len(owners), rows)
         bounds = [row for span in spans for row in span]
-<<<<<<< HEAD
-    compiling = torch.compiler.is_compiling()
+    compiling = dispatched(x, *weights)
     if remake is not None:
         check_remake(weights, remake, compiling)
-=======
-    compiling = dispatched(x, *weights)
->>>>>>> 2e82827f79fa6cc4439b86cd1f8486484f626a55
     # A compiled graph chooses when it runs: the choice reads facts that tracing should not guard.
     name, launcher = (backend or AUTO, None) if compiling else choose(backend, flat, lora_as)
     masks: list[Tensor | None] = [None] * len(ps)
