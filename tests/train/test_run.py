@@ -227,6 +227,8 @@ class TestRefusedBeforeTraining:
             prepare(TrainConfig(**settings, target_modules=r".*\.attention"))
         with pytest.raises(ConfigError, match="a regular expression"):
             prepare(TrainConfig(**settings, target_modules="(q_proj"))
+        with pytest.raises(ConfigError, match=r"got 'q_proj'. Write it as a list: \[q_proj\]"):
+            prepare(TrainConfig(**settings, target_modules="q_proj"))
 
     def test_rank_above_the_features(self, settings):
         with pytest.raises(ConfigError, match="at most 32, the smaller side of"):
