@@ -44,7 +44,7 @@ DISK_ERRORS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG}
 )
 # Of what torch.save raises where a write fails or comes out short.
-TORCH_SAVE_SAYS = ("PytorchStreamWriter", "inline_container.cc")
+TORCH_SAVE_SAYS = ("PytorchStreamWriter", "inline_container.cc", "basic_ios::clear")
 # A resumed run must be the one that was stopped: these decide its parameters and batches.
 FIXED_ON_RESUME = (
     "model",

@@ -303,7 +303,9 @@ class TestRefusedBeforeTraining:
 
 
 class TestFailuresDuringTraining:
-    @pytest.mark.parametrize("kind", ["oserror", "safetensors", "torch", "short", "handled"])
+    @pytest.mark.parametrize(
+        "kind", ["oserror", "safetensors", "torch", "short", "small", "handled"]
+    )
     def test_full_disk_at_a_checkpoint(self, settings, monkeypatch, kind):
         from safetensors import SafetensorError
 
@@ -312,6 +314,7 @@ class TestFailuresDuringTraining:
             "safetensors": SafetensorError("I/O error: No space left on device"),
             "torch": RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"),
             "short": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64"),
+            "small": RuntimeError("basic_ios::clear: iostream error"),
             "handled": ValueError("while the first was handled"),
         }
         errors["handled"].__context__ = errors["oserror"]
