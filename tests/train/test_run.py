@@ -315,6 +315,7 @@ class TestFailuresDuringTraining:
             "torch": RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"),
             "short": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64"),
             "small": RuntimeError("basic_ios::clear: iostream error"),
+            "tokenizer": Exception("No space left on device (os error 28)"),
             "handled": ValueError("while the first was handled"),
         }
         errors["handled"].__context__ = errors["oserror"]
