@@ -64,9 +64,8 @@ class Batch:
         self._shapes = list(map(_shape, self._members))
         wide = all(p.dtype == torch.float64 for p in self._members)
         self._grad_dtypes = GRAD_DTYPES | {torch.float64} if wide else GRAD_DTYPES
-        matrices = [p for p, _ in members if p.dim() > 1]
-        self._contiguous = [p for p in matrices if p.is_contiguous()]
-        self._strided = [(p, p.stride()) for p in matrices if not p.is_contiguous()]
+        self._contiguous = [p for p in self._members if p.is_contiguous()]
+        self._strided = [(p, p.stride()) for p in self._members if not p.is_contiguous()]
         kept = ("step", *self._names, *map(absmax_name, self._names), "compensation")
         self._held = {name: [s.get(name) for s in self._states] for name in kept
                       if any(name in s for s in self._states)}  # fmt: skip

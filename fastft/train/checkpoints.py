@@ -43,8 +43,13 @@ DATA_FILE = "train_data.sha256"
 DISK_ERRORS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG}
 )
-# Of what torch.save raises where a write fails or comes out short.
-TORCH_SAVE_SAYS = ("PytorchStreamWriter", "inline_container.cc")
+# Of what torch.save raises where a write fails or comes out short; and the tokenizers, in Rust.
+WRITERS_SAY = (
+    "PytorchStreamWriter",
+    "inline_container.cc",
+    "basic_ios::clear",
+    *(f"(os error {code})" for code in sorted(DISK_ERRORS)),
+)
 # A resumed run must be the one that was stopped: these decide its parameters and batches.
 FIXED_ON_RESUME = (
     "model",
@@ -304,7 +309,7 @@ def _is_disk_error(error: BaseException | None) -> bool:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return True
         text = str(error)
-        if isinstance(error, SafetensorError) or any(said in text for said in TORCH_SAVE_SAYS):
+        if isinstance(error, SafetensorError) or any(said in text for said in WRITERS_SAY):
             return True
         error = error.__cause__ or error.__context__
     return False

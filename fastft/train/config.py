@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from pathlib import Path
@@ -28,6 +29,8 @@ SCHEDULERS = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
+# Files and folders, which may begin with ``~``.
+PLACES = ("model", "data", "eval_data", "output_dir", "resume_from_checkpoint")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +135,9 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             object.__setattr__(self, field.name, _coerce(field.name, value, hints[field.name]))
+        for name in PLACES:
+            # As Transformers does with output_dir, where checkpoints would else lie apart.
+            object.__setattr__(self, name, _at_home(getattr(self, name)))
         self._check_ranges()
 
     def _check_ranges(self) -> None:
@@ -263,6 +269,10 @@ def _loader() -> type:
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     return Loader
+
+
+def _at_home(path: str | None) -> str | None:
+    return path if path is None else os.path.expanduser(path)
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:

@@ -60,8 +60,6 @@ def read_examples(path: str | Path) -> list[Example]:
     usual = csv.field_size_limit(LONGEST_FIELD)
     try:
         rows = list(_rows(path))
-    except csv.Error as error:
-        raise DataError(str(path), "data", expected="a CSV file", got=str(error)) from error
     except UnicodeDecodeError as error:
         raise DataError(
             str(path), "data", expected="UTF-8 text", got=f"bytes that are not ({error.reason})"
@@ -79,9 +77,20 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     """``(line or position, row)``; utf-8-sig also reads files with a byte order mark."""
     if path.suffix.lower() == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            for row in reader:
-                yield reader.line_num, row
+            # Strict: else a quote that is not closed makes one example of all rows to the next one.
+            reader = csv.DictReader(file, strict=True)
+            begins = 1
+            try:
+                if reader.fieldnames:
+                    begins = reader.line_num + 1
+                for row in reader:
+                    yield reader.line_num, row
+                    begins = reader.line_num + 1
+            except csv.Error as error:
+                raise DataError(
+                    f"{path}:{begins}", "row", expected="a row of a CSV file", got=str(error),
+                    remedy="Is a quote not closed, or not doubled within a field?",
+                ) from error  # fmt: skip
         return
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix.lower() == ".jsonl":
@@ -102,7 +111,11 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # nested too deeply
-        raise DataError(where, "data", expected="valid JSON", got=str(error)) from error
+        lines = where.endswith(".json") and str(error).startswith("Extra data")
+        raise DataError(
+            where, "data", expected="valid JSON", got=str(error),
+            remedy="Name it .jsonl if each line is an example." if lines else None,
+        ) from error  # fmt: skip
 
 
 def _example(row: Any, where: str) -> Example:
@@ -123,14 +136,12 @@ def _example(row: Any, where: str) -> Example:
         )
     if row.get("text") is not None:
         return Example(text=_text(row["text"], "text", where, filled=True), where=where)
-    if {"prompt", "completion"} <= row.keys():
-        name = "prompt" if row["prompt"] is None else "completion"
-        raise DataError(where, name, expected="a text", got="nothing")
-    hints = [
-        hint
-        for key in row
-        if (hint := nearest(str(key), ("messages", "prompt", "completion", "text")))
-    ]
+    for columns in (("prompt", "completion"), ("text",)):
+        if row.keys() >= set(columns):
+            name = next(name for name in columns if row[name] is None)
+            raise DataError(where, name, expected="a text", got="nothing")
+    names = ("messages", "prompt", "completion", "text")
+    hints = [hint for key in row if key not in names and (hint := nearest(str(key), names))]
     raise DataError(
         where,
         "columns",

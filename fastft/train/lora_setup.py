@@ -88,7 +88,10 @@ def check_targets(model: nn.Module, cfg: TrainConfig) -> None:
                     key,
                     expected=f"names of modules of {type(model).__name__}: {', '.join(last)}",
                     got=repr(target),
-                    remedy=nearest(target, last) or None,
+                    # A text is a pattern for whole names, as in PEFT.
+                    remedy=f"Write it as a list: [{target}]."
+                    if any(_matches(target, name, False) for name in names)
+                    else nearest(target, last) or None,
                 )
     for pattern in (*(cfg.rank_pattern or ()), *(cfg.alpha_pattern or ())):
         if not any(_is_target(name, cfg) and _fits(pattern, name) for name, _ in _matrices(model)):

@@ -34,19 +34,22 @@ def test_size_and_dtype_of_a_parameter() -> None:
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "Lion"])
-@pytest.mark.parametrize("change", ["channels last", "transposed"])
+@pytest.mark.parametrize("change", ["channels last", "transposed", "with gaps"])
 def test_another_layout_of_a_parameter(name: str, change: str) -> None:
     """Gradients and states follow it; the steps are those of a parameter that stays as it was."""
     more = {"momentum": 0.9} if name == "SGD" else {}
-    shape = (8, 4, 3, 3) if change == "channels last" else (24, 40)
+    shapes = {"channels last": (8, 4, 3, 3), "transposed": (24, 40), "with gaps": (40,)}
+    shape = shapes[change]
     values = torch.randn(shape)
     p, q = (values.clone().requires_grad_() for _ in range(2))
     optimizers = [getattr(optim, name)([t], lr=1e-2, **more) for t in (p, q)]
     for step in range(4):
         if step == 2 and change == "channels last":
             p.data = p.data.contiguous(memory_format=torch.channels_last)
-        elif step == 2:
+        elif step == 2 and change == "transposed":
             p.grad, p.data = None, p.data.t().contiguous().t()
+        elif step == 2:
+            p.data = torch.stack([p.data, p.data], 1)[:, 0]
         gradient = torch.randn(shape)
         for t, optimizer in zip((p, q), optimizers, strict=True):
             t.grad = torch.empty_like(t).copy_(gradient)

@@ -126,6 +126,15 @@ def test_yaml_runs_no_code(tmp_path):
         load_config(write(tmp_path, "model: !!python/object/apply:os.getcwd []"))
 
 
+def test_a_tilde_is_the_home(tmp_path, monkeypatch):
+    # Transformers reads output_dir so: checkpoints would lie there and the adapter elsewhere.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = ("model", "data", "eval_data", "output_dir", "resume_from_checkpoint")
+    cfg = TrainConfig(**dict.fromkeys(keys, "~/x"))
+    assert {getattr(cfg, key) for key in keys} == {str(tmp_path / "x")}
+    assert TrainConfig(model="a/b~c").model == "a/b~c"
+
+
 def test_is_frozen_and_replace_checks():
     cfg = TrainConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):

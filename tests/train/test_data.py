@@ -93,6 +93,10 @@ class TestFiles:
             ("a.csv", "question,answer\na,b\n", ["a.csv:2", "'question', 'answer'"]),
             ("a.csv", "prompt,completion\na,b,c\n", ["a.csv:2", "as many fields"]),
             ("a.csv", "prompt,completion\n", ["at least one example"]),
+            ("a.csv", 'text\na\n"b\nc\nd\n', ["a.csv:3", "a quote not closed"]),
+            ("a.csv", 'text,n\n"a,1\nb,"2"\nc,3\n', ["a.csv:2", "a quote not closed"]),
+            ("a.json", '{"text": "a"}\n{"text": "b"}\n', ["valid JSON", "Name it .jsonl"]),
+            ("a.jsonl", '{"text": null, "n": 1}', [":1: text", "got nothing"]),
         ],
     )
     def test_bad_files(self, tmp_path, name, text, parts):

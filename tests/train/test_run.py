@@ -227,6 +227,8 @@ class TestRefusedBeforeTraining:
             prepare(TrainConfig(**settings, target_modules=r".*\.attention"))
         with pytest.raises(ConfigError, match="a regular expression"):
             prepare(TrainConfig(**settings, target_modules="(q_proj"))
+        with pytest.raises(ConfigError, match=r"got 'q_proj'. Write it as a list: \[q_proj\]"):
+            prepare(TrainConfig(**settings, target_modules="q_proj"))
 
     def test_rank_above_the_features(self, settings):
         with pytest.raises(ConfigError, match="at most 32, the smaller side of"):
@@ -301,7 +303,9 @@ class TestRefusedBeforeTraining:
 
 
 class TestFailuresDuringTraining:
-    @pytest.mark.parametrize("kind", ["oserror", "safetensors", "torch", "short", "handled"])
+    @pytest.mark.parametrize(
+        "kind", ["oserror", "safetensors", "torch", "short", "small", "handled"]
+    )
     def test_full_disk_at_a_checkpoint(self, settings, monkeypatch, kind):
         from safetensors import SafetensorError
 
@@ -310,6 +314,8 @@ class TestFailuresDuringTraining:
             "safetensors": SafetensorError("I/O error: No space left on device"),
             "torch": RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"),
             "short": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64"),
+            "small": RuntimeError("basic_ios::clear: iostream error"),
+            "tokenizer": Exception("No space left on device (os error 28)"),
             "handled": ValueError("while the first was handled"),
         }
         errors["handled"].__context__ = errors["oserror"]
