@@ -357,6 +357,21 @@ def test_a_tiled_mlp_refuses_second_derivatives() -> None:
         torch.autograd.grad(mlp(x).sum(), x, create_graph=True)
 
 
+@pytest.mark.parametrize("policy", ["lora", "attention", "full"])
+def test_second_derivatives_go_through_a_policy(policy: str) -> None:
+    def run(policy: str) -> list[torch.Tensor]:
+        model = memory.checkpoint(llama(num_hidden_layers=2), policy)
+        ids = torch.arange(24).view(2, 12)
+        torch.manual_seed(1)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        first = torch.autograd.grad(loss, weights, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), weights))
+
+    for a, b in zip(run(policy), run("none"), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_tile_from_the_budget() -> None:
     per_token = 6 * 128 * 4  # gate, up, product and their gradients, in float32
     for tokens, tile in ((100, 256), (600, 512), (5000, 4864)):
