@@ -252,8 +252,10 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> Any:
         if wanted(d_out):
             return _plain_backward(ctx, d_out)
-        facts = (ctx.scale, ctx.is_causal, ctx.backend)
-        gradients = _bwd_kernel(d_out, *ctx.saved_tensors, *facts)
+        query, key, value, mask, result, lse = ctx.saved_tensors
+        gradients = _bwd_kernel(
+            d_out, query, key, value, mask, result, lse, ctx.scale, ctx.is_causal, ctx.backend
+        )
         return (*gradients, *[None] * 4)
 
 
