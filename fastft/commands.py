@@ -57,12 +57,12 @@ def _quiet_libraries() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-@app.command()
+@app.command(short_help="Fine-tune LoRA adapters as YAML files say.")
 def train(
     configs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="CONFIG...",
+            metavar="CONFIG",
             help="YAML file; its keys are those of TrainConfig. Several train as many adapters of "
             "one model in one job.",
         ),
@@ -104,7 +104,7 @@ def train(
         view.finish(result)
 
 
-@app.command()
+@app.command(short_help="Plain PEFT and fastft side by side, and a report.")
 def demo(
     model: Annotated[
         str | None, typer.Option(help="Hub id or folder; default: SmolLM2-135M-Instruct.")
@@ -155,12 +155,12 @@ def demo(
         console.print(summary(read_report(page), str(page), time.perf_counter() - started))
 
 
-@app.command()
+@app.command(short_help="Memory and speed of a run before its first step.")
 def plan(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL]...",
+            metavar="MODEL",
             help="Hub id, folder or config.json of a causal language model, or a YAML file of "
             "`fastft train`; several files are the adapters of one job. Default: "
             "smollm2-135m-instruct.",
@@ -236,7 +236,7 @@ def plan(
             plan_report.show(found)
 
 
-@app.command()
+@app.command(short_help="What this machine and installation can do.")
 def doctor(
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON object instead of a table.")

@@ -19,9 +19,9 @@ __all__ = ["OP_FACTS", "TESTED", "examine", "show"]
 
 # Oldest version fastft declares and newest it is tested with. The one place for these.
 TESTED: dict[str, tuple[str, str]] = {
-    "torch": ("2.11", "2.13"),
+    "torch": ("2.11", "2.14"),
     "triton": ("3.6", "3.9"),
-    "transformers": ("5.15", "5.23"),
+    "transformers": ("5.15", "5.24"),
     "peft": ("0.21", "0.21"),
     "trl": ("1.14", "1.16"),
     "accelerate": ("1.10", "1.15"),
@@ -326,10 +326,19 @@ def show(findings: dict[str, Any]) -> None:
     console.print(ops)
 
     console.print("GPU ledger: ", findings["ledger"]["status"], sep="", markup=False)
-    if findings["ledger"]["entries"]:
-        console.print_json(data=findings["ledger"]["entries"])
+    for line in _runs(findings["ledger"]["entries"] or {}):
+        console.print(f"  {line}", markup=False)
     for line in findings["advice"] or ["Nothing to change."]:
         console.print(f"- {line}", markup=False, soft_wrap=True)
+
+
+def _runs(entries: dict[str, Any]) -> list[str]:
+    """Of the ledger: a line for each kernel and GPU; ``--json`` has all of it."""
+    return [
+        f"{kernel}: {gpu}, {run['tests']} tests, {run['date'][:10]}, commit {run['commit'][:7]}"
+        for kernel, gpus in entries.get("kernels", {}).items()
+        for gpu, run in gpus.items()
+    ]
 
 
 def _facts(findings: dict[str, Any]) -> list[tuple[str, str]]:

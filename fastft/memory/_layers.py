@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +110,8 @@ class Layer(Swapped):
         state = state_of(self)
         if state is None or not self.training or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        if any(_holds(value, self) for value in _caches(args, kwargs)):
+            return forward(*args, **kwargs)  # of a prefix: read and written once, so run once
         if state.plan is not None and not torch.compiler.is_compiling():
             state.plan.see(self, forward, args, kwargs)
         if state.policy in ("none", "lora"):
@@ -115,7 +119,17 @@ class Layer(Swapped):
             if keeps or torch.compiler.is_compiling():  # a compiler chooses what it recomputes
                 return forward(*args, **kwargs)
             return _with_recipes(self, state, forward, args, kwargs)
+        if _caches(args, kwargs) and not torch.compiler.is_compiling():
+            warnings.warn(_NO_CACHE, stacklevel=2)
         return _recomputed(state, forward, *without_cache(args, kwargs))
+
+
+# Transformers says the same of its own checkpointing. Keys and values of all layers, held to the
+# end of the forward, are what a policy is there to avoid.
+_NO_CACHE = (
+    "fastft.memory: layers that are computed again write no cache in training: the one that is "
+    "returned is empty. use_cache=False says that none is wanted"
+)
 
 
 def without_cache(
@@ -125,6 +139,25 @@ def without_cache(
     args = tuple(None if _is_cache(value) else value for value in args)
     off = {name: None for name, v in kwargs.items() if name in _CACHES or _is_cache(v)}
     return args, kwargs | off | ({"use_cache": False} if kwargs.get("use_cache") else {})
+
+
+def _caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The caches among a layer's arguments."""
+    named = [kwargs[name] for name in _CACHES if kwargs.get(name) is not None]
+    others = [v for k, v in kwargs.items() if k not in _CACHES and _is_cache(v)]
+    return [*(value for value in args if _is_cache(value)), *named, *others]
+
+
+def _holds(cache: Any, layer: nn.Module) -> bool:
+    """Whether a cache has something of this layer already."""
+    if not _is_cache(cache):
+        return any(tensor.numel() for tensor in tensors_in(cache))
+    places = (getattr(module, "layer_idx", None) for module in layer.modules())
+    place = next((found for found in places if found is not None), 0)
+    for name in ("get_seq_length", "has_previous_state"):
+        with suppress(ValueError, AttributeError):  # not what this kind of layer is asked
+            return bool(getattr(cache, name)(place))
+    return False  # it keeps nothing there: its keys and values are another layer's
 
 
 def _is_cache(value: Any) -> bool:

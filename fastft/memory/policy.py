@@ -59,8 +59,8 @@ def checkpoint(
 
     Gradients are those of ``none``, bit for bit, dropout included. Two exceptions, of rounding:
     layers that share an input which needs a gradient (T5's position bias), where any checkpoint
-    adds it up in another order, and ``mlp_tile``. A second derivative goes through ``none``,
-    ``lora`` and ``full`` only.
+    adds it up in another order, and ``mlp_tile``. A second derivative goes through all but
+    ``offload`` and ``mlp_tile``.
 
     On the CPU with glibc the process is told to map large tensors one by one (mallopt), so that it
     holds what is alive and no more: glibc before 2.38 finds no use for most of what aligned

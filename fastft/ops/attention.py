@@ -10,7 +10,6 @@ their logsumexp (Dao et al. 2022, FlashAttention). With D_i = sum_j p_ij dp_ij =
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -252,20 +251,24 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Any:
-        query, key, value, mask, result, lse = ctx.saved_tensors
-        gradients: Sequence[Tensor | None]
         if wanted(d_out):
-
-            def again(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-                return reference.attention(query, key, value, mask, ctx.scale, ctx.is_causal)[0]
-
-            needs = ctx.needs_input_grad[:3]
-            gradients = plain_gradients(again, (query, key, value), needs, [d_out])
-        else:
-            gradients = _bwd_kernel(
-                d_out, query, key, value, mask, result, lse, ctx.scale, ctx.is_causal, ctx.backend
-            )
+            return _plain_backward(ctx, d_out)
+        query, key, value, mask, result, lse = ctx.saved_tensors
+        gradients = _bwd_kernel(
+            d_out, query, key, value, mask, result, lse, ctx.scale, ctx.is_causal, ctx.backend
+        )
         return (*gradients, *[None] * 4)
+
+
+def _plain_backward(ctx: Any, d_out: Tensor) -> Any:
+    """Through the reference."""
+    query, key, value, mask, *_ = ctx.saved_tensors
+
+    def again(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return reference.attention(query, key, value, mask, ctx.scale, ctx.is_causal)[0]
+
+    needs = ctx.needs_input_grad[:3]
+    return (*plain_gradients(again, (query, key, value), needs, [d_out]), *[None] * 4)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -274,6 +277,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _registered_backward(ctx: Any, d_out: Tensor, _: Any) -> Any:
+    if wanted(d_out) and not registered():  # of a layer that keeps its attention
+        return _plain_backward(ctx, d_out)
     facts = (ctx.scale, ctx.is_causal, ctx.backend)
     gradients = torch.ops.fastft.attention_bwd(d_out, *ctx.saved_tensors, *facts)
     return (*gradients, *[None] * 4)

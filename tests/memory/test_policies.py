@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from peft import PrefixTuningConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import fastft
 from fastft import memory
@@ -19,7 +21,7 @@ from fastft.memory import _attention
 from fastft.memory._auto import measure
 from fastft.memory._layers import Layer, find_layers, state_of
 from fastft.nn import call_counts
-from tests.memory.models import llama, same, steps
+from tests.memory.models import SHAPE, llama, same, steps
 
 LOSSLESS = ("none", "lora", "attention", "full", "offload")
 
@@ -266,6 +268,49 @@ def test_a_cache_passed_by_position_is_written_once(policy: str) -> None:
         assert torch.equal(p.grad, q.grad)
 
 
+@pytest.mark.parametrize("policy", ["lora", "attention", "full", "auto"])
+def test_a_cache_that_holds_a_prefix_is_read(policy: str) -> None:
+    ids = torch.arange(24).view(2, 12)
+
+    def run(policy: str | None) -> list[torch.Tensor]:
+        model = llama()
+        if policy is not None:
+            memory.checkpoint(model, policy, budget=1 << 20 if policy == "auto" else None)
+        found = []
+        for _ in range(2):  # auto chooses after the first step
+            torch.manual_seed(1)
+            with torch.no_grad():
+                cache = cache_of(model(input_ids=ids[:, :5], use_cache=True))
+            loss = model(input_ids=ids[:, 5:], labels=ids[:, 5:], past_key_values=cache).loss
+            model.zero_grad()
+            loss.backward()
+            found = [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        return found
+
+    for a, b in zip(run(policy), run(None), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_prefixes_that_are_trained_reach_layers_under_a_policy() -> None:
+    def run(policy: str) -> list[list[torch.Tensor]]:
+        torch.manual_seed(0)
+        base = LlamaForCausalLM(LlamaConfig(**SHAPE))
+        config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+        return steps(memory.checkpoint(get_peft_model(base, config).train(), policy))
+
+    assert same(run("full"), run("none"))
+
+
+def test_a_cache_that_stays_empty_is_said() -> None:
+    model = memory.checkpoint(llama(), "full")
+    ids = torch.arange(8).view(1, 8)
+    with pytest.warns(UserWarning, match="the one that is returned is empty"):
+        model(input_ids=ids, labels=ids, use_cache=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=ids, labels=ids, use_cache=False)
+
+
 def test_a_tensor_changed_in_place_after_it_was_saved_is_refused() -> None:
     model = memory.checkpoint(llama(), "lora")
     caught: list[torch.Tensor] = []
@@ -310,6 +355,21 @@ def test_a_tiled_mlp_refuses_second_derivatives() -> None:
     x = torch.randn(1, 48, 64, requires_grad=True)
     with pytest.raises(ArgumentError, match="first derivatives"):
         torch.autograd.grad(mlp(x).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("policy", ["lora", "attention", "full"])
+def test_second_derivatives_go_through_a_policy(policy: str) -> None:
+    def run(policy: str) -> list[torch.Tensor]:
+        model = memory.checkpoint(llama(num_hidden_layers=2), policy)
+        ids = torch.arange(24).view(2, 12)
+        torch.manual_seed(1)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        first = torch.autograd.grad(loss, weights, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), weights))
+
+    for a, b in zip(run(policy), run("none"), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_tile_from_the_budget() -> None:

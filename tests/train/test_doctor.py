@@ -151,3 +151,5 @@ def test_tables(findings, capsys):
     shown = capsys.readouterr().out
     for part in ("Libraries", "Who computes", "GPU ledger", "native module", "OpenMP"):
         assert part in shown
+    assert "triton/rms_norm: NVIDIA H200, " in shown
+    assert len(shown.splitlines()) < 150, "a line for each kernel, not the ledger's JSON"
