@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Dense", "dtype_of", "is_4bit", "state_refusal"]
+__all__ = ["Dense", "dtype_of", "is_4bit", "shape_of", "state_refusal", "unpack"]
 
 
 def is_4bit(base: nn.Module) -> bool:
@@ -29,6 +29,12 @@ def dtype_of(parameter: Any) -> torch.dtype:
     return computes or state.dtype  # type: ignore[no-any-return]
 
 
+def shape_of(parameter: Any) -> tuple[int, ...]:
+    """The shape of a parameter's values."""
+    state = getattr(parameter, "quant_state", None)
+    return tuple(parameter.shape if state is None else state.shape)
+
+
 def state_refusal(base: Any) -> str | None:
     """Why the values of a 4-bit layer's weight cannot be made here as it stands; None when they
     can."""
@@ -42,6 +48,20 @@ def state_refusal(base: Any) -> str | None:
     if not base.compute_type_is_set or base.compute_dtype is None:
         return "4-bit layer that has not chosen its dtype yet"
     return None
+
+
+def unpack(base: Any) -> None:
+    """Undoes what bitsandbytes does to a weight for inference, for good, on a CPU that multiplies
+    bfloat16: its product with a weight so packed has no gradient.
+
+    bitsandbytes unpacks a weight so, too, where it saves it.
+    """
+    state: Any = getattr(base.weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        from bitsandbytes import functional
+
+        inverse = functional._convert_weight_packed_for_cpu_inverse
+        base.weight.data, base.weight.quant_state = inverse(base.weight.data, state)
 
 
 class Dense:

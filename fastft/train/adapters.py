@@ -205,6 +205,8 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _check_model(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
     """Each LoRA pair of the file against the module of that name."""
+    from fastft.nn.quantized import dtype_of, shape_of
+
     modules = dict(model.named_modules())
     absent: list[str] = []
     wrong: list[str] = []
@@ -217,11 +219,11 @@ def _check_model(model: nn.Module, weights: dict[str, torch.Tensor], path: Path)
             continue
         weight = getattr(modules[name], "weight", None)
         features = tensor.shape[1] if side == "A.weight" else tensor.shape[0]
-        # Quantised weights are packed, so only plain matrices say their features.
-        if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+        # Packed weights of other kinds do not say their features.
+        if weight is None or weight.dim() != 2 or not dtype_of(weight).is_floating_point:
             continue
-        if features not in weight.shape:
-            wrong.append(f"{name} ({features} against {tuple(weight.shape)})")
+        if features not in shape_of(weight):
+            wrong.append(f"{name} ({features} against {shape_of(weight)})")
     got = []
     if absent:
         got.append(f"modules this model lacks: {_list(dict.fromkeys(absent))}")

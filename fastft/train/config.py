@@ -63,6 +63,8 @@ class TrainConfig:
     Numerics:
         dtype: dtype of the frozen model. ``auto`` is bfloat16 where the machine computes it
             natively, else float32. Adapters stay float32.
+        load_in_4bit: the frozen linear layers, the head aside, in bitsandbytes' 4 bits (QLoRA: NF4
+            with quantized scales), which compute in ``dtype``.
         autocast: run the forward under torch autocast in bfloat16 (what TRL does by default).
     Memory:
         memory_policy: what layers keep for the backward, of ``fastft.memory.checkpoint``; ``auto``
@@ -116,6 +118,7 @@ class TrainConfig:
     optim_states: Literal["device", "host", "paged"] = "device"
 
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    load_in_4bit: bool = False
     autocast: bool = False
     gradient_checkpointing: bool = False
     memory_policy: Literal["none", "lora", "attention", "full", "offload", "auto"] = "none"

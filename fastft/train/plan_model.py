@@ -177,8 +177,10 @@ def load_config(model: str) -> Any:
 
 
 def as_stored(request: Request, config: Any) -> tuple[Request, list[str]]:
-    """The request for the weights as they are stored: of bitsandbytes' 4 bits LoRA is QLoRA. Other
-    kinds are counted as if they were not quantised, and a note says so."""
+    """The request for the weights as they are stored, or loaded: of bitsandbytes' 4 bits LoRA is
+    QLoRA. Other kinds are counted as if they were not quantised, and a note says so."""
+    if request.cfg.load_in_4bit and request.method == "lora":
+        request = dataclasses.replace(request, method="qlora")
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return request, []

@@ -166,7 +166,9 @@ def changes(
         with_cfg(f"max_length: {length // 2}", max_length=length // 2)
     if request.method == "full":
         tried.append(("method lora", dataclasses.replace(request, method="lora")))
-    if request.method in ("lora", "full") and device.type == "cuda" and not request.others:
+    if request.method == "lora" and device.type == "cuda":
+        with_cfg("load_in_4bit: true", load_in_4bit=True)
+    if request.method == "full" and device.type == "cuda" and not request.others:
         tried.append(("method qlora", dataclasses.replace(request, method="qlora")))
     for gpus in (2, 4, 8):
         shared = movable and cfg.optim_states != "host" and not request.others

@@ -29,7 +29,7 @@ from fastft.train.config import TrainConfig
 from fastft.train.data import DataSplits, check_sizes, collator, load_data, positions
 from fastft.train.fit import check_fit
 from fastft.train.lora_setup import add_lora, apply_memory_policy, check_targets
-from fastft.train.models import load_model, load_tokenizer
+from fastft.train.models import check_4bit, load_model, load_tokenizer
 from fastft.train.output import check_new, check_writable, output_folder
 from fastft.train.packing import check_packing
 from fastft.train.trainer import FastftTrainer, check_report_to, training_arguments
@@ -126,6 +126,7 @@ def prepare(
     resume = resolve_resume(cfg.resume_from_checkpoint, output)
     check_history(cfg, output, resume)
     check_report_to(cfg)
+    check_4bit(cfg)
     tokenizer = load_tokenizer(cfg)
     data = load_data(cfg, tokenizer)
     check_data(data.digest, resume)

@@ -32,7 +32,7 @@ from fastft.train.lora_setup import (
     check_targets,
 )
 from fastft.train.losses_apart import LossesApart, losses_apart
-from fastft.train.models import load_model, load_tokenizer, refusing
+from fastft.train.models import check_4bit, load_model, load_tokenizer, refusing
 from fastft.train.output import check_new, output_folder
 from fastft.train.run import TrainResult, reload_difference
 from fastft.train.trainer import FastftTrainer, check_report_to, training_arguments
@@ -44,7 +44,10 @@ __all__ = ["TogetherEvent", "check_together", "train_together"]
 
 _WHERE = "train_together"
 # One model, one forward: what must be the same in every configuration.
-SHARED = ("model", "dtype", "autocast", "gradient_checkpointing", "memory_policy", "strict")
+SHARED = (
+    *("model", "dtype", "load_in_4bit", "autocast"),
+    *("gradient_checkpointing", "memory_policy", "strict"),
+)
 # What a run has that several together have not: its name, the value it must have, why.
 FIXED: tuple[tuple[str, Any, str], ...] = (
     ("fused", True, "mixed batches are trained through fastft's layers"),
@@ -185,6 +188,7 @@ def _prepare(
 
     for cfg in cfgs:
         check_report_to(cfg)
+    check_4bit(cfgs[0])
     tokenizer = load_tokenizer(cfgs[0])
     data = [load_data(cfg, tokenizer) for cfg in cfgs]
     check_fit(cfgs, [splits.longest for splits in data], notice, force)

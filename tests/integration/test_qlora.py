@@ -249,6 +249,25 @@ def test_a_model_generates_and_is_restored(tmp_path: Path) -> None:
     assert [type(m) for m in fastft.restore(fused).modules()] == classes
 
 
+def test_training_after_an_evaluation() -> None:
+    """On a CPU that multiplies bfloat16 bitsandbytes packs weights in evaluation, and from
+    then on gives its products no gradient."""
+    model = fastft.accelerate(tiny_llama()).train()
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=IDS[:1, :3])
+    model.train()
+    for a, b in zip(gradients(), before, strict=True):
+        # Its scales have been rounded to bfloat16 meanwhile.
+        assert (a - b).norm() <= 0.15 * b.norm(), (a - b).norm() / b.norm()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_gives_the_same_bits(reentrant: bool) -> None:
     model = fastft.accelerate(tiny_llama(lora_dropout=0.3)).train()

@@ -209,11 +209,12 @@ def test_the_largest_is_a_fiftieth_short_at_most(peak):
 
 
 class TestOtherConfigurations:
-    def report(self, tmp_path, config, method="lora"):
+    def report(self, tmp_path, config, method="lora", **more):
         from fastft.train.plan_report import report
 
         config.save_pretrained(tmp_path)
-        cfg = TrainConfig(model=str(tmp_path), r=2, max_length=64, per_device_train_batch_size=1)
+        options = {"r": 2, "max_length": 64, "per_device_train_batch_size": 1, **more}
+        cfg = TrainConfig(model=str(tmp_path), **options)
         return report(Request(cfg, method), find_device("L4"))
 
     def llama(self, **changes):
@@ -236,6 +237,9 @@ class TestOtherConfigurations:
 
     def test_quantised_weights(self, tmp_path):
         plain = self.report(tmp_path, self.llama(), "qlora")
+        loaded = self.report(tmp_path, self.llama(), load_in_4bit=True)
+        assert loaded.request.method == "qlora"
+        assert loaded.rows[0].weights == plain.rows[0].weights
         bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
         stored = self.report(tmp_path, self.llama(quantization_config=bits))
         assert stored.request.method == "qlora"
@@ -302,7 +306,7 @@ class TestCommand:
         said = self.run(folders["Llama-2-13B"], "--device", "T4", "--length", "512", "--batch", "1")
         assert said.exit_code == 0, said.output
         assert "Nothing fits" in said.output
-        assert "It fits with method qlora" in said.output
+        assert "It fits with load_in_4bit: true" in said.output
 
     def test_a_training_file_is_planned_as_it_is(self, settings, tmp_path):
         import yaml
