@@ -16,6 +16,7 @@ from fastft.nn.calls import strict_modules
 from fastft.nn.experts import FusedLoraExperts, InnerLoraExperts, experts_of
 from fastft.nn.head import FusedHead, FusedLoraHead
 from fastft.nn.lora import FusedLora, forget_norms
+from fastft.nn.quantized import unpack
 from fastft.nn.swap import Swapped, become, combined_class, original_of
 from fastft.nn.unmerged import UNMERGED
 from fastft.ops import _room
@@ -229,6 +230,7 @@ def restore(model: nn.Module) -> nn.Module:
         if type(module) is not original:
             if isinstance(module, FusedLora):
                 forget_norms([module])
+                unpack(getattr(module.base_layer, "weight", None))
             become(module, original)
             module.__dict__.pop(UNMERGED, None)
             strict_modules.discard(module)
