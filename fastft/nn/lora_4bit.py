@@ -32,10 +32,12 @@ class FusedLora4bit(FusedLora, Linear4bit):  # type: ignore[misc]
     def plan(self, x: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Plan | str:
         """What a call with x computes, or why it cannot be fused."""
         if not torch.compiler.is_compiling():
-            if self.training or torch.is_grad_enabled():
-                unpack(_weight(self))
-            if not self.base_layer.training:
-                remember(_weight(self))
+            base: Any = self.base_layer
+            if self.lora_variant:  # PEFT's DoRA reads the weight itself: in this mode it stays
+                base.training = True
+            if self.training or torch.is_grad_enabled() or self.lora_variant:
+                unpack(base.weight)
+            remember(base.weight)
         return super().plan(x, args, kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:

@@ -302,6 +302,20 @@ def test_what_follows_a_generation(nested: bool, tmp_path: Path) -> None:
         assert (a - b).norm() <= 0.1 * b.norm()
 
 
+def test_dora_evaluates() -> None:
+    """PEFT takes DoRA's norm of a weight that bitsandbytes has just packed."""
+    model = fastft.accelerate(adapted(BF16, {"quant_type": "nf4"}, use_dora=True))
+    model.base_model.model.o.lora_magnitude_vector["default"].weight.data *= 1.5
+    x = torch.randn(1, 3, 64, dtype=BF16)
+    want = model(x)
+    bound = 4 * torch.finfo(BF16).eps * want.norm()
+    model.eval()
+    with torch.no_grad():
+        for given in (x, x.float()):  # the second is PEFT's
+            for _ in range(2):
+                assert (model(given) - want).norm() <= bound
+
+
 def test_restoring_after_a_generation() -> None:
     plain = tiny_llama()
     fused = fastft.accelerate(copy.deepcopy(plain))
