@@ -19,6 +19,7 @@ from fastft.errors import ArgumentError
 from fastft.nn import call_counts
 
 bnb = pytest.importorskip("bitsandbytes")
+peft_bnb = pytest.importorskip("peft.tuners.lora.bnb")
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 FACTOR = 4.0
@@ -314,6 +315,17 @@ def test_dora_evaluates() -> None:
         for given in (x, x.float()):  # the second is PEFT's
             for _ in range(2):
                 assert (model(given) - want).norm() <= bound
+
+
+def test_patch_peft_makes_fused_layers() -> None:
+    fastft.patch_peft()
+    try:
+        model = adapted(BF16, {"quant_type": "nf4"})
+    finally:
+        fastft.unpatch_peft()
+    model(torch.randn(2, 70, 64, dtype=BF16))
+    assert call_counts(model.base_model.model.q).fused == 1
+    assert type(adapted(BF16, {"quant_type": "nf4"}).base_model.model.q) is peft_bnb.Linear4bit
 
 
 def test_restoring_after_a_generation() -> None:
