@@ -98,11 +98,22 @@ class Dense:
             base.compute_dtype,
         )
 
-    @torch.no_grad()
     def __call__(self) -> Tensor:
-        """The values, in the layer's dtype of products."""
+        """The values as bitsandbytes' backward has them: rounded to the dtype of the weight that
+        was quantized, then to the layer's dtype of products."""
+        unpack(self.weight)  # a generation may have come between
+        return self._values(self.state).to(self.dtype)
+
+    def forward(self) -> Tensor:
+        """As its forward has them: in the dtype of products at once."""
+        if self.state.dtype == self.dtype:
+            return self()
+        state = copy.copy(self.state)
+        state.dtype = self.dtype
+        return self._values(state)
+
+    @torch.no_grad()
+    def _values(self, state: Any) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        unpack(self.weight)  # a backward, after a generation that came between
-        bits = self.weight.data.view(-1, 1)
-        return dequantize_4bit(bits, self.state).to(self.dtype)  # type: ignore[no-any-return]
+        return dequantize_4bit(self.weight.data.view(-1, 1), state)  # type: ignore[no-any-return]

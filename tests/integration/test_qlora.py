@@ -166,6 +166,20 @@ def test_a_weight_made_again_must_be_frozen() -> None:
             fastft.ops.lora_linear_siblings(x, weights, [a], [b], scalings=[1.0], remake=remake)
 
 
+def test_a_weight_of_another_dtype_than_products() -> None:
+    """bitsandbytes' default, float32, over a model in bfloat16, as its forward and its backward
+    round the values."""
+    torch.manual_seed(0)
+    plain = quantize(Two().to(BF16), F32, quant_type="nf4").float()
+    options = {"r": 4, "target_modules": ["q", "k", "o"], "init_lora_weights": False}
+    plain = get_peft_model(plain, LoraConfig(**options))
+    fused = fastft.accelerate(copy.deepcopy(plain))
+    assert fastft.explain(fused).fallback == 0, str(fastft.explain(fused))
+    x = torch.randn(3, 50, 64)
+    for got, want in zip(run(fused, x, F32), run(plain, x, F32), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_what_computes_in_another_dtype_is_pefts() -> None:
     """Activations in float32, as ``prepare_model_for_kbit_training`` leaves them, over layers that
     compute in bfloat16; under autocast they are fused, and their results float32 as well."""
