@@ -7,12 +7,22 @@ bitsandbytes is imported where a model has such a layer, by whoever made it.
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Dense", "dtype_of", "is_4bit", "remember", "shape_of", "state_refusal", "unpack"]
+__all__ = [
+    "Dense",
+    "dtype_of",
+    "is_4bit",
+    "remember",
+    "shape_of",
+    "state_refusal",
+    "unpack",
+    "unpack_all",
+]
 
 # The attribute of a quantization state that holds what it was before bitsandbytes packed it.
 _BEFORE = "fastft_before_packing"
@@ -70,6 +80,8 @@ def unpack(weight: Any) -> None:
     are not quantized themselves transposed."""
     state: Any = getattr(weight, "quant_state", None)
     if not _packed(state):
+        if state is not None and state.absmax.dim() == 2:  # that inverse has run, in a save
+            state.absmax = state.absmax.t().reshape(-1).float()
         return
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
@@ -80,6 +92,22 @@ def unpack(weight: Any) -> None:
         vars(state).update(vars(before))
     elif not state.nested:
         state.absmax = scales
+
+
+# The 4-bit layers of a model.
+_layers: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Any]]] = weakref.WeakKeyDictionary()
+
+
+def unpack_all(root: nn.Module) -> None:
+    """Unpacks every 4-bit weight of a model that is about to be trained: gradients go through
+    layers without an adapter, too."""
+    found = _layers.get(root)
+    if found is None:
+        found = _layers[root] = [weakref.ref(m) for m in root.modules() if is_4bit(m)]
+    for ref in found:
+        layer = ref()
+        if layer is not None:
+            unpack(layer.weight)
 
 
 def _packed(state: Any) -> bool:

@@ -238,8 +238,8 @@ def tiny_llama(how: dict[str, Any] | None = None, **config: Any) -> Any:
         quant_type="nf4",
         **(how or {}),
     )
-    options = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    return get_peft_model(model, LoraConfig(**options, init_lora_weights=False, **config))
+    options = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
+    return get_peft_model(model, LoraConfig(**options, init_lora_weights=False))
 
 
 IDS = torch.arange(4, 84).view(2, 40)
@@ -329,6 +329,21 @@ def test_dora_evaluates() -> None:
         for given in (x, x.float()):  # the second is PEFT's
             for _ in range(2):
                 assert (model(given) - want).norm() <= bound
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_gradients_go_through_layers_without_an_adapter(nested: bool, tmp_path: Path) -> None:
+    """After a generation and a save, too."""
+    how = {"compress_statistics": nested}
+    model = fastft.accelerate(tiny_llama(how, target_modules=["q_proj"])).train()
+    want = gradients(model)
+    generate(model)
+    found = [gradients(model)]
+    generate(model)
+    model.save_pretrained(tmp_path)
+    for got in (*found, gradients(model)):
+        for a, b in zip(got, want, strict=True):
+            assert (a - b).norm() <= 0.1 * b.norm()  # their scales have been rounded
 
 
 def test_patch_peft_makes_fused_layers() -> None:
