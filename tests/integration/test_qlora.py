@@ -357,6 +357,19 @@ def test_patch_peft_makes_fused_layers() -> None:
     assert type(adapted(BF16, {"quant_type": "nf4"}).base_model.model.q) is peft_bnb.Linear4bit
 
 
+def test_few_rows_of_a_mixed_batch() -> None:
+    """Each sample through its own adapter where bitsandbytes multiplies, too."""
+    plain = adapted(BF16, {"quant_type": "nf4"})
+    plain.add_adapter("b", LoraConfig(r=4, target_modules=["q", "k"], init_lora_weights=False))
+    layer = fastft.accelerate(copy.deepcopy(plain)).eval().base_model.model.q
+    x, names = torch.randn(2, 3, 64, dtype=BF16), ["default", "b"]
+    with torch.no_grad():
+        with fastft.mixed_batch(layer, names):
+            got = layer(x)
+        want = plain.eval().base_model.model.q(x, adapter_names=names)
+    assert torch.equal(got, want)
+
+
 def test_restoring_after_a_generation() -> None:
     plain = tiny_llama()
     fused = fastft.accelerate(copy.deepcopy(plain))
