@@ -18,7 +18,7 @@ from fastft.nn.calls import count
 from fastft.nn.dora import dropped, forget_norms, scale_of
 from fastft.nn.mixed import adapter_names_of
 from fastft.nn.plans import Parts, Plan, plain_plan
-from fastft.nn.quantized import Dense, dtype_of, is_4bit, state_refusal, unpack
+from fastft.nn.quantized import Dense, dtype_of, is_4bit, state_refusal
 from fastft.nn.rules import ADAPTER_STATE, LAYER_STATE, Rule, first, hooked
 from fastft.nn.unmerged import KeepsUnmerged
 from fastft.ops._checks import autocast_dtype
@@ -183,15 +183,15 @@ class FusedLora(nn.Module):
         reason = plan if isinstance(plan, str) else None
         if not torch.compiler.is_compiling():
             count(self, reason)
-        if isinstance(plan, str):
+        if isinstance(plan, str) or (plan.few and plan.dense is not None):
             names = adapter_names_of(self, kwargs)
             if names is not None:
                 kwargs["adapter_names"] = names
+            if not isinstance(plan, str):  # bitsandbytes has a product of its own for few rows
+                siblings.see(self, x)
             return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
         if plan.few:
             siblings.see(self, x)
-            if plan.dense is not None:  # bitsandbytes has a product of its own for few rows
-                return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
             return few.lora_linear(plan, x)
         if torch.compiler.is_compiling() or kwargs.get("adapter_names") is not None:
             return self.fused_call([plan], x)[0]
@@ -221,9 +221,6 @@ class FusedLora(nn.Module):
         names = adapter_names_of(self, kwargs)
         if args or any(v is not None and k != "adapter_names" for k, v in kwargs.items()):
             return "arguments passed to the layer"
-        base: Any = self.base_layer
-        if is_4bit(base) and torch.is_grad_enabled():
-            unpack(base)
         reason = _layer_refusal(self)  # type: ignore[arg-type]
         if reason is not None:
             return reason

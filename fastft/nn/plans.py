@@ -108,7 +108,7 @@ class Plan:
         """The frozen matrix (out_features, in_features); GPT-2's Conv1D holds its transpose."""
         if self.dense is not None:
             if self._values is None:
-                self._values = self.dense()
+                self._values = self.dense.forward()
             return self._values
         weight: Tensor = self.parts[0].tensors()[0]
         return weight.t() if type(self.base) is Conv1D else weight

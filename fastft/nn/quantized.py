@@ -6,12 +6,26 @@ bitsandbytes is imported where a model has such a layer, by whoever made it.
 
 from __future__ import annotations
 
+import copy
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Dense", "dtype_of", "is_4bit", "shape_of", "state_refusal", "unpack"]
+__all__ = [
+    "Dense",
+    "dtype_of",
+    "is_4bit",
+    "remember",
+    "shape_of",
+    "state_refusal",
+    "unpack",
+    "unpack_all",
+]
+
+# The attribute of a quantization state that holds what it was before bitsandbytes packed it.
+_BEFORE = "fastft_before_packing"
 
 
 def is_4bit(base: nn.Module) -> bool:
@@ -41,7 +55,7 @@ def state_refusal(base: Any) -> str | None:
     state = getattr(base.weight, "quant_state", None)
     if state is None:
         return "4-bit weight without its quantization state"
-    if getattr(state, "packing_format_for_cpu", False):
+    if _packed(state):
         return "4-bit weight packed for inference on a CPU"
     if tuple(state.shape) != (base.out_features, base.in_features):
         return "4-bit weight of another layout"
@@ -50,18 +64,54 @@ def state_refusal(base: Any) -> str | None:
     return None
 
 
-def unpack(base: Any) -> None:
-    """Undoes what bitsandbytes does to a weight for inference, for good, on a CPU that multiplies
-    bfloat16: its product with a weight so packed has no gradient.
+def remember(weight: Any) -> None:
+    """Keeps a state as it is, for :func:`unpack`: a layer in eval mode on a CPU that multiplies
+    bfloat16 packs its weight at its first call, and rounds the state in place."""
+    state = getattr(weight, "quant_state", None)
+    if state is None or weight.device.type != "cpu" or _packed(state):
+        return
+    vars(state).pop(_BEFORE, None)
+    setattr(state, _BEFORE, copy.copy(state))
 
-    bitsandbytes unpacks a weight so, too, where it saves it.
-    """
-    state: Any = getattr(base.weight, "quant_state", None)
-    if getattr(state, "packing_format_for_cpu", False):
-        from bitsandbytes import functional
 
-        inverse = functional._convert_weight_packed_for_cpu_inverse
-        base.weight.data, base.weight.quant_state = inverse(base.weight.data, state)
+def unpack(weight: Any) -> None:
+    """Undoes that packing, in place: of packed weights bitsandbytes has no gradients, and none
+    of its other functions expects them. Its own inverse rounds the scales, and leaves those that
+    are not quantized themselves transposed."""
+    state: Any = getattr(weight, "quant_state", None)
+    if not _packed(state):
+        if state is not None and state.absmax.dim() == 2:  # that inverse has run, in a save
+            state.absmax = state.absmax.t().reshape(-1).float()
+        return
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    before, scales = vars(state).pop(_BEFORE, None), state.absmax.t().reshape(-1).float()
+    weight.data, _ = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    if before is not None:
+        vars(state).clear()
+        vars(state).update(vars(before))
+    elif not state.nested:
+        state.absmax = scales
+
+
+# The 4-bit layers of a model.
+_layers: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Any]]] = weakref.WeakKeyDictionary()
+
+
+def unpack_all(root: nn.Module) -> None:
+    """Unpacks every 4-bit weight of a model that is about to be trained: gradients go through
+    layers without an adapter, too."""
+    found = _layers.get(root)
+    if found is None:
+        found = _layers[root] = [weakref.ref(m) for m in root.modules() if is_4bit(m)]
+    for ref in found:
+        layer = ref()
+        if layer is not None:
+            unpack(layer.weight)
+
+
+def _packed(state: Any) -> bool:
+    return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 class Dense:
@@ -76,10 +126,22 @@ class Dense:
             base.compute_dtype,
         )
 
-    @torch.no_grad()
     def __call__(self) -> Tensor:
-        """The values, in the layer's dtype of products."""
+        """The values as bitsandbytes' backward has them: rounded to the dtype of the weight that
+        was quantized, then to the layer's dtype of products."""
+        unpack(self.weight)  # a generation may have come between
+        return self._values(self.state).to(self.dtype)
+
+    def forward(self) -> Tensor:
+        """As its forward has them: in the dtype of products at once."""
+        if self.state.dtype == self.dtype:
+            return self()
+        state = copy.copy(self.state)
+        state.dtype = self.dtype
+        return self._values(state)
+
+    @torch.no_grad()
+    def _values(self, state: Any) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        packed = self.weight.data.view(-1, 1)
-        return dequantize_4bit(packed, self.state).to(self.dtype)  # type: ignore[no-any-return]
+        return dequantize_4bit(self.weight.data.view(-1, 1), state)  # type: ignore[no-any-return]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft.nn import packing
+from fastft.nn.quantized import unpack_all
 from fastft.ops._checks import autocast_dtype
 
 if TYPE_CHECKING:
@@ -176,6 +177,8 @@ def begin_forward(root: nn.Module, *_: Any) -> None:
     """Forward pre-hook of an accelerated model: groups learnt earlier come into force."""
     if torch.compiler.is_compiling():
         return
+    if torch.is_grad_enabled():
+        unpack_all(root)
     _thread.watch = None
     # Tensors of inference mode have no version: nothing is learnt from them.
     if root in _seen or torch.is_inference_mode_enabled():

@@ -16,6 +16,7 @@ from fastft.nn.calls import strict_modules
 from fastft.nn.experts import FusedLoraExperts, InnerLoraExperts, experts_of
 from fastft.nn.head import FusedHead, FusedLoraHead
 from fastft.nn.lora import FusedLora, forget_norms
+from fastft.nn.quantized import unpack_all
 from fastft.nn.swap import Swapped, become, combined_class, original_of
 from fastft.nn.unmerged import UNMERGED
 from fastft.ops import _room
@@ -224,6 +225,7 @@ def restore(model: nn.Module) -> nn.Module:
         )
     siblings.forget(model)
     memory.restore(model)
+    unpack_all(model)
     for module in model.modules():
         original = original_of(module)
         if type(module) is not original:
