@@ -183,16 +183,16 @@ class FusedLora(nn.Module):
         reason = plan if isinstance(plan, str) else None
         if not torch.compiler.is_compiling():
             count(self, reason)
-        if isinstance(plan, str):
+        if not isinstance(plan, str) and plan.few:
+            siblings.see(self, x)
+            if plan.dense is None:
+                return few.lora_linear(plan, x)
+        # bitsandbytes has a product of its own for few rows.
+        if isinstance(plan, str) or plan.few:
             names = adapter_names_of(self, kwargs)
             if names is not None:
                 kwargs["adapter_names"] = names
             return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
-        if plan.few:
-            siblings.see(self, x)
-            if plan.dense is not None:  # bitsandbytes has a product of its own for few rows
-                return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
-            return few.lora_linear(plan, x)
         if torch.compiler.is_compiling() or kwargs.get("adapter_names") is not None:
             return self.fused_call([plan], x)[0]
         return siblings.forward(self, x, plan)

@@ -213,6 +213,18 @@ def test_dora_with_dropout_is_pefts() -> None:
     assert counts.fused == 1
 
 
+def test_a_mixed_batch_of_few_rows() -> None:
+    """They run bitsandbytes' own product, and each sample's adapter."""
+    model = adapted(F32, {"quant_type": "nf4"})
+    model.add_adapter("b", LoraConfig(r=3, target_modules=["q", "o"], init_lora_weights=False))
+    for layer in (model.base_model.model.q, model.base_model.model.k, model.base_model.model.o):
+        layer.base_layer.support_avx512bf16_for_cpu = False  # it packs no weight of these sizes
+    fused, x = fastft.accelerate(copy.deepcopy(model)).eval(), torch.randn(3, 1, 64)
+    names = ["default", "b", "__base__"]
+    with torch.no_grad(), fastft.mixed_batch(fused, names):
+        torch.testing.assert_close(fused(x), model.eval()(x, adapter_names=names))
+
+
 def tiny_llama(**config: Any) -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
