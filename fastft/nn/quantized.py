@@ -6,6 +6,7 @@ bitsandbytes is imported where a model has such a layer, by whoever made it.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -20,13 +21,13 @@ def is_4bit(base: nn.Module) -> bool:
     return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
 
 
-def dtype_of(parameter: Any) -> torch.dtype:
-    """The dtype that a parameter's values have in products: of 4 bits, that of their layer's."""
-    state = getattr(parameter, "quant_state", None)
+def dtype_of(layer: Any) -> torch.dtype:
+    """The dtype that a layer's weight has in products. The layer says it: its weight forgets whose
+    it is where it is moved."""
+    state = getattr(layer.weight, "quant_state", None)
     if state is None:
-        return parameter.dtype  # type: ignore[no-any-return]
-    computes = getattr(getattr(parameter, "module", None), "compute_dtype", None)
-    return computes or state.dtype  # type: ignore[no-any-return]
+        return layer.weight.dtype  # type: ignore[no-any-return]
+    return getattr(layer, "compute_dtype", None) or state.dtype  # type: ignore[no-any-return]
 
 
 def state_refusal(base: Any) -> str | None:
@@ -45,21 +46,18 @@ def state_refusal(base: Any) -> str | None:
 
 
 class Dense:
-    """Makes the values of a 4-bit layer's weight, (out_features, in_features)."""
+    """Makes the values of a 4-bit layer's weight, (out_features, in_features), as they were when it
+    was made: bitsandbytes packs a weight for inference, and moves it, by changing what it holds."""
 
-    __slots__ = ("dtype", "state", "weight")
+    __slots__ = ("dtype", "packed", "state")
 
     def __init__(self, base: Any) -> None:
-        self.weight, self.state, self.dtype = (
-            base.weight,
-            base.weight.quant_state,
-            base.compute_dtype,
-        )
+        self.packed, self.dtype = base.weight.data.view(-1, 1), base.compute_dtype
+        self.state = copy.copy(base.weight.quant_state)
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
         """The values, in the layer's dtype of products."""
         from bitsandbytes.functional import dequantize_4bit
 
-        packed = self.weight.data.view(-1, 1)
-        return dequantize_4bit(packed, self.state).to(self.dtype)  # type: ignore[no-any-return]
+        return dequantize_4bit(self.packed, self.state).to(self.dtype)  # type: ignore[no-any-return]

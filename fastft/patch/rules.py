@@ -150,7 +150,7 @@ def _lora_backend(module: Any) -> str:
     adapter = next(module.lora_A[n].weight for n in module.active_adapters if n in module.lora_A)
     if weight.device.type == "meta":
         return "reference"
-    dtype = dtype_of(weight)
+    dtype = dtype_of(module.base_layer)
     return backends.select(
         "lora_linear",
         device_type=weight.device.type,

@@ -213,6 +213,49 @@ def test_dora_with_dropout_is_pefts() -> None:
     assert counts.fused == 1
 
 
+def test_a_weight_packed_for_inference_before_the_backward() -> None:
+    """On a CPU that multiplies bfloat16 an evaluation packs it, scales and all, where it lies."""
+    grads = []
+    for evaluates in (False, True):
+        model = fastft.accelerate(tiny_llama())
+        loss = model(input_ids=IDS, labels=IDS).loss
+        if evaluates:
+            pack = getattr(bnb.functional, "_convert_weight_packed_for_cpu", None)
+            if pack is None:
+                pytest.skip("this bitsandbytes does not")
+            for w in [m.base_layer.weight for m in model.modules() if hasattr(m, "base_layer")]:
+                w.data, w.quant_state = pack(w.data, w.quant_state)
+        loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_weight_that_has_forgotten_its_layer() -> None:
+    """What moves a weight by itself makes a new one of it, which knows the dtype it had before."""
+    torch.manual_seed(0)
+    plain = get_peft_model(
+        quantize(Two(), BF16, quant_type="nf4"), LoraConfig(r=4, target_modules=["q", "k", "o"])
+    )
+    for layer in plain.modules():
+        if hasattr(layer, "base_layer"):
+            layer.base_layer.weight = layer.base_layer.weight.to("cpu")
+    fused = fastft.accelerate(copy.deepcopy(plain), verify=False)
+    for dtype in (F32, BF16):
+        x = torch.randn(2, 70, 64, dtype=dtype)
+        torch.testing.assert_close(fused(x), plain(x), rtol=3e-2, atol=3e-2)
+    counts = call_counts(fused.base_model.model.q)
+    assert (counts.fused, dict(counts.fallback)) == (1, {"mixed dtypes": 1})
+
+
+def test_verification_chooses_no_dtype() -> None:
+    model = quantize(LlamaForCausalLM(tiny_config()).to(BF16), None, quant_type="nf4")
+    options = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    fused = fastft.accelerate(get_peft_model(model, LoraConfig(**options)))
+    layers = [m for m in fused.modules() if hasattr(m, "compute_type_is_set")]
+    assert layers
+    assert not any(m.compute_type_is_set or m.compute_dtype for m in layers)
+
+
 def test_a_mixed_batch_of_few_rows() -> None:
     """They run bitsandbytes' own product, and each sample's adapter."""
     model = adapted(F32, {"quant_type": "nf4"})
@@ -225,13 +268,15 @@ def test_a_mixed_batch_of_few_rows() -> None:
         torch.testing.assert_close(fused(x), model.eval()(x, adapter_names=names))
 
 
-def tiny_llama(**config: Any) -> Any:
-    torch.manual_seed(0)
+def tiny_config() -> LlamaConfig:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
-    model = quantize(
-        LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(BF16), BF16, quant_type="nf4"
-    )
+    return LlamaConfig(**sizes, **heads)
+
+
+def tiny_llama(**config: Any) -> Any:
+    torch.manual_seed(0)
+    model = quantize(LlamaForCausalLM(tiny_config()).to(BF16), BF16, quant_type="nf4")
     options = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     return get_peft_model(model, LoraConfig(**options, init_lora_weights=False, **config))
 
