@@ -116,10 +116,16 @@ def _as_class(module: nn.Module, kind: type[nn.Module]) -> Iterator[None]:
         become(module, before)
 
 
-def float_parameter(module: nn.Module) -> nn.Parameter | None:
-    """The first floating-point parameter of two dimensions or more: its dtype is the module's."""
-    parameters = (p for p in module.parameters() if p.dim() > 1 and p.is_floating_point())
-    return next(parameters, None)
+def float_parameter(module: nn.Module) -> Tensor | None:
+    """The first floating-point parameter of two dimensions or more: its dtype is the module's. For
+    one in 4 bits stands an empty tensor, of the dtype of its products."""
+    for m in module.modules():
+        for p in m.parameters(recurse=False):
+            if p.dim() > 1 and getattr(p, "quant_state", None) is not None:
+                return torch.empty(0, dtype=dtype_of(m), device=p.device)
+            if p.dim() > 1 and p.is_floating_point():
+                return p
+    return None
 
 
 def run_lora(module: Any, kind: type[nn.Module]) -> list[Tensor]:

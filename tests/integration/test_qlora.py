@@ -256,6 +256,17 @@ def test_verification_chooses_no_dtype() -> None:
     assert not any(m.compute_type_is_set or m.compute_dtype for m in layers)
 
 
+def test_what_has_no_adapter_is_fused_around_4_bits() -> None:
+    """A gated MLP whose projections are only frozen, in 4 bits, is verified and fused."""
+    model = quantize(LlamaForCausalLM(tiny_config()).to(BF16), BF16, quant_type="nf4")
+    options = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    plain = get_peft_model(model, LoraConfig(**options, init_lora_weights=False))
+    fused = fastft.accelerate(copy.deepcopy(plain), strict=True)
+    losses = [m(input_ids=IDS, labels=IDS).loss for m in (fused, plain)]
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)
+    assert {m.kind for m in fastft.explain(fused).modules if m.fused_calls} >= {"glu", "attention"}
+
+
 def test_a_mixed_batch_of_few_rows() -> None:
     """They run bitsandbytes' own product, and each sample's adapter."""
     model = adapted(F32, {"quant_type": "nf4"})
