@@ -267,6 +267,19 @@ def test_what_has_no_adapter_is_fused_around_4_bits() -> None:
     assert {m.kind for m in fastft.explain(fused).modules if m.fused_calls} >= {"glu", "attention"}
 
 
+def test_a_head_in_4_bits_has_its_logits() -> None:
+    """PEFT's layer of dense weights, which it takes where a model does not say what it holds."""
+    model = quantize(LlamaForCausalLM(tiny_config()).to(BF16), BF16, quant_type="nf4")
+    del model.is_loaded_in_4bit
+    head = nn.ModuleDict({"of": model.lm_head})
+    model.lm_head = quantize(head, BF16, quant_type="nf4").of  # type: ignore[union-attr]
+    options = {"r": 4, "target_modules": ["lm_head"], "task_type": "CAUSAL_LM"}
+    plain = get_peft_model(model, LoraConfig(**options, init_lora_weights=False))
+    fused = fastft.accelerate(copy.deepcopy(plain), verify=False)
+    losses = [m(input_ids=IDS, labels=IDS).loss for m in (fused, plain)]
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)
+
+
 def test_a_mixed_batch_of_few_rows() -> None:
     """They run bitsandbytes' own product, and each sample's adapter."""
     model = adapted(F32, {"quant_type": "nf4"})
