@@ -36,7 +36,7 @@ def state_refusal(base: Any) -> str | None:
     state = getattr(base.weight, "quant_state", None)
     if state is None:
         return "4-bit weight without its quantization state"
-    if getattr(state, "packing_format_for_cpu", False):
+    if _is_packed(state) and _unpack() is None:
         return "4-bit weight packed for inference on a CPU"
     if tuple(state.shape) != (base.out_features, base.in_features):
         return "4-bit weight of another layout"
@@ -45,14 +45,27 @@ def state_refusal(base: Any) -> str | None:
     return None
 
 
+def _is_packed(state: Any) -> bool:
+    """Whether bitsandbytes has laid the weight out anew in an evaluation, which it does for good on
+    a CPU that multiplies bfloat16. Its product of such a weight has no gradient."""
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def _unpack() -> Any:
+    """bitsandbytes' function for that weight as it was, where it has one."""
+    from bitsandbytes import functional
+
+    return getattr(functional, "_convert_weight_packed_for_cpu_inverse", None)
+
+
 class Dense:
     """Makes the values of a 4-bit layer's weight, (out_features, in_features), as they were when it
     was made: bitsandbytes packs a weight for inference, and moves it, by changing what it holds."""
 
-    __slots__ = ("dtype", "packed", "state")
+    __slots__ = ("dtype", "held", "state")
 
     def __init__(self, base: Any) -> None:
-        self.packed, self.dtype = base.weight.data.view(-1, 1), base.compute_dtype
+        self.held, self.dtype = base.weight.data, base.compute_dtype
         self.state = copy.copy(base.weight.quant_state)
 
     @torch.no_grad()
@@ -60,4 +73,10 @@ class Dense:
         """The values, in the layer's dtype of products."""
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(self.packed, self.state).to(self.dtype)  # type: ignore[no-any-return]
+        held, state = self.held, self.state
+        if _is_packed(state):
+            scales, state = state.absmax, copy.copy(state)
+            state.original_nested = False  # else it rounds the scales once more
+            held, state = _unpack()(held, state)
+            state.absmax = scales.t().reshape(-1).float()
+        return dequantize_4bit(held.view(-1, 1), state).to(self.dtype)  # type: ignore[no-any-return]
