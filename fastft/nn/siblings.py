@@ -124,7 +124,8 @@ class _Watch:
         self.run, self.last = [], None
 
     def mature(self) -> bool:
-        return self.backward_ran or not self.needed_grad
+        """Not where no layer ran fused: adapters disabled, or in 4 bits at their first call."""
+        return bool(self.order) and (self.backward_ran or not self.needed_grad)
 
 
 _groups: weakref.WeakKeyDictionary[nn.Module, Group] = weakref.WeakKeyDictionary()
@@ -196,7 +197,7 @@ def begin_forward(root: nn.Module, *_: Any) -> None:
         if root in packing.wanted:
             _pack(watch.called(), packing.shared_storages(root))
         return
-    if watch is None:
+    if watch is None or not watch.order:
         _thread.watch = _watches[root] = _Watch()
 
 
