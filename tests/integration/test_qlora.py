@@ -253,9 +253,8 @@ def test_a_model_generates_and_is_restored(tmp_path: Path) -> None:
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     tokens = [m.eval().generate(input_ids=IDS[:1, :6], **options) for m in (fused, plain)]
     assert torch.equal(*tokens)
-    # On a CPU that multiplies bfloat16 bitsandbytes packs a weight for these products, for good.
-    reasons = {r for m in fastft.explain(fused).modules for r in m.fallback_calls}
-    assert reasons <= {"4-bit weight packed for inference on a CPU"}
+    # On a CPU that multiplies bfloat16 bitsandbytes packs a weight for these products.
+    assert not any(m.fallback_calls for m in fastft.explain(fused).modules)
     fused.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny_llama().unload(), tmp_path)
     for (name, p), (other, q) in zip(
