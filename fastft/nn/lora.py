@@ -204,7 +204,8 @@ class FusedLora(nn.Module):
         plan = (plain_plan(self, x) if plain else None) or self._ruled(x, args, kwargs or {})
         if isinstance(plan, str) or compiling:
             return plan  # compiled, the operation chooses when the graph runs
-        plan.few = few.takes(self, plan, x)
+        packed = plan.dense is not None and plan.dense.packed()  # its own product is the fast one
+        plan.few = packed or few.takes(self, plan, x)
         if plan.few:
             return plan  # the library runs it on any device
         chosen, _ = backends.select(

@@ -55,8 +55,6 @@ def state_refusal(base: Any) -> str | None:
     state = getattr(base.weight, "quant_state", None)
     if state is None:
         return "4-bit weight without its quantization state"
-    if _packed(state):
-        return "4-bit weight packed for inference on a CPU"
     if tuple(state.shape) != (base.out_features, base.in_features):
         return "4-bit weight of another layout"
     if not base.compute_type_is_set or base.compute_dtype is None:
@@ -123,6 +121,10 @@ class Dense:
     def __init__(self, base: Any) -> None:
         self.held, self.dtype = base.weight.data, base.compute_dtype
         self.state = copy.copy(base.weight.quant_state)
+
+    def packed(self) -> bool:
+        """Whether the weight is packed for inference on a CPU."""
+        return _packed(self.state)
 
     def __call__(self) -> Tensor:
         """The values as bitsandbytes' backward has them: rounded to the dtype of the weight that

@@ -125,6 +125,7 @@ def accelerate(
         "attention": attention,
         "rope": rope,
     }
+    unpack_all(model)  # what is verified has gradients
     planned: list[Site] = []
     refused: dict[nn.Module, dict[str, str]] = {}
     proofs: dict[tuple[Any, ...], str | None] = {}
