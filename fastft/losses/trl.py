@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastft.losses.log_probs import distillation_loss, token_log_probs
@@ -85,13 +86,13 @@ def _replace(owner: Any, name: str, knowing: Callable[[Any], Any]) -> None:
 
 def _log_probs_of_deferred(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
-    def selective_log_softmax(
-        logits: Tensor, index: Tensor, temperature: float = 1.0, *rest: Any, **options: Any
-    ) -> Tensor:
-        masked = any(value is not None for value in (*rest, *options.values()))
+    def selective_log_softmax(logits: Tensor, index: Tensor, *rest: Any, **options: Any) -> Tensor:
+        temperature, *more = rest or (options.get("temperature", 1.0),)
+        more += [value for key, value in options.items() if key != "temperature"]
+        masked = any(value is not None for value in more)
         if _deferred(logits) and not masked and index.shape == logits.shape[:-1]:
             return token_log_probs(logits, index, temperature=temperature, shift=False)
-        return original(logits, index, temperature, *rest, **options)
+        return original(logits, index, *rest, **options)
 
     return selective_log_softmax
 
@@ -102,6 +103,15 @@ def _kind(beta: float) -> dict[str, Any]:
     return ends.get(beta, {"kind": "jensen_shannon", "beta": beta})
 
 
+# What TRL's functions take, by which they are known.
+_OF_LOGITS = "student_logits", "teacher_logits", "labels", "beta", "temperature", "reduction"
+_ITEMS = "num_items_in_batch"  # before it had these, TRL took other means
+_OF_HEADS = (
+    "student_hidden_states", "teacher_hidden_states", "student_lm_head_weight",
+    "teacher_lm_head_weight", "completion_mask", "beta", _ITEMS,
+    "student_lm_head_bias", "teacher_lm_head_bias", "student_logit_scale", "teacher_logit_scale",
+    "student_final_logit_softcapping", "teacher_final_logit_softcapping", "temperature",
+)  # fmt: skip
 # Of the divergence's options those at which it is that of whole distributions.
 _WHOLE: dict[str, tuple[Any, ...]] = {
     "logits_are_probs": (False,),
@@ -111,57 +121,43 @@ _WHOLE: dict[str, tuple[Any, ...]] = {
 
 
 def _divergence_of_deferred(original: Any) -> Any:
-    theirs = original.__func__
+    theirs = getattr(original, "__func__", original)
+    signature = inspect.signature(theirs)
+    names = tuple(signature.parameters)
+    if names[:6] != _OF_LOGITS or _ITEMS not in names:
+        return original
 
     @functools.wraps(theirs)
-    def generalized_jsd_loss(
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        labels: Tensor | None = None,
-        beta: float = 0.5,
-        temperature: float = 1.0,
-        reduction: str = "batchmean",
-        *rest: Any,
-        num_items_in_batch: Any = None,
-        **options: Any,
-    ) -> Tensor:
-        summed = num_items_in_batch is not None or reduction in ("batchmean", "sum")
-        whole = not rest and all(value in _WHOLE.get(key, ()) for key, value in options.items())
-        fits = student_logits.shape == teacher_logits.shape
-        if labels is not None:
-            fits = fits and labels.shape == student_logits.shape[:-1]
-        if not (_deferred(student_logits) and summed and whole and fits):
-            return theirs(  # type: ignore[no-any-return]
-                student_logits, teacher_logits, labels, beta, temperature, reduction, *rest,
-                num_items_in_batch=num_items_in_batch, **options,
-            )  # fmt: skip
+    def generalized_jsd_loss(*args: Any, **kwargs: Any) -> Tensor:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        options = dict(bound.arguments)
+        student, teacher, labels, beta, temperature, how = map(options.pop, _OF_LOGITS)
+        items = options.pop(_ITEMS)
+        fits = (
+            _deferred(student)
+            and student.shape == teacher.shape
+            and (labels is None or labels.shape == student.shape[:-1])
+            and (items is not None or how in ("batchmean", "sum"))
+            and all(value in _WHOLE.get(key, ()) for key, value in options.items())
+            # Here the teacher gets no gradient.
+            and not (teacher.requires_grad and torch.is_grad_enabled())
+        )
+        if not fits:
+            return theirs(*args, **kwargs)  # type: ignore[no-any-return]
         mask = None if labels is None else labels != -100
         total = distillation_loss(
-            student_logits,
-            teacher_logits,
-            mask,
-            temperature=temperature,
-            reduction="sum",
-            **_kind(beta),
+            student, teacher, mask, temperature=temperature, reduction="sum", **_kind(beta)
         )
         total = total / temperature**2  # which TRL leaves out
-        if num_items_in_batch is not None:
-            return _over(total, num_items_in_batch)
-        if reduction == "sum":
+        if items is not None:
+            return _over(total, items)
+        if how == "sum":
             return total
-        rows = max(student_logits.shape[0], 1) if mask is None else mask.sum().clamp_min(1)
+        rows = max(student.shape[0], 1) if mask is None else mask.sum().clamp_min(1)
         return total / rows
 
     return staticmethod(generalized_jsd_loss)
-
-
-# What TRL's function takes, by which it is known.
-_OF_HEADS = (
-    "student_hidden_states", "teacher_hidden_states", "student_lm_head_weight",
-    "teacher_lm_head_weight", "completion_mask", "beta", "num_items_in_batch",
-    "student_lm_head_bias", "teacher_lm_head_bias", "student_logit_scale", "teacher_logit_scale",
-    "student_final_logit_softcapping", "teacher_final_logit_softcapping", "temperature",
-)  # fmt: skip
 
 
 def _divergence_of_heads(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -179,7 +175,7 @@ def _divergence_of_heads(original: Callable[..., Any]) -> Callable[..., Any]:
         tensors = [hidden, of_teacher, weight, teacher_weight, bias, teacher_bias]
         plain = all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors)
         same = weight.dtype == hidden.dtype or autocast_dtype(hidden.device.type) is not None
-        if not (plain and same) or transform() is not None:
+        if not (plain and same) or transform() is not None or torch.compiler.is_compiling():
             return original(*args, **kwargs)
         counts = mask.reshape(hidden.shape[:-1]) != 0
         total, entropy = linear_divergence(

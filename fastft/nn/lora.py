@@ -108,7 +108,7 @@ def _several_devices(p: Parts, x: Tensor) -> bool:
 
 def _mixed_dtypes(p: Parts, x: Tensor) -> bool:
     weight, a, b = p.tensors()
-    dtype = dtype_of(weight)
+    dtype = dtype_of(p.base) if is_4bit(p.base) else weight.dtype
     if not dtype.is_floating_point or a.dtype != b.dtype:
         return True
     autocast = autocast_dtype(x.device.type)

@@ -34,13 +34,13 @@ def is_4bit(base: nn.Module) -> bool:
     return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
 
 
-def dtype_of(parameter: Any) -> torch.dtype:
-    """The dtype that a parameter's values have in products: of 4 bits, that of their layer's."""
-    state = getattr(parameter, "quant_state", None)
+def dtype_of(layer: Any) -> torch.dtype:
+    """The dtype that a layer's weight has in products. The layer says it: its weight forgets whose
+    it is where it is moved."""
+    state = getattr(layer.weight, "quant_state", None)
     if state is None:
-        return parameter.dtype  # type: ignore[no-any-return]
-    computes = getattr(getattr(parameter, "module", None), "compute_dtype", None)
-    return computes or state.dtype  # type: ignore[no-any-return]
+        return layer.weight.dtype  # type: ignore[no-any-return]
+    return getattr(layer, "compute_dtype", None) or state.dtype  # type: ignore[no-any-return]
 
 
 def shape_of(parameter: Any) -> tuple[int, ...]:
@@ -113,16 +113,14 @@ def _packed(state: Any) -> bool:
 
 
 class Dense:
-    """Makes the values of a 4-bit layer's weight, (out_features, in_features)."""
+    """Makes the values of a 4-bit layer's weight, (out_features, in_features), as they were when it
+    was made: bitsandbytes packs a weight for inference, and moves it, by changing what it holds."""
 
-    __slots__ = ("dtype", "state", "weight")
+    __slots__ = ("dtype", "held", "state")
 
     def __init__(self, base: Any) -> None:
-        self.weight, self.state, self.dtype = (
-            base.weight,
-            base.weight.quant_state,
-            base.compute_dtype,
-        )
+        self.held, self.dtype = base.weight.data, base.compute_dtype
+        self.state = copy.copy(base.weight.quant_state)
 
     def packed(self) -> bool:
         """Whether the weight is packed for inference on a CPU."""
@@ -131,7 +129,6 @@ class Dense:
     def __call__(self) -> Tensor:
         """The values as bitsandbytes' backward has them: rounded to the dtype of the weight that
         was quantized, then to the layer's dtype of products."""
-        unpack(self.weight)  # a generation may have come between
         return self._values(self.state).to(self.dtype)
 
     def forward(self) -> Tensor:
@@ -146,4 +143,4 @@ class Dense:
     def _values(self, state: Any) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(self.weight.data.view(-1, 1), state)  # type: ignore[no-any-return]
+        return dequantize_4bit(self.held.view(-1, 1), state)  # type: ignore[no-any-return]

@@ -66,7 +66,8 @@ class Group:
         for other in layers[1:]:
             its = other.plan(x)
             # The operation takes adapters of one dtype.
-            if isinstance(its, str) or its.adapter_dtype() != plan.adapter_dtype():
+            # One whose weight is packed has a product of its own.
+            if isinstance(its, str) or its.few or its.adapter_dtype() != plan.adapter_dtype():
                 return layer.fused_call([plan], x)[0]
             plans.append(its)
         first, *others = layer.fused_call(plans, x)
@@ -124,7 +125,8 @@ class _Watch:
         self.run, self.last = [], None
 
     def mature(self) -> bool:
-        return self.backward_ran or not self.needed_grad
+        """Not where no layer ran fused: adapters disabled, or in 4 bits at their first call."""
+        return bool(self.order) and (self.backward_ran or not self.needed_grad)
 
 
 _groups: weakref.WeakKeyDictionary[nn.Module, Group] = weakref.WeakKeyDictionary()
@@ -196,7 +198,7 @@ def begin_forward(root: nn.Module, *_: Any) -> None:
         if root in packing.wanted:
             _pack(watch.called(), packing.shared_storages(root))
         return
-    if watch is None:
+    if watch is None or not watch.order:
         _thread.watch = _watches[root] = _Watch()
 
 

@@ -16,7 +16,6 @@ from fastft.ops._checks import (
     check_shape,
     check_tensor,
 )
-from fastft.ops._eager import dispatched
 
 __all__ = ["KINDS", "WHERE", "Teacher", "check"]
 
@@ -59,7 +58,7 @@ def check(
         ShapeError: shapes that do not fit.
         DeviceError: tensors on different devices.
         ArgumentError: an unknown kind or reduction, a temperature not above 0, a beta not between 0
-            and 1, a head that is trained with reduction="none", or torch.compile.
+            and 1, or a head that is trained with reduction="none".
     """
     check_tensor(WHERE, "hidden_states", hidden_states)
     check_dtype(WHERE, "hidden_states", hidden_states, FLOATS)
@@ -117,8 +116,6 @@ def check(
         ("reduction", reduction != "none" or not trained, "'mean' or 'sum' over a trained head",
          "'none'"),
         ("chunk", chunk is None or chunk >= 1, "at least 1 token", chunk),
-        ("hidden_states", not dispatched(hidden_states, weight),
-         "tensors with memory, outside torch.compile", "others, or a call under it"),
     )  # fmt: skip
     for name, fine, expected, got in refusals:
         if not fine:

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 __all__ = ["call", "dispatched", "recording"]
 
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = frozenset({Tensor, nn.Parameter, type(None)})
 _NONE = torch._C._disabled_torch_dispatch_impl
 
 
@@ -35,11 +35,9 @@ def dispatched(*tensors: Any) -> bool:
     memory of their own (fake ones, sharded ones), whose address a kernel must not be given."""
     if torch.compiler.is_compiling():
         return True
-    for tensor in tensors:
-        kind = type(tensor)
-        if kind not in _PLAIN and getattr(kind, "__torch_dispatch__", _NONE) is not _NONE:
-            return True
-    return False
+    if _PLAIN.issuperset(map(type, tensors)):
+        return False
+    return any(getattr(type(t), "__torch_dispatch__", _NONE) is not _NONE for t in tensors)
 
 
 def call(function: type[torch.autograd.Function], *arguments: Any) -> Any:

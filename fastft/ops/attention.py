@@ -85,7 +85,7 @@ def scaled_dot_product_attention(
     if mask is not None and mask.stride(-1) != 1:
         mask = mask.contiguous()
     name = backend or _AUTO
-    if registered() or dispatched(query, key, value):
+    if registered() or dispatched(query, key, value, mask):
         out, _ = torch.ops.fastft.attention_fwd(query, key, value, mask, factor, is_causal, name)
         return out
     name = _choose(name, query)[0]

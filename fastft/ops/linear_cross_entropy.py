@@ -176,7 +176,7 @@ def linear_cross_entropy(
     tensors = [flat, weight, bias, class_weight, lora_s, lora_b]
     if not recording():  # an evaluation of a trained head makes no gradients
         tensors = [None if t is None else t.detach() for t in tensors]
-    compiling = dispatched(flat, weight, target)
+    compiling = dispatched(*tensors, target)
     name = backend or AUTO
     if not compiling:
         name = choose(name, flat)[0]

@@ -23,7 +23,7 @@ from fastft.errors import ArgumentError
 from fastft.ops._checks import autocast_dtype, without_autocast
 from fastft.ops._differentiable import batched
 from fastft.ops._divergence_checks import KINDS, WHERE, Teacher, check
-from fastft.ops._eager import recording
+from fastft.ops._eager import dispatched, recording
 from fastft.ops._head_loop import (
     ELSEWHERE,
     Gradients,
@@ -83,7 +83,8 @@ def linear_divergence(
         float32: a scalar, or of the shape (...).
 
     Raises:
-        DtypeError, ShapeError, DeviceError, ArgumentError: see ``check``.
+        DtypeError, ShapeError, DeviceError, ArgumentError: see ``check``; ArgumentError also under
+            torch.compile.
     """
     check(
         hidden_states, weight, teacher, kind, temperature, beta, bias, mask, reduction, chunk,
@@ -197,7 +198,8 @@ Source = Callable[[Any], tuple[Tensor, dict[str, Any]]]
 def _teacher_source(teacher: Tensor | Teacher, device_type: str) -> Source:
     if isinstance(teacher, Tensor):
         logits = teacher.detach().reshape(-1, teacher.shape[-1])
-        return lambda places: (logits[places], dict(_PLAIN))
+        return lambda places: (_with_memory(logits[places]), dict(_PLAIN))
+    _refuse_dispatched(teacher.hidden_states, teacher.weight, teacher.bias)
     dtype = autocast_dtype(device_type) or teacher.hidden_states.dtype
     hidden = teacher.hidden_states.detach().reshape(-1, teacher.hidden_states.shape[-1]).to(dtype)
     weight = teacher.weight.detach().to(dtype)
@@ -207,6 +209,21 @@ def _teacher_source(teacher: Tensor | Teacher, device_type: str) -> Source:
         "teacher_softcap": teacher.softcap or 0.0,
     }
     return lambda places: (hidden[places] @ weight.t(), dict(options))
+
+
+def _with_memory(logits: Tensor) -> Tensor:
+    """For a kernel: deferred logits are read, torch refuses others (sharded ones, fake ones)."""
+    if not dispatched(logits):
+        return logits
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device).copy_(logits)
+
+
+def _refuse_dispatched(*tensors: Tensor | None) -> None:
+    """There is no registered operation; logits that exist are plain torch's."""
+    if dispatched(*tensors):
+        expected = "tensors with memory, outside torch.compile"
+        got = "others, or a call under it"
+        raise ArgumentError(WHERE, "hidden_states", expected=expected, got=got)
 
 
 def _losses(
@@ -229,6 +246,7 @@ def _losses(
     if lora_s is not None:
         lora_s = lora_s.reshape(-1, lora_s.shape[-1]).to(dtype).contiguous()
     tensors = [flat, weight, bias, lora_s, lora_b]
+    _refuse_dispatched(*tensors, mask, row_scale)
     if not recording():
         tensors = [None if t is None else t.detach() for t in tensors]
     name, launcher = backends.select(

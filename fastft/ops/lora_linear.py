@@ -146,7 +146,7 @@ def lora_linear_siblings(
     else:
         check_spans(spans, len(owners), rows)
         bounds = [row for span in spans for row in span]
-    compiling = dispatched(x, *weights)
+    compiling = dispatched(x, *weights, *biases, *lora_as, *lora_bs, *(scales or ()))
     if remake is not None:
         check_remake(weights, remake, compiling)
     # A compiled graph chooses when it runs: the choice reads facts that tracing should not guard.

@@ -121,16 +121,17 @@ def check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, half_tables: boo
 
 def _check_inplace(query: Tensor, key: Tensor, dtype: torch.dtype) -> None:
     wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    several = any(
-        stride == 0 and size > 1
-        for tensor in (query, key)
-        for stride, size in zip(tensor.stride(), tensor.shape)
-    )
+    several = _expanded(query) or _expanded(key)
     if wanted or several or dtype != query.dtype:
         expected = "tensors that need no gradient, in the dtype of the result, each element once"
         got = f"{query.dtype} for {dtype}"
         got = "a gradient" if wanted else "an expanded tensor" if several else got
         raise ArgumentError(_WHERE, "inplace", expected=expected, got=got)
+
+
+def _expanded(tensor: Tensor) -> bool:
+    strides = tensor.stride()
+    return 0 in strides and any(s == 0 and n > 1 for s, n in zip(strides, tensor.shape))
 
 
 def _choose(backend: str, query: Tensor, *others: torch.dtype) -> tuple[str, Any]:

@@ -18,7 +18,7 @@ from fastft.nn.deferred import DeferredLogits
 from fastft.nn.experts import experts_of
 from fastft.nn.head import FusedHead, FusedLoraHead, deferring
 from fastft.nn.mlp import layout_of
-from fastft.nn.quantized import dtype_of
+from fastft.nn.quantized import dtype_of, is_4bit
 from fastft.nn.rope import FusedRope, fused_rope, rope_facts
 from fastft.nn.rules import unhooked
 from fastft.nn.swap import become, original_of
@@ -59,7 +59,9 @@ def tolerance(module: nn.Module) -> float:
     relative error of eps / (2 sqrt(3)): 2 eps covers their sum. Sums of K products in float32 in
     another order differ by eps32 sqrt(K): twice that.
     """
-    eps = max(torch.finfo(dtype_of(p)).eps for p in module.parameters())
+    dtypes = [p.dtype for p in module.parameters() if _of_floats(p)]
+    dtypes += [dtype_of(m) for m in _of_4_bits(module)]
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     width = max(max(p.shape) for p in module.parameters())
     return 2 * eps + 2 * torch.finfo(torch.float32).eps * width**0.5
 
@@ -74,6 +76,8 @@ def difference(
     """Largest relative difference between the module as ``fused`` and as what it was, over the
     output and every gradient; inf when the fused one gives NaN or Inf."""
     was_training = {m: m.training for m in module.modules()}
+    # The first input of such a layer may choose its dtype, and this is none.
+    chosen = {m: (m.compute_dtype, m.compute_type_is_set) for m in _of_4_bits(module)}
     module.train(trained)
     # Verification draws random numbers; the model's own random state must not notice.
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
@@ -86,7 +90,13 @@ def difference(
     finally:
         for m, training in was_training.items():
             m.training = training
+        for m, (dtype, is_set) in chosen.items():
+            m.compute_dtype, m.compute_type_is_set = dtype, is_set
     return max(_relative(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def _of_4_bits(module: nn.Module) -> list[Any]:
+    return [m for m in module.modules() if is_4bit(m)]
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:
@@ -106,17 +116,22 @@ def _as_class(module: nn.Module, kind: type[nn.Module]) -> Iterator[None]:
         become(module, before)
 
 
-def float_parameter(module: nn.Module) -> nn.Parameter | None:
-    """The first floating-point parameter of two dimensions or more: its dtype is the module's."""
-    parameters = (p for p in module.parameters() if p.dim() > 1 and p.is_floating_point())
-    return next(parameters, None)
+def float_parameter(module: nn.Module) -> Tensor | None:
+    """The first floating-point parameter of two dimensions or more: its dtype is the module's. For
+    one in 4 bits stands an empty tensor, of the dtype of its products."""
+    for m in module.modules():
+        for p in m.parameters(recurse=False):
+            if p.dim() > 1 and getattr(p, "quant_state", None) is not None:
+                return torch.empty(0, dtype=dtype_of(m), device=p.device)
+            if p.dim() > 1 and p.is_floating_point():
+                return p
+    return None
 
 
 def run_lora(module: Any, kind: type[nn.Module]) -> list[Tensor]:
     """Output and gradients of a LoRA layer with random adapters (B starts at zero, which would
     hide half of the work) as class ``kind``."""
     name = next(n for n in module.active_adapters if n in module.lora_A)
-    weight = module.base_layer.weight
     adapters = {}
     for part in ("lora_A", "lora_B"):
         p = getattr(module, part)[name].weight
@@ -130,7 +145,8 @@ def run_lora(module: Any, kind: type[nn.Module]) -> list[Tensor]:
         p = module.lora_magnitude_vector[name].weight
         random = p.detach() * (1 + 0.5 * torch.rand(p.shape, device=p.device).to(p.dtype))
         adapters[f"lora_magnitude_vector.{name}.weight"] = random.requires_grad_()
-    x = torch.randn(_TOKENS, module.in_features, device=weight.device).to(dtype_of(weight))
+    x = torch.randn(_TOKENS, module.in_features, device=module.base_layer.weight.device)
+    x = x.to(dtype_of(module.base_layer))
     x.requires_grad_()
     with _as_class(module, kind):
         y = functional_call(module, adapters, (x,))

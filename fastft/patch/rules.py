@@ -37,7 +37,7 @@ from fastft.nn.norm import (
     layer_norm_offset,
     norm_facts,
 )
-from fastft.nn.quantized import dtype_of
+from fastft.nn.quantized import dtype_of, is_4bit
 from fastft.nn.rope import FusedRope, rope_facts, rotary_function
 from fastft.nn.rules import hooked, unhooked
 from fastft.nn.swap import Swapped, original_of, site_refusal, swapped_class
@@ -150,7 +150,7 @@ def _lora_backend(module: Any) -> str:
     adapter = next(module.lora_A[n].weight for n in module.active_adapters if n in module.lora_A)
     if weight.device.type == "meta":
         return "reference"
-    dtype = dtype_of(weight)
+    dtype = dtype_of(module.base_layer)
     return backends.select(
         "lora_linear",
         device_type=weight.device.type,
@@ -192,13 +192,13 @@ def language_model_of(model: Any) -> Any:
     return inner if isinstance(inner.get_output_embeddings(), nn.Module) else None
 
 
-def _head_refusal(head: nn.Module) -> str | None:
-    if original_of(head) is PeftLinear:
-        refusal = module_refusal(head)  # type: ignore[arg-type]
-    elif type(head) not in (nn.Linear, FusedHead):
-        refusal = f"the head is a {type(head).__name__}, not nn.Linear"
+def _head_refusal(head: Any) -> str | None:
+    adapted = original_of(head) is PeftLinear
+    frozen = head.base_layer if adapted else head
+    if is_4bit(frozen) or not (adapted or type(head) in (nn.Linear, FusedHead)):
+        refusal: str | None = f"the head is a {type(frozen).__name__}, not nn.Linear"
     else:
-        refusal = None
+        refusal = module_refusal(head) if adapted else None
     return refusal or ("hooks on the head" if hooked(head) else None)
 
 

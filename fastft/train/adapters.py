@@ -220,7 +220,7 @@ def _check_model(model: nn.Module, weights: dict[str, torch.Tensor], path: Path)
         weight = getattr(modules[name], "weight", None)
         features = tensor.shape[1] if side == "A.weight" else tensor.shape[0]
         # Packed weights of other kinds do not say their features.
-        if weight is None or weight.dim() != 2 or not dtype_of(weight).is_floating_point:
+        if weight is None or weight.dim() != 2 or not dtype_of(modules[name]).is_floating_point:
             continue
         if features not in shape_of(weight):
             wrong.append(f"{name} ({features} against {shape_of(weight)})")

@@ -155,7 +155,7 @@ def _matrices(model: nn.Module) -> list[tuple[str, Any]]:
     found = []
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if name and weight is not None and weight.dim() == 2 and dtype_of(weight).is_floating_point:
+        if name and weight is not None and weight.dim() == 2 and dtype_of(module).is_floating_point:
             found.append((name, module))
     return found
 

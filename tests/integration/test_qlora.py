@@ -228,16 +228,78 @@ def test_dora_with_dropout_is_pefts() -> None:
     assert counts.fused == 1
 
 
-def tiny_llama(how: dict[str, Any] | None = None, **config: Any) -> Any:
+def test_a_weight_that_has_forgotten_its_layer() -> None:
+    """What moves a weight by itself makes a new one of it, which knows the dtype it had before."""
     torch.manual_seed(0)
+    plain = get_peft_model(
+        quantize(Two(), BF16, quant_type="nf4"), LoraConfig(r=4, target_modules=["q", "k", "o"])
+    )
+    for layer in plain.modules():
+        if hasattr(layer, "base_layer"):
+            layer.base_layer.weight = layer.base_layer.weight.to("cpu")
+    fused = fastft.accelerate(copy.deepcopy(plain), verify=False)
+    for dtype in (F32, BF16):
+        x = torch.randn(2, 70, 64, dtype=dtype)
+        torch.testing.assert_close(fused(x), plain(x), rtol=3e-2, atol=3e-2)
+    counts = call_counts(fused.base_model.model.q)
+    assert (counts.fused, dict(counts.fallback)) == (1, {"mixed dtypes": 1})
+
+
+def test_verification_chooses_no_dtype() -> None:
+    model = quantize(LlamaForCausalLM(tiny_config()).to(BF16), None, quant_type="nf4")
+    options = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    fused = fastft.accelerate(get_peft_model(model, LoraConfig(**options)))
+    layers = [m for m in fused.modules() if hasattr(m, "compute_type_is_set")]
+    assert layers
+    assert not any(m.compute_type_is_set or m.compute_dtype for m in layers)
+
+
+def test_what_has_no_adapter_is_fused_around_4_bits() -> None:
+    """A gated MLP whose projections are only frozen, in 4 bits, is verified and fused."""
+    model = quantize(LlamaForCausalLM(tiny_config()).to(BF16), BF16, quant_type="nf4")
+    options = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    plain = get_peft_model(model, LoraConfig(**options, init_lora_weights=False))
+    fused = fastft.accelerate(copy.deepcopy(plain), strict=True)
+    losses = [m(input_ids=IDS, labels=IDS).loss for m in (fused, plain)]
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)
+    assert {m.kind for m in fastft.explain(fused).modules if m.fused_calls} >= {"glu", "attention"}
+
+
+def test_a_head_in_4_bits_has_its_logits() -> None:
+    """PEFT's layer of dense weights, which it takes where a model does not say what it holds."""
+    model = quantize(LlamaForCausalLM(tiny_config()).to(BF16), BF16, quant_type="nf4")
+    del model.is_loaded_in_4bit
+    head = nn.ModuleDict({"of": model.lm_head})
+    model.lm_head = quantize(head, BF16, quant_type="nf4").of  # type: ignore[union-attr]
+    options = {"r": 4, "target_modules": ["lm_head"], "task_type": "CAUSAL_LM"}
+    plain = get_peft_model(model, LoraConfig(**options, init_lora_weights=False))
+    fused = fastft.accelerate(copy.deepcopy(plain), verify=False)
+    losses = [m(input_ids=IDS, labels=IDS).loss for m in (fused, plain)]
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)
+
+
+def test_a_mixed_batch_of_few_rows() -> None:
+    """They run bitsandbytes' own product, and each sample's adapter."""
+    model = adapted(F32, {"quant_type": "nf4"})
+    model.add_adapter("b", LoraConfig(r=3, target_modules=["q", "o"], init_lora_weights=False))
+    for layer in (model.base_model.model.q, model.base_model.model.k, model.base_model.model.o):
+        layer.base_layer.support_avx512bf16_for_cpu = False  # it packs no weight of these sizes
+    fused, x = fastft.accelerate(copy.deepcopy(model)).eval(), torch.randn(3, 1, 64)
+    names = ["default", "b", "__base__"]
+    with torch.no_grad(), fastft.mixed_batch(fused, names):
+        torch.testing.assert_close(fused(x), model.eval()(x, adapter_names=names))
+
+
+def tiny_config() -> LlamaConfig:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
-    model = quantize(
-        LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(BF16),
-        BF16,
-        quant_type="nf4",
-        **(how or {}),
-    )
+    return LlamaConfig(**sizes, **heads)
+
+
+def tiny_llama(how: dict[str, Any] | None = None, **config: Any) -> Any:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config()).to(BF16)
+    model = quantize(model, BF16, quant_type="nf4", **(how or {}))
     options = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
     return get_peft_model(model, LoraConfig(**options, init_lora_weights=False))
 
@@ -275,19 +337,6 @@ def test_patch_peft_makes_fused_layers() -> None:
     model(torch.randn(2, 70, 64, dtype=BF16))
     assert call_counts(model.base_model.model.q).fused == 1
     assert type(adapted(BF16, {"quant_type": "nf4"}).base_model.model.q) is peft_bnb.Linear4bit
-
-
-def test_few_rows_of_a_mixed_batch() -> None:
-    """Each sample through its own adapter where bitsandbytes multiplies, too."""
-    plain = adapted(BF16, {"quant_type": "nf4"})
-    plain.add_adapter("b", LoraConfig(r=4, target_modules=["q", "k"], init_lora_weights=False))
-    layer = fastft.accelerate(copy.deepcopy(plain)).eval().base_model.model.q
-    x, names = torch.randn(2, 3, 64, dtype=BF16), ["default", "b"]
-    with torch.no_grad():
-        with fastft.mixed_batch(layer, names):
-            got = layer(x)
-        want = plain.eval().base_model.model.q(x, adapter_names=names)
-    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

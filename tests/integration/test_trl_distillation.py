@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,14 @@ def test_divergences_of_deferred_logits(name: str, case: dict[str, Any], teacher
     assert (call_counts(head_of(models[0])).fused > 0) == fused
 
 
+def heads_module() -> Any:
+    """That of ``DistillationTrainer``, where its loss is one that is known."""
+    module = pytest.importorskip("trl.trainer.distillation_trainer")
+    if "chunk_size" in inspect.signature(module._chunked_divergence_loss).parameters:
+        pytest.skip("TRL before 1.15")
+    return module
+
+
 def test_a_divergence_of_some_words_is_trls() -> None:
     """IW-OPD's ``top_k`` and GOLD's probabilities are no divergence of the whole distributions."""
     gold, iw_opd = trl("gold.gold_trainer"), trl("iw_opd.iw_opd_trainer")
@@ -165,6 +175,54 @@ def test_a_divergence_of_some_words_is_trls() -> None:
     assert call_counts(head_of(model)).fused == 0
 
 
+def test_what_trl_has_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its argument by position, a teacher that learns, and a version that knows no other mean."""
+    kind, utils = trl("gkd.gkd_trainer").GKDTrainer, importlib.import_module("trl.trainer.utils")
+    student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5, requires_grad=True)
+    call = (student, teacher, None, 0.5, 1.0, "batchmean", 3)
+    want = kind.generalized_jsd_loss(*call)
+    model, ids = fastft.accelerate(tiny.peft_model("llama")), torch.randint(3, 50, (2, 9))
+    learns = torch.randn(2, 9, tiny.VOCABULARY, requires_grad=True)
+    with fastft.losses.deferred_in_trl():
+        torch.testing.assert_close(kind.generalized_jsd_loss(*call), want)
+        kind.generalized_jsd_loss(model(input_ids=ids).logits, learns).backward()
+    assert learns.grad is not None
+
+    def older(
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Any = None,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        reduction: str = "batchmean",
+    ) -> Tensor:
+        return student_logits.sum()
+
+    monkeypatch.setattr(kind, "generalized_jsd_loss", staticmethod(older))
+    monkeypatch.setattr(
+        "trl.trainer.utils.selective_log_softmax", lambda logits, index: logits.sum() + index.sum()
+    )
+    with fastft.losses.deferred_in_trl():
+        assert kind.generalized_jsd_loss(student, teacher) == student.sum()
+        assert utils.selective_log_softmax(student, ids) == student.sum() + ids.sum()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_divergence_is_trls() -> None:
+    """``torch_compile=True`` traces the trainer's loss with the model."""
+    module = heads_module()
+    hidden, weight = torch.randn(2, 8, 16), torch.randn(50, 16)
+    mask = torch.ones(2, 8, dtype=torch.int64)
+
+    def run() -> Tensor:
+        heads = (hidden, hidden * 2, weight, weight, mask, 0.5)
+        return module._chunked_divergence_loss(*heads)[0] * 2
+
+    want = run()
+    with fastft.losses.deferred_in_trl():
+        torch.testing.assert_close(torch.compile(run, backend="eager")(), want)
+
+
 HEADS: list[dict[str, Any]] = [
     {"beta": 1.0},
     {"beta": 0.0, "num_items_in_batch": torch.tensor(9.0), "student_logit_scale": 1.5},
@@ -177,7 +235,7 @@ HEADS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("case", HEADS)
 def test_the_divergence_of_distillation_trainer(case: dict[str, Any]) -> None:
     """Of heads with their bias: TRL's loss, entropies and gradients."""
-    module = pytest.importorskip("trl.trainer.distillation_trainer")
+    module = heads_module()
     hidden, weight, bias = torch.randn(2, 8, 16), torch.randn(50, 16), torch.randn(50)
     of_teacher = torch.randn(2, 8, 24), torch.randn(50, 24)
     mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
@@ -212,7 +270,7 @@ def test_the_divergence_of_distillation_trainer(case: dict[str, Any]) -> None:
 def test_distillation_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:  # noqa: F811
     """Its first loss, of what the student generates, is that of TRL over plain PEFT; and it comes
     out of the operation."""
-    pytest.importorskip("trl.trainer.distillation_trainer")
+    heads_module()
     from trl import DistillationConfig, DistillationTrainer
 
     plain, teacher = tiny.peft_model("llama"), tiny.peft_model("qwen2").unload()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from fastft import errors, ops
+from fastft import errors, losses, ops
 
 BF16 = torch.bfloat16
 
@@ -83,6 +83,40 @@ def test_outside_their_mode() -> None:
     with FakeTensorMode():
         x, weight = leaf(3, 16), leaf(16)
     assert isinstance(ops.rms_norm(x, weight), FakeTensor)
+
+
+ONE_OF: dict[str, Callable[[Tensor], Tensor]] = {
+    "lora_a": lambda t: lora(leaf(600, 16), leaf(32, 16), t[:4, :16], leaf(32, 4)),
+    "bias": lambda t: ops.lora_linear(
+        leaf(600, 16), leaf(32, 16), leaf(4, 16), leaf(32, 4), scaling=0.5, bias=t[0]
+    ),
+    "loss": lambda t: ops.linear_cross_entropy(leaf(600, 16), leaf(32, 16), labels(), bias=t[0]),
+    "mask": lambda t: ops.scaled_dot_product_attention(
+        *(leaf(2, 4, 32, 16) for _ in range(3)), t[None, None] > 0
+    ),
+    "teacher": lambda t: ops.linear_divergence(leaf(32, 16), leaf(32, 16), t),
+    "distillation": lambda t: ops.linear_divergence(
+        leaf(32, 16), leaf(32, 16), torch.zeros(32, 32), bias=t[0]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE_OF)
+def test_one_among_others_is_refused(name: str) -> None:
+    with FakeTensorMode():
+        fake = torch.zeros(32, 32, dtype=BF16)
+    with pytest.raises((AssertionError, errors.ArgumentError), match=r"FakeTensor|with memory"):
+        ONE_OF[name](fake)
+
+
+def test_distillation_of_logits_that_exist() -> None:
+    with FakeTensorMode():
+        student, teacher = leaf(3, 32), leaf(3, 32)
+        loss = losses.distillation_loss(student, teacher)
+        assert torch.autograd.grad(loss, student)[0].shape == (3, 32)
+    compiled = torch.compile(losses.distillation_loss, fullgraph=True, backend="eager")
+    logits = torch.randn(3, 32), torch.randn(3, 32)
+    assert torch.equal(compiled(*logits), losses.distillation_loss(*logits))
 
 
 def test_distillation_says_that_it_cannot() -> None:

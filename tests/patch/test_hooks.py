@@ -106,6 +106,16 @@ def test_siblings_called_by_hand() -> None:
     torch.testing.assert_close(got, want)
 
 
+def test_siblings_after_a_forward_of_the_base_model() -> None:
+    """A reference's pass, adapters disabled, has nothing to learn from."""
+    _, fused = twins(trained=0)
+    with torch.no_grad(), fused.disable_adapter():
+        fused(**BATCH)
+    for _ in range(2):
+        tiny.step(fused, BATCH)
+    assert fastft.explain(fused).modules[0].siblings == 3
+
+
 def test_verification_runs_no_hooks() -> None:
     model = tiny.peft_model("llama")
     seen: list[nn.Module] = []

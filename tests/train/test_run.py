@@ -304,7 +304,7 @@ class TestRefusedBeforeTraining:
 
 class TestFailuresDuringTraining:
     @pytest.mark.parametrize(
-        "kind", ["oserror", "safetensors", "torch", "short", "small", "handled"]
+        "kind", ["oserror", "safetensors", "torch", "short", "small", "tokenizer", "handled"]
     )
     def test_full_disk_at_a_checkpoint(self, settings, monkeypatch, kind):
         from safetensors import SafetensorError
