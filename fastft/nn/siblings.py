@@ -65,8 +65,9 @@ class Group:
         plans = [plan]
         for other in layers[1:]:
             its = other.plan(x)
-            # The operation takes adapters of one dtype.
-            if isinstance(its, str) or its.adapter_dtype() != plan.adapter_dtype():
+            # The operation takes adapters of one dtype;
+            # a weight that is packed has a product of its own.
+            if isinstance(its, str) or its.few or its.adapter_dtype() != plan.adapter_dtype():
                 return layer.fused_call([plan], x)[0]
             plans.append(its)
         first, *others = layer.fused_call(plans, x)

@@ -16,8 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastft
 from fastft.errors import ArgumentError
-from fastft.nn import call_counts, quantized
-from fastft.nn.quantized import Dense
+from fastft.nn import call_counts
 
 bnb = pytest.importorskip("bitsandbytes")
 peft_bnb = pytest.importorskip("peft.tuners.lora.bnb")
@@ -87,24 +86,6 @@ def run(model: Any, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
         (y.to(F64) * torch.linspace(-1, 1, y.numel(), dtype=F64).view(y.shape)).sum().backward()
     trained = [p.grad for p in model.parameters() if p.requires_grad]
     return [y.detach(), own.grad, *trained]  # type: ignore[list-item]
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_values_of_a_packed_weight(nested: bool) -> None:
-    pack = getattr(bnb.functional, "_convert_weight_packed_for_cpu", None)
-    if pack is None:
-        pytest.skip("this bitsandbytes does not")
-    layer = nn.ModuleDict({"of": nn.Linear(128, 64, bias=False)})
-    base = quantize(layer, F32, quant_type="nf4", compress_statistics=nested).of
-    before = Dense(base)
-    weight = base.weight
-    want = before()
-    quantized.remember(weight)
-    weight.data, weight.quant_state = pack(weight.data, weight.quant_state)
-    assert Dense(base).packed()
-    assert torch.equal(before(), want)
-    quantized.unpack(weight)
-    assert torch.equal(Dense(base)(), want)
 
 
 @pytest.fixture(autouse=True)
@@ -247,28 +228,6 @@ def test_dora_with_dropout_is_pefts() -> None:
     assert counts.fused == 1
 
 
-def test_a_weight_packed_for_inference() -> None:
-    """On a CPU that multiplies bfloat16 an evaluation packs it where it lies: before a backward
-    and the next step."""
-    pack = getattr(bnb.functional, "_convert_weight_packed_for_cpu", None)
-    if pack is None:
-        pytest.skip("this bitsandbytes does not")
-    model, grads = fastft.accelerate(tiny_llama()), []
-    for packs in (False, False, True, False):  # the first step learns the siblings
-        model.zero_grad()
-        loss = model(input_ids=IDS, labels=IDS).loss
-        for layer in model.modules() if packs else ():
-            if hasattr(layer, "base_layer"):
-                weight = layer.base_layer.weight
-                weight.data, weight.quant_state = pack(weight.data, weight.quant_state)
-        loss.backward()
-        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    assert all(torch.equal(a, b) for a, b in zip(*grads[1:3], strict=True))
-    for a, b in zip(grads[3], grads[2], strict=True):  # its scales were rounded to bfloat16
-        assert (a - b).norm() <= 0.1 * b.norm()
-    assert not any(m.fallback_calls for m in fastft.explain(model).modules)
-
-
 def test_a_weight_that_has_forgotten_its_layer() -> None:
     """What moves a weight by itself makes a new one of it, which knows the dtype it had before."""
     torch.manual_seed(0)
@@ -378,19 +337,6 @@ def test_patch_peft_makes_fused_layers() -> None:
     model(torch.randn(2, 70, 64, dtype=BF16))
     assert call_counts(model.base_model.model.q).fused == 1
     assert type(adapted(BF16, {"quant_type": "nf4"}).base_model.model.q) is peft_bnb.Linear4bit
-
-
-def test_few_rows_of_a_mixed_batch() -> None:
-    """Each sample through its own adapter where bitsandbytes multiplies, too."""
-    plain = adapted(BF16, {"quant_type": "nf4"})
-    plain.add_adapter("b", LoraConfig(r=4, target_modules=["q", "k"], init_lora_weights=False))
-    layer = fastft.accelerate(copy.deepcopy(plain)).eval().base_model.model.q
-    x, names = torch.randn(2, 3, 64, dtype=BF16), ["default", "b"]
-    with torch.no_grad():
-        with fastft.mixed_batch(layer, names):
-            got = layer(x)
-        want = plain.eval().base_model.model.q(x, adapter_names=names)
-    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

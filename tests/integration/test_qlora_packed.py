@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastft
-from tests.integration.test_qlora import BF16, IDS, adapted, tiny_llama
+from fastft.nn import quantized
+from fastft.nn.quantized import Dense
+from tests.integration.test_qlora import BF16, F32, IDS, adapted, bnb, quantize, tiny_llama
 
 
 def generate(model: Any) -> None:
@@ -101,3 +103,43 @@ def test_restoring_after_a_generation() -> None:
     fastft.restore(fused)
     for a, b in zip(gradients(fused), gradients(plain.train()), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_values_of_a_packed_weight(nested: bool) -> None:
+    pack = getattr(bnb.functional, "_convert_weight_packed_for_cpu", None)
+    if pack is None:
+        pytest.skip("this bitsandbytes does not")
+    layer = nn.ModuleDict({"of": nn.Linear(128, 64, bias=False)})
+    base = quantize(layer, F32, quant_type="nf4", compress_statistics=nested).of
+    before = Dense(base)
+    weight = base.weight
+    want = before()
+    quantized.remember(weight)
+    weight.data, weight.quant_state = pack(weight.data, weight.quant_state)
+    assert Dense(base).packed()
+    assert torch.equal(before(), want)
+    quantized.unpack(weight)
+    assert torch.equal(Dense(base)(), want)
+
+
+def test_a_weight_packed_for_inference() -> None:
+    """On a CPU that multiplies bfloat16 an evaluation packs it where it lies: before a backward
+    and the next step."""
+    pack = getattr(bnb.functional, "_convert_weight_packed_for_cpu", None)
+    if pack is None:
+        pytest.skip("this bitsandbytes does not")
+    model, grads = fastft.accelerate(tiny_llama()), []
+    for packs in (False, False, True, False):  # the first step learns the siblings
+        model.zero_grad()
+        loss = model(input_ids=IDS, labels=IDS).loss
+        for layer in model.modules() if packs else ():
+            if hasattr(layer, "base_layer"):
+                weight = layer.base_layer.weight
+                weight.data, weight.quant_state = pack(weight.data, weight.quant_state)
+        loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*grads[1:3], strict=True))
+    for a, b in zip(grads[3], grads[2], strict=True):  # its scales were rounded to bfloat16
+        assert (a - b).norm() <= 0.1 * b.norm()
+    assert not any(m.fallback_calls for m in fastft.explain(model).modules)
