@@ -130,7 +130,6 @@ CALL_RULES: tuple[Rule, ...] = (
 
 # And over a weight in 4 bits.
 CALL_RULES_4BIT: tuple[Rule, ...] = (
-    Rule("4-bit weight under torch.compile", lambda p, x: torch.compiler.is_compiling()),
     Rule(
         "DoRA with dropout over a 4-bit weight",  # whose product would keep the weight's values
         lambda p, x: p.magnitude is not None and p.dropout_p() > 0,
@@ -226,7 +225,10 @@ class FusedLora(nn.Module):
         if reason is not None:
             return reason
         plan = Plan(self, names)
-        plan.dense = Dense(plan.base) if is_4bit(plan.base) else None
+        if is_4bit(plan.base):
+            if torch.compiler.is_compiling():  # before anything of bitsandbytes' is traced
+                return "4-bit weight under torch.compile"
+            plan.dense = Dense(plan.base)
         if names is not None:
             if x.dim() < 2 or x.shape[0] != len(names):
                 return "adapter_names that do not fit the batch"
