@@ -76,6 +76,7 @@ static inline int64_t thread_index() {
 #include "thin.inc"
 #include "product_tiles.inc"
 #include "product.inc"
+#include "deep_product.inc"
 #include "attention_blocks.inc"
 #include "attention_fused.inc"
 
@@ -114,6 +115,8 @@ const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA) = {
     thin_back,
     product_scratch,
     product,
+    deep_product_scratch,
+    deep_product,
     attention_scratch,
     attention_fused,
 };

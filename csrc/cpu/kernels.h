@@ -117,6 +117,17 @@ struct ProductCall {
   int64_t term_count, threads;  // threads: at most so many, for which the scratch is
 };
 
+// out (rows, cols) = left (rows, depth) right (depth, cols), bfloat16; see deep_product.inc. Rows
+// of out and left are a pitch apart, those of right next to each other.
+struct DeepProduct {
+  void* out;
+  int64_t out_pitch, rows, cols;
+  const void* left;
+  int64_t left_pitch, depth;
+  const void* right;
+  int64_t threads;  // at most so many, for which the scratch is
+};
+
 // Heads of bfloat16; strides in elements, features next to each other.
 struct AttentionTensor {
   void* data;
@@ -219,6 +230,8 @@ struct Kernels {
                     bool wide, uint32_t* scratch);
   int64_t (*product_scratch)(const ProductCall& call);  // words
   void (*product)(const ProductCall& call, uint32_t* scratch);
+  int64_t (*deep_product_scratch)(const DeepProduct& call);  // words
+  void (*deep_product)(const DeepProduct& call, uint32_t* scratch);
   int64_t (*attention_scratch)(const AttentionCall& call);  // words
   void (*attention_fused)(const AttentionCall& call, float* scratch);
 };

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastft import native
 from fastft.cpu._supports import refusal
+from fastft.cpu.product import deep_product, serves_deep
 from fastft.cpu.products import mm_nn, mm_nt, mm_tn, native_bfloat16, scratch
 
 __all__ = [
@@ -48,6 +49,8 @@ def project(slab: Tensor, hidden: Tensor, weight: Tensor) -> None:
 
 def d_hidden(out: Tensor, slab: Tensor, weight: Tensor) -> None:
     """out = slab weight."""
+    if serves_deep(out, slab, weight):
+        return deep_product(out, slab, weight)
     if slab.dtype == out.dtype:
         return mm_nn(out, slab, weight)
     out32 = scratch("h32", tuple(out.shape), slab.dtype).zero_()

@@ -15,7 +15,16 @@ from torch import Tensor
 from fastft import native
 from fastft.cpu.products import scratch
 
-__all__ = ["Part", "Term", "product", "serves", "takes", "vectors_multiply"]
+__all__ = [
+    "Part",
+    "Term",
+    "deep_product",
+    "product",
+    "serves",
+    "serves_deep",
+    "takes",
+    "vectors_multiply",
+]
 
 # (left, right, right is (cols, depth)); left: (rows, depth).
 Part = tuple[Tensor, Tensor, bool]
@@ -93,3 +102,24 @@ def product(out: Tensor, parts: list[Part], terms: list[Term], bias: Tensor | No
     room = scratch("product", (c.product_scratch(rows, cols, *work),), torch.float32)
     at_bias = native.address(bias)
     c.product(out.data_ptr(), out.stride(0), rows, cols, at_bias, *work, room.data_ptr())
+
+
+def serves_deep(out: Tensor, left: Tensor, right: Tensor) -> bool:
+    """Whether ``deep_product`` takes these: it is faster than the library's whatever the rows."""
+    same = out.dtype == left.dtype == right.dtype == torch.bfloat16
+    return (
+        same
+        and vectors_multiply()
+        and left.shape[1] > 0
+        and all(dense(t) for t in (out, left))
+        and right.is_contiguous()
+    )
+
+
+def deep_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out = left right, whose sums are far deeper than out is wide: csrc/cpu/deep_product.inc."""
+    c, threads = native.module(), torch.get_num_threads()
+    room = scratch("product", (c.deep_product_scratch(*out.shape, threads),), torch.float32)
+    of_left = (left.data_ptr(), left.stride(0), left.shape[1])
+    at_out = (out.data_ptr(), out.stride(0), *out.shape)
+    c.deep_product(*at_out, *of_left, right.data_ptr(), threads, room.data_ptr())
