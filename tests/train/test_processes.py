@@ -4,10 +4,12 @@ first spawned pair found is written down by each rank and judged here."""
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
 from fastft.errors import ConfigError, FastftError
-from fastft.train import processes
+from fastft.train import checkpoints, processes
+from fastft.train import run as run_module
 from fastft.train.callbacks import Interrupted
 from fastft.train.checkpoints import is_whole
 from fastft.train.config import TrainConfig
@@ -83,6 +86,24 @@ def _adapted(cfg: TrainConfig, rank: int, failing: tuple[int, ...], **more: Any)
     }
 
 
+def _slow(rank: int) -> None:
+    """From here on each is late with what the other is to wait for, and only the first writes."""
+
+    def late(seconds: float, function: Any) -> Any:
+        def wrapped(*args: Any, **kw: Any) -> Any:
+            time.sleep(seconds)
+            return function(*args, **kw)
+
+        return wrapped
+
+    if rank == 1:
+        Trainer._save_rng_state = late(1.0, Trainer._save_rng_state)
+        run_module.save_adapter = run_module.write_config = None  # not to be called
+    else:
+        checkpoints.mark = late(0.3, checkpoints.mark)
+        run_module.save_adapter = late(0.5, run_module.save_adapter)
+
+
 def _fallbacks(model: Any) -> dict[str, int]:
     import fastft
 
@@ -129,8 +150,10 @@ def _worker(rank: int, folder: str, settings: dict[str, Any]) -> None:
         cfg = config(name, gradient_accumulation_steps=2, **LINEAR)
         found[name] = _adapted(cfg, rank, failing.get(rank, ()))
     found["dropout"] = _adapted(config("dropout", lora_dropout=0.2), rank, (1,) if rank else ())
+    _slow(rank)
     for name in ("straight", "stopped"):
-        options = {"lora_dropout": 0.2, "max_steps": 6}
+        # Without an evaluation, in which one would wait for the other.
+        options = {"lora_dropout": 0.2, "max_steps": 6, "eval_fraction": 0}
         try:
             callbacks = [_Signal()] if name == "stopped" and rank == 1 else []
             train(config(name, **options), callbacks=callbacks)
@@ -193,7 +216,6 @@ def test_two_processes_are_one_with_the_double_batch(ranks: Any, settings: dict[
     assert first["eval"] == second["eval"]
     # Sum over both, each padded to its own longest example.
     assert one["tokens"] // 2 < first["tokens"] <= one["tokens"]
-    # No logits are made: DDP would look for a graph in them.
     assert first["fallbacks"] == one["fallbacks"] == {}
 
 
@@ -228,7 +250,10 @@ def test_a_signal_to_one_stops_all_and_they_go_on(ranks: Any) -> None:
     for each in found:
         assert each["step"] == 3
         assert each["checkpoint"] == str(folder / "stopped" / "checkpoint-3")
-    assert is_whole(folder / "stopped" / "checkpoint-3")
+    last = folder / "stopped" / "checkpoint-3"
+    assert is_whole(last)
+    states = {"rng_state_0.pth", "rng_state_1.pth"}
+    assert states < json.loads((last / "complete.json").read_text()).keys()
     stopped, straight = (
         load_file(folder / name / "adapter" / "adapter_model.safetensors")
         for name in ("stopped", "straight")
