@@ -112,7 +112,6 @@ class MarkComplete(TrainerCallback):
                 mark(saved)
             if self._limit:
                 _remove_older(saved, self._limit - 1)
-        any_process(False, args.device)  # and may go on from it
 
 
 def _remove_older(saved: Path, keep: int) -> None:

@@ -22,11 +22,13 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
 from fastft.errors import ConfigError, FastftError
+from fastft.memory import _auto
 from fastft.train import checkpoints, processes
 from fastft.train import run as run_module
 from fastft.train.callbacks import Interrupted
 from fastft.train.checkpoints import is_whole
 from fastft.train.config import TrainConfig
+from fastft.train.machine import working_device
 from fastft.train.run import prepare, run_trainer, train
 from fastft.train.together import train_together
 
@@ -295,6 +297,20 @@ class TestRefusals:
         cfg = TrainConfig(**yaml.safe_load((ranks[0] / "stopped/train_config.yaml").read_text()))
         with pytest.raises(ConfigError, match=r"as many processes as wrote .*: 2, got 1"):
             prepare(cfg)
+
+
+def test_each_has_a_device_of_its_own_or_its_share(monkeypatch: Any) -> None:
+    monkeypatch.setattr(_auto, "_available", lambda: 12)
+    monkeypatch.setattr(_auto, "_container_room", lambda: [10])
+    assert _auto.free_memory(torch.device("cpu")) == 10
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert _auto.free_memory(torch.device("cpu")) == 5
+    for name, value in {"is_available": True, "current_device": 0, "device_count": 2}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert working_device() == torch.device("cuda", 0)
+    for rank in range(3):  # where a launcher shows each process one GPU, the index is not its rank
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert working_device() == torch.device("cuda", rank % 2)
 
 
 def test_the_command_line_says_everything_once(settings: dict[str, Any], tmp_path: Path) -> None:
