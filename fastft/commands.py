@@ -30,11 +30,12 @@ BAD_INPUT, INTERRUPTED = 2, 130
 def clean_errors() -> Iterator[None]:
     """Errors fastft raises on purpose become one line and exit code 2; Ctrl-C becomes 130."""
     from fastft.errors import FastftError
+    from fastft.train.processes import first_process, process_prefix
 
     try:
         yield
     except FastftError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"{process_prefix()}error: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from error
     except KeyboardInterrupt as error:
         # Ctrl-C during training carries the checkpoint it left.
@@ -42,7 +43,8 @@ def clean_errors() -> Iterator[None]:
         text = f"{error}" if str(error) else "interrupted"
         if checkpoint:
             text += f"; {checkpoint} is whole. To go on: fastft train CONFIG --resume last"
-        typer.echo(text, err=True)
+        if first_process():
+            typer.echo(text, err=True)
         raise typer.Exit(INTERRUPTED) from error
 
 
@@ -85,6 +87,7 @@ def train(
             cfgs = [cfg.replace(resume_from_checkpoint=resume) for cfg in cfgs]
         _quiet_libraries()
         from fastft.train.console import TrainView
+        from fastft.train.processes import end_processes
 
         if len(cfgs) > 1:
             from fastft.train.together import train_together
@@ -102,6 +105,7 @@ def train(
         with TrainView() as view:
             result = run(cfgs[0], report=view.step, notice=view.notice, force=force)
         view.finish(result)
+        end_processes()
 
 
 @app.command(short_help="Plain PEFT and fastft side by side, and a report.")

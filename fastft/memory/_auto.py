@@ -311,7 +311,8 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + cached)
-    return min([_available(), *_container_room()])
+    # Processes of one run on this machine share it.
+    return min([_available(), *_container_room()]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _available() -> int:

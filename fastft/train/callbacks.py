@@ -16,6 +16,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastft.errors import FastftError
+from fastft.train.processes import any_process
 
 __all__ = ["Interrupted", "StepEvent", "StepReporter", "StopAfter", "StopOnInterrupt", "StopOnNan"]
 
@@ -31,7 +32,7 @@ class Interrupted(KeyboardInterrupt):
 @dataclass(frozen=True)
 class StepEvent:
     """One optimizer step. ``seconds`` is forward, backward and update; ``tokens`` counts what the
-    model computed, padding included."""
+    model computed in all processes, padding included; ``batch_sha256`` is of this process's."""
 
     step: int
     max_steps: int
@@ -43,10 +44,11 @@ class StepEvent:
 
 
 class BatchLog:
-    """What the Trainer trained on since the last step: filled by ``FastftTrainer``."""
+    """What the Trainer trained on since the last report: filled by ``FastftTrainer``. ``here``:
+    tokens of this process in the update that is running; ``tokens``: those of all processes."""
 
     def __init__(self) -> None:
-        self.tokens = 0
+        self.tokens = self.here = 0
         self.digest = ""
 
 
@@ -168,6 +170,8 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.requested:
+        # A signal may reach one process a step before another.
+        if any_process(self.requested, args.device):
+            self.requested = True
             control.should_save = True
             control.should_training_stop = True

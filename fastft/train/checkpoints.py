@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from fastft.errors import ConfigError, FastftError
 from fastft.files import write_text
 from fastft.train.config import TrainConfig, load_config
+from fastft.train.processes import any_process, process_count
 
 __all__ = [
     "MarkComplete",
@@ -104,6 +105,7 @@ class MarkComplete(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
+        any_process(False, args.device)  # each writes its random state
         if state.is_world_process_zero and args.output_dir is not None:
             saved = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             with saving(args.output_dir, state.global_step):
@@ -253,6 +255,16 @@ def check_history(cfg: TrainConfig, output: Path, resume: Path | None) -> None:
                 remedy=f"Set resume_from_checkpoint: {choice} to go on, or choose another folder.",
             )
         return
+    # Each of several has its random state in a file of its own.
+    processes = len(list(resume.glob("rng_state_*.pth"))) or 1
+    if processes != process_count():
+        raise ConfigError(
+            "TrainConfig",
+            "resume_from_checkpoint",
+            expected=f"as many processes as wrote {resume}: {processes}",
+            got=str(process_count()),
+            remedy="A step's batch is that of all processes.",
+        )
     state = json.loads((resume / "trainer_state.json").read_text(encoding="utf-8"))
     if 0 < cfg.max_steps < state["global_step"]:
         raise ConfigError(

@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fastft.train.processes import first_process
+
 if TYPE_CHECKING:
     from fastft.train.callbacks import StepEvent
     from fastft.train.run import TrainResult
@@ -37,7 +39,7 @@ class TrainView:
             expand=True,
         )
         self._task = self._progress.add_task("preparing", total=None)
-        self._live = self._console.is_terminal
+        self._live = self._console.is_terminal and first_process()
 
     def __enter__(self) -> TrainView:
         if self._live:
@@ -71,6 +73,8 @@ class TrainView:
             self.notice(text)
 
     def finish(self, result: TrainResult) -> None:
+        if not first_process():
+            return
         if result.explanation is not None:
             modules = result.explanation["modules"]
             fused = sum(bool(module["fused"]) for module in modules)

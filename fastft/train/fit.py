@@ -9,6 +9,7 @@ from typing import Any
 
 from fastft.errors import ConfigError
 from fastft.train.config import TrainConfig
+from fastft.train.data import IGNORE_INDEX
 
 __all__ = ["Halving", "check_fit", "is_out_of_memory"]
 
@@ -29,8 +30,6 @@ def check_fit(
     Raises:
         ConfigError: with what would make it fit.
     """
-    import torch
-
     from fastft.memory._auto import free_memory
     from fastft.train.machine import working_device
     from fastft.train.plan import Planner
@@ -44,7 +43,7 @@ def check_fit(
         c.replace(max_length=max(1, c.max_length if c.padding == "max_length" else tokens))
         for c, tokens in zip(cfgs, longest, strict=True)
     )
-    allowed = free_memory(torch.device(device.type))
+    allowed = free_memory(device)
     policy = cfg.memory_policy
     if policy == "auto" or cfg.gradient_checkpointing:
         policy = "full"  # what it comes to at worst
@@ -106,7 +105,8 @@ _SAID = (
 
 
 class Halving:
-    """Runs micro-batches in as many parts as memory needs.
+    """Runs micro-batches in as many parts as memory needs. Of several processes each has its own
+    number: nothing is exchanged within ``step``, and the sums are those of whole micro-batches.
 
     Attributes:
         parts: of a micro-batch; doubled each time memory runs out.
@@ -117,8 +117,8 @@ class Halving:
         self._notice = notice
 
     def run(self, model: Any, inputs: dict[str, Any], step: Callable[[Any, float], Any]) -> Any:
-        """``step(part, share)`` of each part of ``inputs``, its rows 1 / share of all; the sum of
-        the losses.
+        """``step(part, share)`` of each part of ``inputs``, its tokens with a label 1 / share of
+        all; the sum of the losses.
 
         Gradients that were there before are kept as they were if a part runs out of memory.
 
@@ -137,8 +137,8 @@ class Halving:
             try:
                 return self._in_parts(inputs, step)
             except Exception as error:
-                if not is_out_of_memory(error) or _several_processes():
-                    raise  # other processes would wait for this one's gradients
+                if not is_out_of_memory(error):
+                    raise
                 for p, gradient in before:
                     p.grad = gradient
                 _set_random_states(random)
@@ -162,18 +162,26 @@ class Halving:
             )
 
     def _in_parts(self, inputs: dict[str, Any], step: Callable[[Any, float], Any]) -> Any:
+        import torch
+
         if self.parts == 1:
             return step(inputs, 1.0)
-        rows = len(inputs["input_ids"])
+        rows, tokens = len(inputs["input_ids"]), _label_tokens(inputs)
         size = -(-rows // self.parts)
-        total: Any = 0.0
+        total = torch.zeros((), device=inputs["labels"].device)
         for begin in range(0, rows, size):
             part = {
                 name: value[begin : begin + size] if hasattr(value, "shape") else value
                 for name, value in inputs.items()
             }
-            total = total + step(part, rows / len(part["input_ids"]))
+            if found := _label_tokens(part):  # the mean over none would be NaN
+                total = total + step(part, tokens / found)
         return total
+
+
+def _label_tokens(inputs: dict[str, Any]) -> int:
+    """Those that a causal model's loss, whose labels are one behind, is over."""
+    return int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
 def _random_states() -> Any:
@@ -189,17 +197,6 @@ def _set_random_states(states: Any) -> None:
     torch.set_rng_state(states[0])
     if states[1] is not None:
         torch.cuda.set_rng_state_all(states[1])
-
-
-def _several_processes() -> bool:
-    import torch
-
-    distributed = torch.distributed
-    return (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and (distributed.get_world_size() > 1)
-    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -346,16 +346,13 @@ def _in_4bit(dtype: Any) -> dict[str, Any]:
 
     from fastft.train.machine import working_device
 
-    device = working_device()
-    if device.type == "cuda":  # of this process
-        device = type(device)("cuda", int(os.environ.get("LOCAL_RANK", device.index)))
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    return {"quantization_config": quantization, "device_map": {"": device}}
+    return {"quantization_config": quantization, "device_map": {"": working_device()}}
 
 
 def check_decoder(config: Any, name: str) -> None:

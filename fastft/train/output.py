@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastft.errors import ConfigError
 from fastft.train.checkpoints import whole_ones
+from fastft.train.processes import first_process
 
 __all__ = ["check_new", "check_writable", "output_folder"]
 
@@ -42,7 +43,7 @@ def _locked(folder: Path) -> Iterator[None]:
     except ImportError:
         yield
         return
-    if os.environ.get("RANK", "0") != "0":
+    if not first_process():
         yield
         return
     handle = os.open(folder, os.O_RDONLY)

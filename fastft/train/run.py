@@ -32,6 +32,14 @@ from fastft.train.lora_setup import add_lora, apply_memory_policy, check_targets
 from fastft.train.models import check_4bit, load_model, load_tokenizer
 from fastft.train.output import check_new, check_writable, output_folder
 from fastft.train.packing import check_packing
+from fastft.train.processes import (
+    any_process,
+    check_count,
+    check_launcher,
+    first_process,
+    process_prefix,
+    same_parameters,
+)
 from fastft.train.trainer import FastftTrainer, check_report_to, training_arguments
 
 if TYPE_CHECKING:
@@ -80,8 +88,9 @@ def train(
     Args:
         cfg: the run.
         callbacks: ``TrainerCallback`` instances, given to the Trainer as they are.
-        report: called with a ``StepEvent`` each ``cfg.logging_steps``.
-        notice: called with a line of text now and then.
+        report: called with a ``StepEvent`` each ``cfg.logging_steps``, in the first process.
+        notice: called with a line of text now and then, in the first process; in each of several
+            where its own memory runs out.
         force: train even where the plan says that it does not fit.
 
     Raises:
@@ -95,11 +104,15 @@ def train(
         if cfg.resume_from_checkpoint is None:
             check_new(output)
         prepared = prepare(cfg, callbacks, report, notice, force)
-        for note in prepared.data.notes:
-            notice(note)
+        if first_process():
+            for note in prepared.data.notes:
+                notice(note)
         state = run_trainer(prepared)
         # Saved before anything else can go wrong.
-        adapter = save_adapter(prepared.model, output / "adapter")
+        adapter = (output / "adapter").absolute()
+        if first_process():
+            save_adapter(prepared.model, adapter)
+        any_process(False, prepared.trainer.args.device)
         eval_loss = evaluate(prepared)
         return TrainResult(
             adapter=adapter,
@@ -121,6 +134,7 @@ def prepare(
 ) -> Prepared:
     """Loads and checks all there is to check, the cheapest first; writes only to see that
     ``cfg.output_dir`` can be written."""
+    check_launcher()
     output = Path(cfg.output_dir)
     check_writable(output)
     resume = resolve_resume(cfg.resume_from_checkpoint, output)
@@ -130,7 +144,8 @@ def prepare(
     tokenizer = load_tokenizer(cfg)
     data = load_data(cfg, tokenizer)
     check_data(data.digest, resume)
-    notice = notice or (lambda text: None)
+    said = notice or (lambda text: None)
+    notice = said if first_process() else (lambda text: None)
     check_fit([cfg], [data.longest], notice, force)
     model = load_model(cfg)
     check_sizes(data, model, tokenizer, cfg)
@@ -142,7 +157,7 @@ def prepare(
     apply_memory_policy(model, cfg)
     trainer = FastftTrainer(
         cfg,
-        notice,
+        lambda text: said(process_prefix() + text),
         model=model,
         args=training_arguments(cfg, data.eval is not None),
         train_dataset=data.train,
@@ -151,11 +166,12 @@ def prepare(
         data_collator=collate,
         callbacks=[interrupt, StopOnNan(), MarkComplete(cfg.save_total_limit), *callbacks],
     )
+    check_count(trainer.args.world_size)
     if cfg.fused:
         _learn_siblings(model, trainer.args.device)
     if cfg.padding == "none":
         check_packing(model, trainer.data_collator, trainer.args.device)
-    if report is not None:
+    if report is not None and first_process():
         trainer.add_callback(StepReporter(report, trainer.batches))
     return Prepared(cfg, model, tokenizer, data, trainer, interrupt, resume)
 
@@ -163,9 +179,11 @@ def prepare(
 def run_trainer(prepared: Prepared) -> Any:
     """Trains; returns Transformers' ``TrainOutput``."""
     cfg, trainer = prepared.cfg, prepared.trainer
-    if prepared.resume is None:
-        remove_unfinished(cfg.output_dir)
-    write_config(cfg, prepared.data.digest)
+    if first_process():
+        if prepared.resume is None:
+            remove_unfinished(cfg.output_dir)
+        write_config(cfg, prepared.data.digest)
+    same_parameters(prepared.model)
     resume = str(prepared.resume) if prepared.resume else None
     with prepared.interrupt.watching():
         output = trainer.train(resume_from_checkpoint=resume)

@@ -34,6 +34,7 @@ from fastft.train.lora_setup import (
 from fastft.train.losses_apart import LossesApart, losses_apart
 from fastft.train.models import check_4bit, load_model, load_tokenizer, refusing
 from fastft.train.output import check_new, output_folder
+from fastft.train.processes import process_count
 from fastft.train.run import TrainResult, reload_difference
 from fastft.train.trainer import FastftTrainer, check_report_to, training_arguments
 
@@ -152,6 +153,11 @@ def _train(
 
 def check_together(cfgs: Sequence[TrainConfig]) -> None:
     """Refuses configurations that cannot run as one job (``ConfigError``)."""
+    if process_count() > 1:
+        raise ConfigError(
+            _WHERE, "processes", expected="one: only jobs of one adapter run in several",
+            got=str(process_count()), remedy="Start it without torchrun, or each file by itself.",
+        )  # fmt: skip
     if not cfgs:
         raise ConfigError(_WHERE, "cfgs", expected="one configuration or more", got="none")
     folders = [Path(cfg.output_dir).absolute() for cfg in cfgs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from fastft.train.config import TrainConfig
 from fastft.train.fit import Halving
 from fastft.train.machine import native_bfloat16, working_device
 from fastft.train.models import first_line
+from fastft.train.processes import average_gradients, sum_of_processes
 
 __all__ = ["FastftTrainer", "check_report_to", "training_arguments"]
 
@@ -53,6 +55,10 @@ class FastftTrainer(Trainer):
         super().__init__(optimizer_cls_and_kwargs=chosen, **kwargs)
         self.cfg, self.batches = cfg, BatchLog()
         self.halving = Halving(notice or (lambda text: None))
+        # Of several processes each has the model as it is, see ``fastft.train.processes``.
+        self.accelerator.prepare_model = functools.partial(
+            self.accelerator.prepare_model, evaluation_mode=True
+        )
         # It prints each log as a dict: ``report`` says it better.
         self.remove_callback(PrinterCallback)
 
@@ -99,7 +105,7 @@ class FastftTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
         ids: torch.Tensor = inputs["input_ids"]
-        self.batches.tokens += ids.numel()
+        self.batches.here += ids.numel()
         digest = hashlib.sha256(self.batches.digest.encode() + ids.cpu().numpy().tobytes())
         self.batches.digest = digest.hexdigest()
         usual = super().training_step
@@ -113,7 +119,12 @@ class FastftTrainer(Trainer):
             finally:
                 self.current_gradient_accumulation_steps = accumulation
 
-        return self.halving.run(model, inputs, step)
+        loss = self.halving.run(model, inputs, step)
+        if self.accelerator.sync_gradients:  # behind the last micro-batch of an update
+            average_gradients(model)
+            self.batches.tokens += sum_of_processes(self.batches.here, self.args.device)
+            self.batches.here = 0
+        return loss
 
 
 def check_report_to(cfg: TrainConfig) -> None:

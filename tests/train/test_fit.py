@@ -100,6 +100,27 @@ class TestHalving:
         assert len(events) == 4
         assert [event.loss for event in events] == pytest.approx(expected, rel=1e-4)
 
+    def test_means_over_parts_weigh_by_their_tokens(self, settings, monkeypatch):
+        """Of a model whose loss is a mean: answers are not all of one length."""
+        usual, failing, found = Trainer.training_step, False, []
+
+        def training_step(self: Any, model: Any, inputs: Any, *args: Any, **kw: Any) -> Any:
+            if failing and len(inputs["input_ids"]) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return usual(self, model, inputs, *args, **kw)
+
+        monkeypatch.setattr(Trainer, "training_step", training_step)
+        for failing in (False, True):
+            options = {"output_dir": f"{settings['output_dir']}-{failing}", "adam_epsilon": 1.0}
+            events: list[Any] = []
+            cfg = TrainConfig(**{**settings, **options, "learning_rate": 1.0})
+            prepared = run_module.prepare(cfg, report=events.append)
+            prepared.trainer.model_accepts_loss_kwargs = False
+            run_module.run_trainer(prepared)
+            found.append([event.loss for event in events])
+        # Sums over some 4 x 64 tokens in another order, through six nearly linear steps.
+        assert found[1] == pytest.approx(found[0], rel=6 * 256 * 2.0**-24)
+
     def test_one_sequence_that_does_not_fit_is_a_clear_error(self, settings, monkeypatch):
         def training_step(self: Any, *args: Any, **kw: Any) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory")

@@ -215,6 +215,7 @@ class TestInterrupt:
         train(TrainConfig(**settings | {"max_steps": 1}), callbacks=[At(1, second)])
         with output_folder(Path(settings["output_dir"])):
             monkeypatch.setenv("RANK", "1")  # another process of the same run
+            monkeypatch.setenv("WORLD_SIZE", "2")
             with output_folder(Path(settings["output_dir"])):
                 pass
         nested = Path(settings["output_dir"]) / "deep" / "er"
