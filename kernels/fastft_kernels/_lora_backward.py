@@ -43,8 +43,9 @@ def bwd(
     spans: list[tuple[int, int]],
     made: GluPair | None = None,
 ) -> None:
-    """Writes dx (M, K), dA_j (r_j, K) and dB_j (N, r_j), each where it is not None. made: what
-    ``glu_bwd`` has made already, whose dys these are; then no dB is wanted."""
+    """Writes dx (M, K), dA_j (r_j, K) and dB_j (N, r_j), each where it is not None; without weights
+    dx is that of the adapters' terms alone. made: what ``glu_bwd`` has made already, whose dys
+    these are; then no dB is wanted."""
     lora_as, lora_bs = dense(lora_as), dense(lora_bs)
     keep_scales = scales_kept(masks, dropout_ps)
     with device_guard(x):
@@ -53,7 +54,8 @@ def bwd(
         if routes(owners, spans, x):
             return _bwd_routed(dx, das, dbs, dys, d_ss, x, weights, *thin)
         way, held = "expand", None
-        if dx is not None and dx.numel() and plain(len(dys), owners, spans, (0, x.shape[0])):
+        one_each = plain(len(dys), owners, spans, (0, x.shape[0]))
+        if dx is not None and dx.numel() and weights and one_each:
             way, held = choose_way("bwd", dx, dys, weights, lora_as, masks)
         dropped = any(mask is not None for mask in masks)
         left, copies = None, None
@@ -101,6 +103,9 @@ def bwd(
 
 
 def _frozen_dx(dx: Tensor, dys: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    if not weights:
+        dx.zero_()
+        return
     torch.mm(dys[0], weights[0], out=dx)
     for dy, weight in zip(dys[1:], weights[1:], strict=True):
         dx.addmm_(dy, weight)
