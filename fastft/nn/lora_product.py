@@ -39,7 +39,7 @@ def fused_over(original: type[nn.Module]) -> type[FusedLora] | None:
     if widens is None:
         return None
     facts = (("fastft_widens", widens),)
-    return swapped_class(FusedLoraProduct, original, facts)  # type: ignore[return-value]
+    return swapped_class(FusedLoraProduct, original, facts)  # type: ignore[arg-type,return-value]
 
 
 def product_of(layer: Any) -> nn.Module:

@@ -1,14 +1,15 @@
-"""``lora_add``: the terms of LoRA added to the result of a frozen layer that somebody else computed.
+"""``lora_add``: what LoRA adds to the result of a frozen layer that somebody else computed.
 
     y' = y + scaling * drop(x) A^T B^T
 
 :func:`fastft.ops.lora_linear` without its product, for weights that only another package can
-multiply with (in 8 bits, GPTQ, AWQ, ...). Saved are x and S = drop(x) A^T. The backward is
+multiply with (8 bits, GPTQ, AWQ, ...). Saved are x and S = drop(x) A^T. The backward is
 
-    dS = scaling * dy B     dA = dS^T drop(x)     dB = scaling * dy^T S     dx = mask / (1 - p) * (dS A)
+    dS = scaling * dy B        dA = dS^T drop(x)        dB = scaling * dy^T S
+    dx = mask / (1 - p) * (dS A)
 
-and dy goes on to y as it is, whose own backward gives the rest of dx. Siblings, whose layers read the
-same x, share its reads as in ``lora_linear``, and their dx is one.
+and dy goes on to y as it is, whose own backward gives the rest of dx. Siblings, whose layers read
+the same x, share its reads as in ``lora_linear``, and their dx is one.
 """
 
 from __future__ import annotations
