@@ -74,6 +74,8 @@ def bwd(
             ))  # fmt: skip
         for pairs in parts.values():
             reduce_pairs(pairs)
+        # Nothing comes before the terms: the first pass writes all of dx.
+        fresh = not weights and spans.count((0, x.shape[0])) == len(spans)
         added = False
         if dx is not None and left is not None and held is not None:
             right = held.backward_operand(None if dropped else lora_as)
@@ -84,14 +86,14 @@ def bwd(
                 dx, None, dys, weights, d_ss, lora_as, keep_scales, masks, transposed=False
             )  # fmt: skip
             added = True
-        elif dx is not None:
+        elif dx is not None and not fresh:
             _frozen_dx(dx, dys, weights)
         for span, members in by(spans).items():
             rows = slice(*span)
             if dx is not None and not added:
                 expand_add(
                     dx[rows], None, at(d_ss, members), at(lora_as, members),
-                    at(keep_scales, members), at(masks, members), transposed=False,
+                    at(keep_scales, members), at(masks, members), transposed=False, fresh=fresh,
                 )  # fmt: skip
             wanted = [j for j in members if das[j] is not None]
             if wanted:
