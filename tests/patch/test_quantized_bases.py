@@ -1,137 +1,40 @@
-"""LoRA over weights that only another package multiplies with: PEFT's results, product aside fused.
-
-Every class of PEFT's stands over a module of this test, which multiplies as such packages do; those
-whose package is here stand over its own layers, too.
-"""
+"""LoRA over weights that only another package multiplies with: PEFT's results, all but the product
+fused. Every class of PEFT's, over a module that multiplies as such packages do."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import importlib.util
-import io
 import pickle
-import sys
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastft
-from fastft import memory
 from fastft.errors import BackendError
 from fastft.nn import call_counts
 from fastft.nn.lora_product import FusedLoraProduct
-
-F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-# Against float64: each side rounds S, terms and sums a few times, in another order.
-FACTOR = 4.0
-
-
-class _Multiply(torch.autograd.Function):
-    """x W^T of codes, whose result is a view made here, as those of such packages mostly are."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: float) -> Tensor:
-        ctx.codes, ctx.scale = codes, scale
-        flat = x.reshape(-1, x.shape[-1]) @ (codes.to(x.dtype) * scale).t()
-        return flat.reshape(*x.shape[:-1], codes.shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return dy @ (ctx.codes.to(dy.dtype) * ctx.scale), None, None
-
-
-class Product(nn.Module):
-    """A frozen layer in 8 bits that computes in the dtype of its input."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.scale = linear.weight.detach().abs().max().item() / 127
-        codes = (linear.weight.detach().float() / self.scale).round().to(torch.int8)
-        self.register_buffer("qweight", codes)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), False)
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        y = _Multiply.apply(x, self.qweight, self.scale)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def dense(self) -> nn.Linear:
-        made = nn.Linear(self.in_features, self.out_features, self.bias is not None)
-        made.weight.data = self.qweight.double() * self.scale
-        if self.bias is not None:
-            made.bias.data = self.bias.double()
-        return made.double().requires_grad_(False)
-
-
-class Owned(Product):
-    """One whose result PEFT may change in place, as it does with AQLM's."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).clone()
-
-
-# Whose PEFT class exists only beside its package: what that is asked for.
-STUBS = {
-    "eetq": ["eetq"],
-    "hqq": ["hqq", "hqq.core", "hqq.core.quantize"],
-    "inc": ["neural_compressor"],
-}
-
-
-@functools.cache
-def _class(kind: str) -> Any:
-    """PEFT's class of this kind; where its package is absent, made with a stand-in for it."""
-    module, name = KINDS[kind].rsplit(".", 1)
-    spec: Any = importlib.util.find_spec(f"peft.tuners.lora.{module}")
-    packages = STUBS.get(kind, [])
-    if not packages or importlib.util.find_spec(packages[0]) is not None:
-        return getattr(importlib.import_module(spec.name), name)
-    with pytest.MonkeyPatch.context() as patched:
-        stub: Any = types.ModuleType("stub")
-        stub.EetqLinear = stub.HQQLinear = Product
-        for package in packages:
-            patched.setitem(sys.modules, package, stub)
-        patched.setattr(f"peft.import_utils.is_{kind}_available", lambda: True)
-        made = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(made)
-    return getattr(made, name)
-
-
-KINDS = {
-    "8bit": "bnb.Linear8bitLt",
-    "gptq": "gptq.GPTQLoraLinear",
-    "awq": "awq.AwqLoraLinear",
-    "hqq": "hqq.HqqLoraLinear",
-    "eetq": "eetq.EetqLoraLinear",
-    "aqlm": "aqlm.AqlmLoraLinear",
-    "inc": "inc.IncLoraLinear",
-    "torchao": "torchao.TorchaoLoraLinear",
-}
-EVERY = [
-    pytest.param(
-        kind,
-        marks=pytest.mark.skipif(
-            kind == "8bit" and importlib.util.find_spec("bitsandbytes") is None,
-            reason="bitsandbytes is not installed",
-        ),
-    )
-    for kind in KINDS
-]
-# Whose forward takes adapter_names, and whose classes can be merged.
-EIGHT = EVERY[0]
+from tests.patch.quantized import (
+    BF16,
+    EIGHT,
+    EVERY,
+    F16,
+    F32,
+    F64,
+    Product,
+    adapted,
+    all_fused,
+    assert_as_good,
+    in_float64,
+    run,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -143,71 +46,6 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-class Two(nn.Module):
-    """Siblings and a layer after them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k = nn.Linear(64, 96), nn.Linear(64, 96, bias=False)
-        self.o = nn.Linear(96, 64, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.o(torch.tanh(self.q(x)) * self.k(x))
-
-
-def adapted(kind: str, names: tuple[str, ...] = ("default",), **options: Any) -> Any:
-    """The siblings and their successor as PEFT's layers of this kind, adapters random."""
-    torch.manual_seed(0)
-    model, made = Two(), _class(kind)
-    settings = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, **options}
-    config = LoraConfig(**settings)
-    for name, child in list(model.named_children()):
-        base = (Owned if kind == "aqlm" else Product)(child)
-        layer = made(base, names[0], config=config, r=config.r, lora_alpha=8)
-        for other in names[1:]:
-            layer.update_layer(other, r=3, lora_alpha=6, config=config)
-        layer.requires_grad_(False)
-        for part in (layer.lora_A, layer.lora_B):
-            part.requires_grad_(True)
-        setattr(model, name, layer)
-    return model
-
-
-def in_float64(model: Any) -> Any:
-    wide = copy.deepcopy(model)
-    for name, layer in list(wide.named_children()):
-        made = PeftLinear(layer.base_layer.dense(), "none", config=LoraConfig(r=1), r=1)
-        for attribute in ("lora_A", "lora_B", "scaling", "lora_dropout", "lora_bias"):
-            setattr(made, attribute, getattr(layer, attribute))
-        made._active_adapter = layer._active_adapter
-        setattr(wide, name, made.double())
-    return wide
-
-
-def run(model: Any, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Results and gradients; the second call of siblings is one operation."""
-    for _ in range(2):
-        model.zero_grad()
-        own = x.to(dtype, copy=True).requires_grad_()
-        y = model(own)
-        (y.to(F64) * torch.linspace(-1, 1, y.numel(), dtype=F64).view(y.shape)).sum().backward()
-    trained = [p.grad for p in model.parameters() if p.requires_grad]
-    return [y.detach(), own.grad, *trained]  # type: ignore[list-item]
-
-
-def assert_as_good(got: Any, theirs: Any, truth: Any, dtype: torch.dtype) -> None:
-    for one, other, exact in zip(got, theirs, truth, strict=True):
-        assert one.dtype == other.dtype
-        floor = torch.finfo(dtype).eps * exact.norm()
-        bound = FACTOR * max((other.to(F64) - exact).norm(), floor)
-        assert (one.to(F64) - exact).norm() <= bound
-
-
-def all_fused(model: nn.Module) -> bool:
-    reports = [r for r in fastft.explain(model).modules if r.kind == "lora"]
-    return bool(reports) and all(r.fused and not r.fallback_calls for r in reports)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -470,18 +308,6 @@ def test_reasons() -> None:
         strict.q(x)
 
 
-def test_variants_are_pefts() -> None:
-    model = of_8_bits(Two())
-    options = {"r": 4, "target_modules": ["q", "k", "o"], "use_dora": True}
-    plain = get_peft_model(model, LoraConfig(**options))
-    fused = fastft.accelerate(copy.deepcopy(plain))
-    x = torch.randn(3, 50, 64)
-    assert torch.equal(fused(x), plain(x))
-    reason = "LoRA variant over another package's product"
-    assert dict(call_counts(fused.base_model.model.q).fallback) == {reason: 1}
-    assert {r.reason for r in fastft.explain(fused).modules if r.kind == "lora"} == {reason}
-
-
 @pytest.mark.parametrize("kind", EVERY)
 def test_compiled(kind: str) -> None:
     """Fused as well: the operation is a registered one."""
@@ -515,135 +341,3 @@ def test_copies_and_pickles() -> None:
         assert isinstance(other.q, FusedLoraProduct)
         assert torch.equal(other(x), want)
     assert list(fused.state_dict()) == list(adapted("gptq").state_dict())
-
-
-# Layers of packages that are here.
-
-
-def of_8_bits(model: nn.Module, threshold: float = 6.0) -> nn.Module:
-    bnb = pytest.importorskip("bitsandbytes")
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is not nn.Linear or name == "lm_head":
-                continue
-            sizes = child.in_features, child.out_features, child.bias is not None
-            made = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=threshold)
-            weight = child.weight.detach().clone()
-            made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-            made.bias = child.bias
-            setattr(parent, name, made.to("cpu"))
-    model.is_loaded_in_8bit = True  # what PEFT asks for
-    return model
-
-
-def of_torchao(model: nn.Module) -> nn.Module:
-    quantization = pytest.importorskip("torchao.quantization")
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    return model
-
-
-def of_hqq(model: nn.Module) -> nn.Module:
-    hqq = pytest.importorskip("hqq.core.quantize")
-    dtype = next(model.parameters()).dtype
-    for name, child in list(model.named_children()):
-        config = hqq.BaseQuantizeConfig(nbits=4, group_size=32)
-        made = hqq.HQQLinear(child, config, compute_dtype=dtype, device="cpu")
-        setattr(model, name, made)
-    return model
-
-
-PACKAGES = {"8bit": of_8_bits, "torchao": of_torchao, "hqq": of_hqq}
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("package", PACKAGES)
-def test_layers_of_packages(package: str, dtype: torch.dtype) -> None:
-    """Against PEFT over the same layer: the products have errors of their own, the same on both."""
-    base = PACKAGES[package](Two().to(dtype))
-    options = {"r": 4, "target_modules": ["q", "k", "o"], "init_lora_weights": False}
-    model = get_peft_model(base, LoraConfig(**options))
-    x = torch.randn(3, 50, 64)
-    want = run(model, x, dtype)
-    fastft.accelerate(model, strict=True)
-    got = run(model, x, dtype)
-    # As in test_results_and_gradients, but products of 8 bits after a rounding jump by a code.
-    bound = 16 * torch.finfo(dtype).eps
-    if (package, dtype) == ("8bit", F32):
-        bound = 16 * torch.finfo(F16).eps
-    for one, other in zip(got, want, strict=True):
-        assert one.dtype == other.dtype
-        assert (one.double() - other.double()).norm() <= bound * other.double().norm()
-    assert all_fused(model)
-    assert {r.siblings for r in fastft.explain(model).modules if r.kind == "lora"} == {1, 2}
-    fastft.restore(model)
-    assert all(map(torch.equal, run(model, x, dtype), want))
-
-
-IDS = torch.arange(4, 84).view(2, 40)
-
-
-def tiny_llama(**config: Any) -> Any:
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
-    torch.manual_seed(0)
-    model = of_8_bits(LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(BF16))
-    options = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
-    return get_peft_model(model, LoraConfig(**options, init_lora_weights=False))
-
-
-def steps(model: Any) -> list[Tensor]:
-    for _ in range(2):
-        torch.manual_seed(3)
-        model.zero_grad()
-        model(input_ids=IDS, labels=IDS).loss.backward()
-    return [p.grad.clone() for p in model.parameters() if p.requires_grad]
-
-
-def test_a_model_in_8_bits() -> None:
-    plain = tiny_llama()
-    fused = fastft.accelerate(copy.deepcopy(plain), strict=True)
-    found = [m(input_ids=IDS, labels=IDS).loss for m in (fused, plain)]
-    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
-    assert all_fused(fused)
-    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    tokens = [m.eval().generate(input_ids=IDS[:1, :6], **options) for m in (fused, plain)]
-    assert torch.equal(*tokens)
-    assert all_fused(fused)
-    held = io.BytesIO()
-    torch.save(fused, held)
-    held.seek(0)
-    want = fused(input_ids=IDS, labels=IDS).loss
-    assert torch.equal(torch.load(held, weights_only=False)(input_ids=IDS, labels=IDS).loss, want)
-    classes = [type(m) for m in plain.modules()]
-    for change in ("merge_adapter", "unmerge_adapter"):
-        for model in (fused, plain):
-            getattr(model, change)()
-        states = [m.state_dict() for m in (fused, plain)]
-        assert list(states[0]) == list(states[1])
-        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-        reasons = {r.reason for r in fastft.explain(fused).modules if r.kind == "lora"}
-        assert reasons == {None if change[0] == "u" else "adapter merged into the base"}
-    assert [type(m) for m in fastft.restore(fused).modules()] == classes
-
-
-@pytest.mark.parametrize("policy", ["lora", "attention", "full", "offload"])
-def test_policies_change_no_bit(policy: str) -> None:
-    want = steps(fastft.accelerate(tiny_llama(lora_dropout=0.3)).train())
-    model = fastft.accelerate(tiny_llama(lora_dropout=0.3)).train()
-    got = steps(memory.checkpoint(model, policy))
-    assert all(map(torch.equal, got, want))
-    assert all_fused(model)
-
-
-def test_patch_peft_makes_fused_layers() -> None:
-    fastft.patch_peft()
-    try:
-        model = tiny_llama()
-    finally:
-        fastft.unpatch_peft()
-    model(input_ids=IDS, labels=IDS)
-    layer = model.base_model.model.model.layers[0].mlp.up_proj
-    assert call_counts(layer).fused == 1
-    plain = type(tiny_llama().base_model.model.model.layers[0].mlp.up_proj)
-    assert (plain.__module__, plain.__name__) == ("peft.tuners.lora.bnb", "Linear8bitLt")
-    assert type(layer) is not plain
