@@ -13,8 +13,10 @@ from torch import Tensor
 from fastft.ops._checks import without_autocast
 from fastft.ops._differentiable import plain_gradients, wanted
 from fastft.ops._library import register
+from fastft.ops._lora_linear_autograd import saved_of
 from fastft.ops._lora_linear_call import Constants, choose, outputs_of, room_of
 from fastft.ops._lora_linear_gradients import backward_of
+from fastft.ops._remade import keeping
 from fastft.reference.lora_linear import lora_term
 
 __all__ = ["LoraAdd"]
@@ -142,7 +144,9 @@ class LoraAdd(torch.autograd.Function):
         ss, _ = room_of(x, lora_as, constants.spans)
         outs = _add(constants, overwrite, ys, x, lora_as, lora_bs, masks, ss)
         ctx.constants = constants
-        ctx.save_for_backward(x, *rest, *ss)
+        kept, ctx.make = keeping(x)
+        ctx.save_for_backward(*kept, *rest, *ss)
+        ctx.kept = len(kept)
         ctx.set_materialize_grads(False)
         return tuple(outs)
 
@@ -151,7 +155,7 @@ class LoraAdd(torch.autograd.Function):
         constants: Constants = ctx.constants
         if all(dy is None for dy in dys):
             return (None,) * len(ctx.needs_input_grad)
-        x, *tensors = ctx.saved_tensors
+        x, tensors = saved_of(ctx)
         _, _, need_dx, *needs = ctx.needs_input_grad
         to_ys = [dy if need else None for dy, need in zip(dys, needs)]
         saved, asked = _split(constants, tensors), needs[constants.layers :]
