@@ -51,7 +51,7 @@ def _takes(
 
 def _multiplies(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
     """Whether the forward's products are such as the call takes."""
-    if len(weights) > native.module().PRODUCT_PARTS:
+    if not weights or len(weights) > native.module().PRODUCT_PARTS:
         return False
     pairs = zip(weights, biases, strict=True)
     return all(serves(x.shape[0], [x], [w], bias) for w, bias in pairs)
@@ -128,7 +128,9 @@ def backward(
     scaled: Scaled | None = None,
 ) -> bool:
     """``lora_linear.bwd``; False: nothing done, the call is not such a one."""
-    if not serves(x.shape[0], dys, weights) or not _takes(x, lora_as, lora_bs, masks, spans):
+    if not weights or not serves(x.shape[0], dys, weights):
+        return False
+    if not _takes(x, lora_as, lora_bs, masks, spans):
         return False
     if not _dense((dx, *das, *dbs, *dys, *ss)):
         return False

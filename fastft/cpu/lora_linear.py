@@ -58,8 +58,8 @@ def _groups(masks: list[Tensor | None], spans: list[tuple[int, int]]) -> list[li
 
 def fwd(*call: Any, scales: Sequence[Tensor | None] | None = None) -> None:
     """Writes ys[i] (M, N_i), and for adapter j of layer owners[j] over the rows spans[j] of x:
-    ss[j] = drop_j(x) A_j^T (rows, r_j); the arguments are those of both halves. scales: where
-    ``takes_scales`` says so."""
+    ss[j] = drop_j(x) A_j^T (rows, r_j); the arguments are those of both halves. Without weights the
+    ys hold the frozen products already. scales: where ``takes_scales`` says so."""
     if not lora_layers.forward(*(*call, scales)):
         _refuse(scales)
         fwd_adapters(*call)
@@ -123,19 +123,21 @@ def fwd_values(
     """The ys of ``fwd``, from x and the ss."""
     if x.shape[0] == 0:
         return
-    for i, (y, weight, bias) in enumerate(zip(ys, weights, biases, strict=True)):
+    for i, y in enumerate(ys):
         own = [j for j, owner in enumerate(owners) if owner == i and ss[j].shape[0]]
-        whole = all(spans[j] == (0, x.shape[0]) for j in own)
-        if whole and serves(x.shape[0], [x], [weight], bias):
-            terms: list[Term] = [
-                (ss[j], lora_bs[j].contiguous(), True, None, scalings[j]) for j in own
-            ]
-            if takes(terms):
-                product(y, [(x, weight, True)], terms, bias)
-                continue
-        mm_nt(y, x, weight)
-        if bias is not None:
-            y.add_(bias)
+        if weights:
+            weight, bias = weights[i], biases[i]
+            whole = all(spans[j] == (0, x.shape[0]) for j in own)
+            if whole and serves(x.shape[0], [x], [weight], bias):
+                terms: list[Term] = [
+                    (ss[j], lora_bs[j].contiguous(), True, None, scalings[j]) for j in own
+                ]
+                if takes(terms):
+                    product(y, [(x, weight, True)], terms, bias)
+                    continue
+            mm_nt(y, x, weight)
+            if bias is not None:
+                y.add_(bias)
         for j in own:
             if thin.serves(x.dtype, ss[j].shape[1]):
                 thin.expand(y[slice(*spans[j])], ss[j], lora_bs[j].contiguous(), scalings[j])
@@ -146,7 +148,8 @@ def fwd_values(
 
 def bwd(*call: Any, scaled: lora_layers.Scaled | None = None) -> None:
     """Writes dx (M, K), das[j] (r_j, K), dbs[j] (N, r_j), and the d_scales of a scaled call; None
-    is not wanted. The arguments are those of the passes apart."""
+    is not wanted. Without weights dx is that of the adapters' terms alone. The arguments are those
+    of the passes apart."""
     if not lora_layers.backward(*(*call, scaled)):
         _refuse(scaled)
         _bwd_apart(*call)
@@ -187,7 +190,9 @@ def _bwd_apart(
         for j, ds in zip(group, _columns(ds_all, [ss[j].shape[1] for j in group]), strict=True):
             _d_s_and_d_b(ds, dbs[j], dys[owners[j]][rows], ss[j], lora_bs[j], scalings[j])
     if dx is not None:
-        if _dx_at_once(dx, dys, weights, groups, d_ss, lora_as, masks, dropout_ps, spans):
+        if not weights:
+            dx.zero_()
+        elif _dx_at_once(dx, dys, weights, groups, d_ss, lora_as, masks, dropout_ps, spans):
             dx = None  # the terms are in it
         else:
             for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):

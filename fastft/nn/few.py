@@ -46,7 +46,7 @@ def takes(layer: nn.Module, plan: Plan, x: Tensor) -> bool:
 def lora_linear(plan: Plan, x: Tensor) -> Tensor:
     """y = scale * (x W^T + scaling * x A^T B^T) + bias, rounded as PEFT rounds; scale: DoRA's."""
     scale, bias = scale_of(plan), plan.bias()
-    y = linear(x, plan.weight(), bias if scale is None else None)
+    y = plan.frozen(x, bias if scale is None else None)
     if plan.spans is None:
         for parts in plan.parts:
             _add(y, parts, x)
@@ -62,5 +62,5 @@ def lora_linear(plan: Plan, x: Tensor) -> Tensor:
 
 def _add(y: Tensor, parts: Parts, x: Tensor) -> None:
     """y += scaling * x A^T B^T."""
-    _, a, b = parts.tensors()
+    a, b = parts.adapter()
     y.add_(linear(linear(x.to(a.dtype), a), b), alpha=float(parts.scaling))

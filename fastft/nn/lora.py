@@ -28,8 +28,10 @@ __all__ = [
     "ADAPTER_RULES",
     "CALL_RULES",
     "LAYER_RULES",
+    "PLAN_RULES",
     "FusedLora",
     "FusedLoraLinear",
+    "adapters_of",
     "module_refusal",
 ]
 
@@ -46,7 +48,7 @@ LAYER_RULES: tuple[Rule, ...] = (
 
 
 def _too_large(p: Parts) -> bool:
-    _, a, b = p.tensors()
+    a, b = p.adapter()
     return bool(a.shape[0] > min(a.shape[1], b.shape[0]))
 
 
@@ -68,7 +70,7 @@ ADAPTER_RULES: tuple[Rule, ...] = (
 
 
 def _mixed_adapters(plan: Plan) -> bool:
-    return len({p.tensors()[1].dtype for p in plan.parts}) > 1
+    return len({p.adapter()[0].dtype for p in plan.parts}) > 1
 
 
 # What they are together, and the rows they take.
@@ -140,17 +142,7 @@ CALL_RULES_4BIT: tuple[Rule, ...] = (
 
 def module_refusal(layer: PeftLinear) -> str | None:
     """Why the layer, as it stands, runs through PEFT; None when it can run fused."""
-    plan = _standing_plan(layer)
-    return plan if isinstance(plan, str) else None
-
-
-def _standing_plan(layer: PeftLinear) -> Plan | str:
-    """What the layer, as it stands, computes, or why that cannot be fused."""
-    reason = _layer_refusal(layer)
-    if reason is not None:
-        return reason
-    plan = Plan(layer, None)
-    return _plan_refusal(plan) or plan
+    return FusedLora.refusal(layer)
 
 
 def _layer_refusal(layer: PeftLinear) -> str | None:
@@ -176,6 +168,27 @@ class FusedLora(nn.Module):
     merging, saving and deep copies are PEFT's. A call that cannot be fused runs PEFT's own forward
     and is counted with its reason.
     """
+
+    # What a layer over a product of another kind has in their place.
+    plan_class: type[Plan] = Plan
+    layer_refusal = staticmethod(_layer_refusal)
+    plan_refusal = staticmethod(_plan_refusal)
+    call_rules = CALL_RULES
+
+    @classmethod
+    def plan_of(cls, layer: Any) -> Plan | str:
+        """What a layer of PEFT's, as it stands, computes, or why that cannot be fused."""
+        reason = cls.layer_refusal(layer)
+        if reason is not None:
+            return reason
+        plan = cls.plan_class(layer, None)
+        return cls.plan_refusal(plan) or plan
+
+    @classmethod
+    def refusal(cls, layer: Any) -> str | None:
+        """Why a layer of PEFT's, as it stands, runs through PEFT; None when it can run fused."""
+        plan = cls.plan_of(layer)
+        return plan if isinstance(plan, str) else None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan = self.plan(x, args, kwargs)
@@ -212,7 +225,7 @@ class FusedLora(nn.Module):
             device_type=x.device.type,
             dtype=autocast_dtype(x.device.type) or x.dtype,
             adapter_dtype=plan.adapter_dtype(),
-            r=max([p.tensors()[1].shape[0] for p in plan.parts]),
+            r=plan.rank(),
         )
         return "no fused backend for this device and dtype" if chosen == "reference" else plan
 
@@ -221,10 +234,10 @@ class FusedLora(nn.Module):
         names = adapter_names_of(self, kwargs)
         if args or any(v is not None and k != "adapter_names" for k, v in kwargs.items()):
             return "arguments passed to the layer"
-        reason = _layer_refusal(self)  # type: ignore[arg-type]
+        reason = self.layer_refusal(self)  # type: ignore[arg-type]
         if reason is not None:
             return reason
-        plan = Plan(self, names)
+        plan = self.plan_class(self, names)  # type: ignore[arg-type]
         if is_4bit(plan.base):
             if torch.compiler.is_compiling():  # before anything of bitsandbytes' is traced
                 return "4-bit weight under torch.compile"
@@ -233,15 +246,15 @@ class FusedLora(nn.Module):
             if x.dim() < 2 or x.shape[0] != len(names):
                 return "adapter_names that do not fit the batch"
             plan.route(names, x.numel() // x.shape[-1])
-        reason = _plan_refusal(plan)
-        rules = CALL_RULES if plan.dense is None else CALL_RULES_4BIT
+        reason = self.plan_refusal(plan)
+        rules = self.call_rules if plan.dense is None else CALL_RULES_4BIT
         for parts in plan.parts:
             reason = reason or first(rules, parts, x)
         return reason or plan
 
     def standing_plan(self) -> Plan | str:
         """What the layer, whatever the call, computes, or why that cannot be fused."""
-        return _standing_plan(self)
+        return self.plan_of(self)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's: a new adapter, whose initialisation may alter the base weight in place."""
@@ -284,26 +297,37 @@ class FusedLoraLinear(KeepsUnmerged, FusedLora, PeftLinear):
 FusedLoraLinear.__name__ = "Linear"
 
 
-def _in_one_operation(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
+def adapters_of(
+    plans: Sequence[Plan],
+) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
+    """A, B and what else the operations take for each adapter of layers that share x."""
     terms = []
     for owner, plan in enumerate(plans):
         for k, start, stop in plan.spans or [(k, 0, 0) for k in range(len(plan.parts))]:
             terms.append((owner, plan.parts[k], (start, stop)))
     adapters = [p for _, p, _ in terms]
+    rest = {
+        "scalings": [float(p.scaling) for p in adapters],
+        "dropout_ps": [p.dropout_p() for p in adapters],
+        "owners": [owner for owner, _, _ in terms],
+        "spans": None if plans[0].spans is None else [span for _, _, span in terms],
+    }
+    return [p.adapter()[0] for p in adapters], [p.adapter()[1] for p in adapters], rest
+
+
+def _in_one_operation(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
+    lora_as, lora_bs, rest = adapters_of(plans)
     scaled = any(plan.magnitude() is not None for plan in plans)
     remade = any(plan.dense is not None for plan in plans)
     ys = ops.lora_linear_siblings(
         x,
         [plan.weight() for plan in plans],
-        [p.tensors()[1] for p in adapters],
-        [p.tensors()[2] for p in adapters],
-        scalings=[float(p.scaling) for p in adapters],
+        lora_as,
+        lora_bs,
         biases=[plan.bias() for plan in plans],
-        dropout_ps=[p.dropout_p() for p in adapters],
-        owners=[owner for owner, _, _ in terms],
-        spans=None if plans[0].spans is None else [span for _, _, span in terms],
         scales=[scale_of(plan) for plan in plans] if scaled else None,
         remake=[plan.dense for plan in plans] if remade else None,
+        **rest,
     )
     if not remade:
         return ys

@@ -17,7 +17,7 @@ from fastft.nn.rules import hooked, hooked_everywhere
 from fastft.ops._checks import autocast_dtype
 from fastft.ops._differentiable import transform
 
-__all__ = ["Parts", "Plan", "parameter", "plain_plan"]
+__all__ = ["Parts", "Plan", "identity", "parameter", "plain_plan"]
 
 
 def parameter(module: nn.Module, name: str) -> Any:
@@ -33,7 +33,17 @@ class Parts:
     """What one adapter of a layer computes with, looked up once a call: a look-up through
     ``nn.Module`` takes as long as half a product's launch."""
 
-    __slots__ = ("_tensors", "a", "b", "base", "dropout", "magnitude", "scaling", "variant")
+    __slots__ = (
+        "_adapter",
+        "_tensors",
+        "a",
+        "b",
+        "base",
+        "dropout",
+        "magnitude",
+        "scaling",
+        "variant",
+    )
 
     def __init__(self, layer: PeftLinear, name: str) -> None:
         modules = layer._modules
@@ -44,15 +54,21 @@ class Parts:
         self.variant = type(layer.lora_variant[name]) if name in layer.lora_variant else None
         self.magnitude = None
         self._tensors: tuple[Any, Any, Any] | None = None
+        self._adapter: tuple[Any, Any] | None = None
         if self.variant is DoraLinearVariant:
             self.magnitude = layer.lora_magnitude_vector[name]
 
     def tensors(self) -> tuple[Any, Any, Any]:
         """The frozen weight as its layer holds it, A and B; asked of the modules once a call."""
         if self._tensors is None:
-            weight, a = parameter(self.base, "weight"), parameter(self.a, "weight")
-            self._tensors = weight, a, parameter(self.b, "weight")
+            self._tensors = parameter(self.base, "weight"), *self.adapter()
         return self._tensors
+
+    def adapter(self) -> tuple[Any, Any]:
+        """A and B; asked of the modules once a call."""
+        if self._adapter is None:
+            self._adapter = parameter(self.a, "weight"), parameter(self.b, "weight")
+        return self._adapter
 
     def dropout_p(self) -> float:
         """The probability in force: 0 outside training."""
@@ -60,7 +76,7 @@ class Parts:
         return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
-def _identity(tensor: Tensor) -> tuple[int, int, int]:
+def identity(tensor: Tensor) -> tuple[int, int, int]:
     return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
@@ -115,8 +131,20 @@ class Plan:
 
     def adapter_dtype(self) -> torch.dtype:
         """Of A and B, which all have."""
-        dtype: torch.dtype = self.parts[0].tensors()[1].dtype
+        dtype: torch.dtype = self.parts[0].adapter()[0].dtype
         return dtype
+
+    def kind(self) -> tuple[Any, ...]:
+        """What plans of one operation have in common."""
+        return type(self), self.adapter_dtype()
+
+    def rank(self) -> int:
+        """The largest of its adapters'."""
+        return max([p.adapter()[0].shape[0] for p in self.parts])
+
+    def frozen(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias, which may be changed in place."""
+        return nn.functional.linear(x, self.weight(), bias)
 
     def magnitude(self) -> nn.Module | None:
         """DoRA's, whose layer has this one adapter."""
@@ -130,7 +158,7 @@ class Plan:
             magnitude = None if p.magnitude is None else p.magnitude.weight
             biases = parameter(self.base, "bias"), parameter(p.b, "bias")
             held = (*p.tensors(), *biases, magnitude, p.scaling)
-            found += [_identity(t) if isinstance(t, Tensor) else t for t in held]
+            found += [identity(t) if isinstance(t, Tensor) else t for t in held]
             found.append(p.dropout_p())
         return found
 

@@ -65,9 +65,9 @@ class Group:
         plans = [plan]
         for other in layers[1:]:
             its = other.plan(x)
-            # The operation takes adapters of one dtype;
+            # The operation takes products of one kind and adapters of one dtype;
             # a weight that is packed has a product of its own.
-            if isinstance(its, str) or its.few or its.adapter_dtype() != plan.adapter_dtype():
+            if isinstance(its, str) or its.few or its.kind() != plan.kind():
                 return layer.fused_call([plan], x)[0]
             plans.append(its)
         first, *others = layer.fused_call(plans, x)

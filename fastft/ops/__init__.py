@@ -10,6 +10,7 @@ from fastft.ops.glu import glu
 from fastft.ops.layer_norm import layer_norm
 from fastft.ops.linear_cross_entropy import Shard, TokenStatistics, linear_cross_entropy
 from fastft.ops.linear_divergence import Teacher, divergence, linear_divergence
+from fastft.ops.lora_add import lora_add, lora_add_siblings
 from fastft.ops.lora_grouped_linear import lora_grouped_linear
 from fastft.ops.lora_linear import lay_out_weights, lora_linear, lora_linear_siblings
 from fastft.ops.optimizer_step import StepTensors, new_stats, optimizer_step
@@ -32,6 +33,8 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "linear_divergence",
+    "lora_add",
+    "lora_add_siblings",
     "lora_grouped_linear",
     "lora_linear",
     "lora_linear_siblings",

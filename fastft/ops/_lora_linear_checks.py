@@ -17,7 +17,7 @@ from fastft.ops._checks import (
     check_tensor,
 )
 
-__all__ = ["check", "check_remake", "check_scales", "check_spans"]
+__all__ = ["check", "check_adapters", "check_remake", "check_scales", "check_spans"]
 
 _WHERE = "fastft.ops.lora_linear"
 
@@ -49,23 +49,38 @@ def check(
     if not weights or len(biases) != len(weights):
         got = f"{len(weights)} weights and {len(biases)} biases"
         raise ShapeError(_WHERE, "weights", expected="one weight and one bias a layer", got=got)
-    lengths = [len(v) for v in (lora_as, lora_bs, scalings, dropout_ps, owners)]
-    if not lora_as or len(set(lengths)) != 1:
-        raise ShapeError(_WHERE, "lora_as", expected="as many of each argument", got=str(lengths))
     autocast = autocast_dtype(x.device.type)
     for weight, bias in zip(weights, biases, strict=True):
         _check_layer(x, weight, bias, autocast)
+    widths = [weight.shape[0] for weight in weights]
+    check_adapters(_WHERE, x, widths, lora_as, lora_bs, scalings, dropout_ps, owners)
+
+
+def check_adapters(
+    where: str,
+    x: Tensor,
+    widths: Sequence[int],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_ps: Sequence[float],
+    owners: Sequence[int],
+) -> None:
+    """The adapters of layers with so many out_features each."""
+    lengths = [len(v) for v in (lora_as, lora_bs, scalings, dropout_ps, owners)]
+    if not lora_as or len(set(lengths)) != 1:
+        raise ShapeError(where, "lora_as", expected="as many of each argument", got=str(lengths))
+    autocast = autocast_dtype(x.device.type)
     for j, owner in enumerate(owners):
-        if not 0 <= owner < len(weights):
-            expected = f"0 to {len(weights) - 1}, the index of a layer"
-            raise ArgumentError(_WHERE, "owners", expected=expected, got=str(owner))
-        _check_adapter(x, weights[owner], lora_as[j], lora_bs[j], lora_as[0].dtype, autocast)
+        if not 0 <= owner < len(widths):
+            expected = f"0 to {len(widths) - 1}, the index of a layer"
+            raise ArgumentError(where, "owners", expected=expected, got=str(owner))
+        dtype = lora_as[0].dtype
+        _check_adapter(where, x, widths[owner], lora_as[j], lora_bs[j], dtype, autocast)
         if not 0.0 <= dropout_ps[j] < 1.0:
-            raise ArgumentError(_WHERE, "dropout_p", expected="0 <= p < 1", got=repr(dropout_ps[j]))
+            raise ArgumentError(where, "dropout_p", expected="0 <= p < 1", got=repr(dropout_ps[j]))
         if not abs(scalings[j]) < float("inf"):
-            raise ArgumentError(
-                _WHERE, "scaling", expected="a finite number", got=repr(scalings[j])
-            )
+            raise ArgumentError(where, "scaling", expected="a finite number", got=repr(scalings[j]))
 
 
 def _check_layer(
@@ -87,33 +102,34 @@ def _check_layer(
 
 
 def _check_adapter(
+    where: str,
     x: Tensor,
-    weight: Tensor,
+    out_features: int,
     a: Tensor,
     b: Tensor,
     dtype: torch.dtype,
     autocast: torch.dtype | None,
 ) -> None:
     for name, tensor in (("lora_a", a), ("lora_b", b)):
-        check_tensor(_WHERE, name, tensor)
-        check_device(_WHERE, name, tensor, x.device)
+        check_tensor(where, name, tensor)
+        check_device(where, name, tensor, x.device)
         allowed = FLOATS if autocast is not None else (x.dtype, torch.float32)
-        check_dtype(_WHERE, name, tensor, allowed)
+        check_dtype(where, name, tensor, allowed)
         if tensor.dtype != dtype:
-            check_dtype(_WHERE, name, tensor, (dtype,))
-    out_features, in_features = weight.shape
+            check_dtype(where, name, tensor, (dtype,))
+    in_features = x.shape[-1]
     if a.dim() != 2 or a.shape[1] != in_features:
-        raise ShapeError(_WHERE, "lora_a", expected=f"(r, {in_features})", got=str(tuple(a.shape)))
+        raise ShapeError(where, "lora_a", expected=f"(r, {in_features})", got=str(tuple(a.shape)))
     r = a.shape[0]
     if not 1 <= r <= min(in_features, out_features):
         raise ArgumentError(
-            _WHERE,
+            where,
             "r",
             expected=f"1 to min(in_features, out_features) = {min(in_features, out_features)}",
             got=str(r),
             remedy="A larger rank than the matrix has adds nothing; r = 0 is no adapter.",
         )
-    check_shape(_WHERE, "lora_b", b, (out_features, r), "(out_features, r)")
+    check_shape(where, "lora_b", b, (out_features, r), "(out_features, r)")
 
 
 def check_scales(
@@ -148,12 +164,14 @@ def check_remake(
             raise ArgumentError(_WHERE, "remake", expected=expected, got=got)
 
 
-def check_spans(spans: Sequence[tuple[int, int]], adapters: int, rows: int) -> None:
+def check_spans(
+    spans: Sequence[tuple[int, int]], adapters: int, rows: int, where: str = _WHERE
+) -> None:
     """One an adapter, of rows that there are."""
     if len(spans) != adapters:
         expected = f"{adapters} spans, one an adapter"
-        raise ShapeError(_WHERE, "spans", expected=expected, got=str(len(spans)))
+        raise ShapeError(where, "spans", expected=expected, got=str(len(spans)))
     for start, stop in spans:
         if not 0 <= start <= stop <= rows:
             expected = f"0 <= first <= past the last <= {rows}, the rows of x"
-            raise ArgumentError(_WHERE, "spans", expected=expected, got=f"({start}, {stop})")
+            raise ArgumentError(where, "spans", expected=expected, got=f"({start}, {stop})")

@@ -63,7 +63,8 @@ def accelerate(
 
     Args:
         model: a PeftModel, or any torch model with PEFT LoRA layers in it.
-        lora: fuse LoRA layers over ``nn.Linear`` (:func:`fastft.ops.lora_linear`), over the expert
+        lora: fuse LoRA layers over ``nn.Linear`` (:func:`fastft.ops.lora_linear`), over weights
+            that another package multiplies with (:func:`fastft.ops.lora_add`), over the expert
             weights of a mixture (:func:`fastft.ops.lora_grouped_linear`) and over convolutions.
         loss: fuse a Transformers language model's head and the loss over it
             (:func:`fastft.ops.linear_cross_entropy`), that of TRL's trainers too; logits are

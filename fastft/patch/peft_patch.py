@@ -12,6 +12,7 @@ from peft.import_utils import is_bnb_4bit_available
 from fastft.nn.conv import FUSED_CONVS
 from fastft.nn.embedding import FusedLoraEmbedding
 from fastft.nn.lora import FusedLoraLinear
+from fastft.nn.lora_product import fused_over
 
 __all__ = ["patch_peft", "unpatch_peft"]
 
@@ -29,7 +30,7 @@ def _fusing(make: Callable[..., Any]) -> Callable[..., Any]:
 
     def dispatch(*args: Any, **kwargs: Any) -> Any:
         layer = make(*args, **kwargs)
-        fused = _FUSED.get(type(layer))
+        fused = _FUSED.get(type(layer)) or fused_over(type(layer))
         if fused is not None:
             layer.__class__ = fused
         return layer
@@ -48,6 +49,8 @@ def patch_peft() -> None:
     if _originals:
         return
     _replace(peft_lora_model, "dispatch_default")
+    for package in ("aqlm", "awq", "eetq", "gptq", "hqq", "inc", "torchao"):
+        _replace(peft_lora_model, f"dispatch_{package}")
     if is_bnb_4bit_available():  # PEFT imports it, too, when it makes a layer
         import peft.tuners.lora.bnb as peft_bnb
 
@@ -55,6 +58,7 @@ def patch_peft() -> None:
 
         _FUSED[peft_bnb.Linear4bit] = FusedLora4bit
         _replace(peft_bnb, "dispatch_bnb_4bit")
+        _replace(peft_bnb, "dispatch_bnb_8bit")
 
 
 def unpatch_peft() -> None:

@@ -22,6 +22,7 @@ from fastft.nn.quantized import dtype_of, is_4bit
 from fastft.nn.rope import FusedRope, fused_rope, rope_facts
 from fastft.nn.rules import unhooked
 from fastft.nn.swap import become, original_of
+from fastft.patch.products import adapts_product, dense_product, tried
 
 __all__ = [
     "difference",
@@ -59,10 +60,11 @@ def tolerance(module: nn.Module) -> float:
     relative error of eps / (2 sqrt(3)): 2 eps covers their sum. Sums of K products in float32 in
     another order differ by eps32 sqrt(K): twice that.
     """
-    dtypes = [p.dtype for p in module.parameters() if _of_floats(p)]
+    parameters = tried(module)
+    dtypes = [p.dtype for p in parameters if _of_floats(p)]
     dtypes += [dtype_of(m) for m in _of_4_bits(module)]
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-    width = max(max(p.shape) for p in module.parameters())
+    width = max(max(p.shape) for p in parameters)
     return 2 * eps + 2 * torch.finfo(torch.float32).eps * width**0.5
 
 
@@ -145,10 +147,11 @@ def run_lora(module: Any, kind: type[nn.Module]) -> list[Tensor]:
         p = module.lora_magnitude_vector[name].weight
         random = p.detach() * (1 + 0.5 * torch.rand(p.shape, device=p.device).to(p.dtype))
         adapters[f"lora_magnitude_vector.{name}.weight"] = random.requires_grad_()
-    x = torch.randn(_TOKENS, module.in_features, device=module.base_layer.weight.device)
-    x = x.to(dtype_of(module.base_layer))
+    like = p if adapts_product(module) else module.base_layer.weight
+    dtype = p.dtype if like is p else dtype_of(module.base_layer)
+    x = torch.randn(_TOKENS, module.in_features, device=like.device).to(dtype)
     x.requires_grad_()
-    with _as_class(module, kind):
+    with dense_product(module), _as_class(module, kind):
         y = functional_call(module, adapters, (x,))
     dy = torch.randn(y.shape, device=y.device).to(y.dtype)
     leaves = [x, *adapters.values()]
@@ -352,7 +355,7 @@ def run_rope(module: Any, kind: type[nn.Module]) -> list[Tensor]:
 
 def verifiable(module: nn.Module) -> bool:
     """Whether there is anything to run: not on the meta device, not sharded, floats (or 4 bits)."""
-    parameters = list(module.parameters())
+    parameters = tried(module)
     return bool(parameters) and all(
         p.device.type != "meta" and (_of_floats(p) or getattr(p, "quant_state", None) is not None)
         for p in parameters

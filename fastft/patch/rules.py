@@ -28,7 +28,8 @@ from fastft.nn.embedding import (
 )
 from fastft.nn.experts import FusedLoraExperts, experts_of, experts_refusal
 from fastft.nn.head import FusedHead, FusedLoraHead, heads_in
-from fastft.nn.lora import FusedLoraLinear, module_refusal
+from fastft.nn.lora import FusedLora, FusedLoraLinear, module_refusal
+from fastft.nn.lora_product import FusedLoraProduct, fused_over
 from fastft.nn.mlp import FusedGatedMLP, activation_of, layout_of
 from fastft.nn.norm import (
     FusedLayerNorm,
@@ -89,7 +90,7 @@ def _lora_sites(model: nn.Module) -> Iterator[Site]:
             continue
         fused = _fused_lora(module)
         if fused is not None:
-            yield Site(name, module, module_refusal(module), fused, by_state=True)  # type: ignore[arg-type]
+            yield Site(name, module, fused.refusal(module), fused, by_state=True)
         elif not isinstance(module, ParamWrapper) and original_of(module) not in _OTHER_LAYERS:
             yield Site(name, module, f"{type(module).__name__} layers are not fused")
 
@@ -97,13 +98,13 @@ def _lora_sites(model: nn.Module) -> Iterator[Site]:
 _OTHER_LAYERS = {*FUSED_CONVS, PeftEmbedding}
 
 
-def _fused_lora(module: nn.Module) -> type[nn.Module] | None:
-    """The fused class of PEFT's LoRA layer over a linear one, dense or in 4 bits."""
+def _fused_lora(module: nn.Module) -> type[FusedLora] | None:
+    """The fused class of PEFT's LoRA layer over a linear one, dense or quantized."""
     original = original_of(module)
     if original is PeftLinear:
         return FusedLoraLinear
     if (original.__module__, original.__name__) != ("peft.tuners.lora.bnb", "Linear4bit"):
-        return None
+        return fused_over(original)
     from fastft.nn.lora_4bit import FusedLora4bit  # PEFT's class imports bitsandbytes
 
     return FusedLora4bit
@@ -146,14 +147,15 @@ def _library(module: Any) -> str:
 
 
 def _lora_backend(module: Any) -> str:
-    weight = module.base_layer.weight
     adapter = next(module.lora_A[n].weight for n in module.active_adapters if n in module.lora_A)
-    if weight.device.type == "meta":
+    dtype, device = adapter.dtype, adapter.device
+    if not isinstance(module, FusedLoraProduct):
+        dtype, device = dtype_of(module.base_layer), module.base_layer.weight.device
+    if device.type == "meta":
         return "reference"
-    dtype = dtype_of(module.base_layer)
     return backends.select(
         "lora_linear",
-        device_type=weight.device.type,
+        device_type=device.type,
         dtype=dtype if dtype.is_floating_point else torch.float32,
         adapter_dtype=adapter.dtype,
         r=adapter.shape[0],

@@ -84,8 +84,8 @@ def fwd(
     spans: list[tuple[int, int]],
 ) -> None:
     """Writes ys[i] (M, N_i), and for adapter j of layer owners[j] over the rows spans[j] of x:
-    ss[j] = drop_j(x) A_j^T (rows, r_j)."""
-    for y, weight, bias in zip(ys, weights, biases, strict=True):
+    ss[j] = drop_j(x) A_j^T (rows, r_j). Without weights the ys hold the frozen products already."""
+    for y, weight, bias in zip(ys, weights, biases, strict=True) if weights else ():
         y.copy_(torch.nn.functional.linear(x, weight, bias))
     for j, (owner, (start, stop)) in enumerate(zip(owners, spans, strict=True)):
         a, b = lora_as[j].to(x.dtype), lora_bs[j].to(x.dtype)
@@ -109,10 +109,11 @@ def bwd(
     owners: list[int],
     spans: list[tuple[int, int]],
 ) -> None:
-    """Writes dx (M, K), das[j] (r_j, K), dbs[j] (N, r_j); None is not wanted."""
+    """Writes dx (M, K), das[j] (r_j, K), dbs[j] (N, r_j); None is not wanted. Without weights dx is
+    that of the adapters' terms alone."""
     if dx is not None:
         dx.zero_()
-        for dy, weight in zip(dys, weights, strict=True):
+        for dy, weight in zip(dys, weights, strict=True) if weights else ():
             dx.add_(dy @ weight)
     for j, (owner, (start, stop)) in enumerate(zip(owners, spans, strict=True)):
         dy = dys[owner][start:stop]

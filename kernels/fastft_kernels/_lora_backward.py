@@ -43,8 +43,9 @@ def bwd(
     spans: list[tuple[int, int]],
     made: GluPair | None = None,
 ) -> None:
-    """Writes dx (M, K), dA_j (r_j, K) and dB_j (N, r_j), each where it is not None. made: what
-    ``glu_bwd`` has made already, whose dys these are; then no dB is wanted."""
+    """Writes dx (M, K), dA_j (r_j, K) and dB_j (N, r_j), each where it is not None; without weights
+    dx is that of the adapters' terms alone. made: what ``glu_bwd`` has made already, whose dys
+    these are; then no dB is wanted."""
     lora_as, lora_bs = dense(lora_as), dense(lora_bs)
     keep_scales = scales_kept(masks, dropout_ps)
     with device_guard(x):
@@ -53,7 +54,8 @@ def bwd(
         if routes(owners, spans, x):
             return _bwd_routed(dx, das, dbs, dys, d_ss, x, weights, *thin)
         way, held = "expand", None
-        if dx is not None and dx.numel() and plain(len(dys), owners, spans, (0, x.shape[0])):
+        one_each = plain(len(dys), owners, spans, (0, x.shape[0]))
+        if dx is not None and dx.numel() and weights and one_each:
             way, held = choose_way("bwd", dx, dys, weights, lora_as, masks)
         dropped = any(mask is not None for mask in masks)
         left, copies = None, None
@@ -72,6 +74,8 @@ def bwd(
             ))  # fmt: skip
         for pairs in parts.values():
             reduce_pairs(pairs)
+        # Nothing comes before the terms: the first pass writes all of dx.
+        fresh = not weights and spans.count((0, x.shape[0])) == len(spans)
         added = False
         if dx is not None and left is not None and held is not None:
             right = held.backward_operand(None if dropped else lora_as)
@@ -82,14 +86,14 @@ def bwd(
                 dx, None, dys, weights, d_ss, lora_as, keep_scales, masks, transposed=False
             )  # fmt: skip
             added = True
-        elif dx is not None:
+        elif dx is not None and not fresh:
             _frozen_dx(dx, dys, weights)
         for span, members in by(spans).items():
             rows = slice(*span)
             if dx is not None and not added:
                 expand_add(
                     dx[rows], None, at(d_ss, members), at(lora_as, members),
-                    at(keep_scales, members), at(masks, members), transposed=False,
+                    at(keep_scales, members), at(masks, members), transposed=False, fresh=fresh,
                 )  # fmt: skip
             wanted = [j for j in members if das[j] is not None]
             if wanted:
@@ -101,6 +105,9 @@ def bwd(
 
 
 def _frozen_dx(dx: Tensor, dys: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    if not weights:
+        dx.zero_()
+        return
     torch.mm(dys[0], weights[0], out=dx)
     for dy, weight in zip(dys[1:], weights[1:], strict=True):
         dx.addmm_(dy, weight)

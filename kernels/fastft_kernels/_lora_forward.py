@@ -39,14 +39,19 @@ class _Call(NamedTuple):
         return 0, self.x.shape[0]
 
     def way(self, ys: list[Tensor]) -> tuple[str, border.Border | None]:
-        if not self.x.numel() or not plain(len(ys), self.owners, self.spans, self.whole):
+        if (
+            not self.weights
+            or not self.x.numel()
+            or not plain(len(ys), self.owners, self.spans, self.whole)
+        ):
             return "expand", None
         return choose_way("fwd", self.x, ys, self.weights, self.lora_as, self.masks)
 
 
 def fwd(ys: list[Tensor], ss: list[Tensor], *call: Any) -> None:
     """Writes y_i (M, N_i) for every layer, and for adapter j of layer owners[j] over the rows
-    spans[j] of x: s_j = drop_j(x) A_j^T (rows, r_j). The arguments are those of both halves."""
+    spans[j] of x: s_j = drop_j(x) A_j^T (rows, r_j). The arguments are those of both halves.
+    Without weights the ys hold the frozen products already, and what they take is added."""
     c = _Call(*call)
     with device_guard(c.x):
         way, held = c.way(ys)
@@ -114,7 +119,7 @@ def _values(
                 y, bias, [c.x], [weight], [s], [b], [scaling], [None], transposed=True
             )  # fmt: skip
     else:
-        for y, weight in zip(ys, c.weights, strict=True):
+        for y, weight in zip(ys, c.weights, strict=True) if c.weights else ():
             torch.mm(c.x, weight.t(), out=y)
         _expand(ys, ss, c, lora_bs)
 

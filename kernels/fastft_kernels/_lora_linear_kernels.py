@@ -246,13 +246,15 @@ def _expand_add_kernel(
     M, N, r0, r1, r2, scale0, scale1, scale2,
     SIBLINGS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    FRESH: tl.constexpr,
     MASKED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """y += bias + sum_i keep_i * scale_i * s_i w_i: one read and one write of y."""
+    """y += bias + sum_i keep_i * scale_i * s_i w_i: one read and one write of y, or where FRESH,
+    without what was in y, only the write."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     row = (tl.program_id(0) // blocks_n) * BLOCK_M
     column = (tl.program_id(0) % blocks_n) * BLOCK_N
@@ -261,7 +263,10 @@ def _expand_add_kernel(
     inside = (row + rows < M)[:, None] & (columns < N)[None, :]
     y_tile = y_ptr + row.to(tl.int64) * N + rows[:, None] * N + columns[None, :]
     # What comes from memory is asked for before anything is computed.
-    y = tl.load(y_tile, mask=inside, other=0.0)
+    if FRESH:
+        y = tl.zeros((BLOCK_M, BLOCK_N), y_ptr.dtype.element_ty)
+    else:
+        y = tl.load(y_tile, mask=inside, other=0.0)
     bits0, bits1, bits2 = 0, 0, 0
     if MASKED:
         bits0 = _keep_bytes(mask0_ptr, row, column, M, N, BLOCK_M, BLOCK_N)

@@ -195,8 +195,10 @@ def expand_add(
     masks: Sequence[Tensor | None],
     *,
     transposed: bool,
+    fresh: bool = False,
 ) -> None:
-    """y (M, N) += bias + sum_i keep_i * scale_i * s_i w_i; w_i is (r_i, N), or (N, r_i)."""
+    """y (M, N) += bias + sum_i keep_i * scale_i * s_i w_i; w_i is (r_i, N), or (N, r_i). fresh: y
+    holds nothing yet."""
     tokens, features = y.shape
     if y.numel() == 0:
         return
@@ -211,11 +213,11 @@ def expand_add(
         _expand_add_kernel[grid](
             y, y if bias is None else bias, *group_ss, *_pick(matrices, group),
             *_pick_masks(masks, group, y), tokens, features, *ranks, *_scales(scales, group),
-            SIBLINGS=len(group), HAS_BIAS=bias is not None, MASKED=masked,
+            SIBLINGS=len(group), HAS_BIAS=bias is not None, FRESH=fresh, MASKED=masked,
             TRANSPOSED=transposed, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r,
             **tile.launch.options(),
         )  # fmt: skip
-        bias = None
+        bias, fresh = None, False
 
 
 def outer(

@@ -43,6 +43,7 @@ def _lora(kernel: str, x: str, adapter: str, r: int, siblings: int, masked: bool
         }  # fmt: skip
         flags.setdefault("COPY", False)
     elif kernel == "expand":
+        flags.setdefault("FRESH", False)
         shape = {"M": "i32", "N": "i32", **_numbered("r", "i32")}
         types = {
             "y_ptr": f"*{x}", "bias_ptr": f"*{x}", **_numbered("s", f"*{x}", "_ptr"),
@@ -212,7 +213,9 @@ def _all_variants() -> list[Variant]:
             flags = {"TRANSPOSED": False, "aligned": aligned}
             variants.append(_lora("outer", *case, aligned=aligned))
             variants += [_lora("shrink", *case, SPLIT=split, **flags) for split in BOOLEANS]
-            variants.append(_lora("expand", *case, HAS_BIAS=False, **flags))
+            variants += [
+                _lora("expand", *case, HAS_BIAS=False, FRESH=fresh, **flags) for fresh in BOOLEANS
+            ]
         # s B^T of one sibling at a time, where a bias may be; dY B likewise.
         alone, flags = (x, a, r, 1, False), {"TRANSPOSED": True, "aligned": aligned}
         variants += [_lora("shrink", *alone, SPLIT=split, **flags) for split in BOOLEANS]

@@ -155,8 +155,11 @@ def lora_launcher(inputs: LoraInputs, backend: str) -> Any:
     return backends.select("lora_linear", backend, device_type=inputs.x.device.type, **facts)[1]
 
 
-def lora_through_op(inputs: LoraInputs, backend: str) -> dict[str, Tensor]:
-    """ys and gradients from the public operation; ``inputs.masks`` become the masks it drew."""
+def lora_through_op(inputs: LoraInputs, backend: str, products: bool = True) -> dict[str, Tensor]:
+    """ys and gradients from the public operation; ``inputs.masks`` become the masks it drew.
+
+    products: its own, else the library's, to whose results ``lora_add`` adds.
+    """
     torch.manual_seed(7)
     launcher, drawn = lora_launcher(inputs, backend), []
 
@@ -168,11 +171,18 @@ def lora_through_op(inputs: LoraInputs, backend: str) -> dict[str, Tensor]:
     x = inputs.x.detach().requires_grad_()
     lora_as = [a.detach().requires_grad_() for a in inputs.lora_as]
     lora_bs = [b.detach().requires_grad_() for b in inputs.lora_bs]
+    adapters = {
+        "scalings": inputs.scalings, "dropout_ps": inputs.ps, "owners": inputs.owners,
+        "spans": inputs.spans, "backend": backend,
+    }  # fmt: skip
+    layers = zip(inputs.weights, inputs.biases, strict=True)
     try:
-        ys = lora_linear_siblings(
-            x, inputs.weights, lora_as, lora_bs, scalings=inputs.scalings, biases=inputs.biases,
-            dropout_ps=inputs.ps, owners=inputs.owners, spans=inputs.spans, backend=backend,
-        )  # fmt: skip
+        if products:
+            weights, biases = inputs.weights, inputs.biases
+            ys = lora_linear_siblings(x, weights, lora_as, lora_bs, biases=biases, **adapters)
+        else:
+            ys = [torch.nn.functional.linear(x, w, bias) for w, bias in layers]
+            ys = ops.lora_add_siblings(ys, x, lora_as, lora_bs, overwrite=True, **adapters)
     finally:
         launcher.dropout_mask = draw
     left = iter(drawn)
@@ -195,6 +205,19 @@ def test_lora_linear(kernel: str, name: str, device: torch.device, observed: Any
     terms = max(inputs.x.shape)
     plain, truth = inputs.autograd(case.dtype), inputs.autograd(torch.float64)
     compare(observed, got, plain, truth, terms=terms)
+
+
+@of("lora_linear")
+@pytest.mark.parametrize("name", [*LORA_CASES, *LARGE_LORA])
+def test_lora_add(kernel: str, name: str, device: torch.device, observed: Any) -> None:
+    """The same, the frozen products from elsewhere."""
+    case = {**LORA_CASES, **LARGE_LORA}[name]
+    facts = {"dtype": case.dtype, "adapter_dtype": case.adapter_dtype, "r": max(case.ranks)}
+    backend = backend_of(kernel, device_type=device.type, **facts)
+    inputs = case.inputs(device)
+    got = lora_through_op(inputs, backend, products=False)
+    plain, truth = inputs.autograd(case.dtype), inputs.autograd(torch.float64)
+    compare(observed, got, plain, truth, terms=max(inputs.x.shape))
 
 
 # Rows of whole vectors, where every way can run, and one that only the library's takes.

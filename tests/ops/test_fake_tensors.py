@@ -32,6 +32,10 @@ def lora(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return ops.lora_linear(x, w, a, b, scaling=0.5, dropout_p=0.1)
 
 
+def added(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return ops.lora_add(y, x, a, b, scaling=0.5, dropout_p=0.1, overwrite=True)
+
+
 def dora(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     scales = [ops.dora_norm(w, a, b, 0.5)]
     return ops.lora_linear_siblings(x, [w], [a], [b], scalings=[0.5], scales=scales)[0]
@@ -56,6 +60,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "attention": (ops.scaled_dot_product_attention, [(2, 4, 5, 16)] * 3),
     "lora": (lora, OF_LORA),
     "dora": (dora, OF_LORA),
+    "lora_add": (added, [(600, 32), (600, 16), (4, 16), (32, 4)]),
     "experts": (experts, [(7, 16), (2, 4, 16), (2, 32, 4)]),
     "loss": (loss, [(600, 16), (32, 16)]),
 }

@@ -129,8 +129,21 @@ def _layer(product: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return ops.lora_linear(product, weight.detach(), a, b, scaling=0.5)
 
 
+def _adding(product: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The same, the frozen product from elsewhere."""
+    frozen = torch.nn.functional.linear(product, weight.detach())
+    return ops.lora_add(frozen, product, a, b, scaling=0.5, overwrite=True)
+
+
+LAYERS = pytest.mark.parametrize("layer_of", [_layer, _adding], ids=["linear", "add"])
+Layer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@LAYERS
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_a_lora_layer_makes_the_product_again_to_the_same_bits(dtype: torch.dtype) -> None:
+def test_a_lora_layer_makes_the_product_again_to_the_same_bits(
+    dtype: torch.dtype, layer_of: Layer
+) -> None:
     (gate, up, *layer), dy = _into_a_lora_layer(dtype)
     kept: list[int] = []
 
@@ -142,10 +155,10 @@ def test_a_lora_layer_makes_the_product_again_to_the_same_bits(dtype: torch.dtyp
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         product = ops.glu(gate, up)
         with remaking(product, (gate, up), ops.glu):
-            y = _layer(product, *layer)
+            y = layer_of(product, *layer)
     assert product.data_ptr() not in kept
     got = torch.autograd.grad(y, asked, dy)
-    expected = torch.autograd.grad(_layer(ops.glu(gate, up), *layer), asked, dy)
+    expected = torch.autograd.grad(layer_of(ops.glu(gate, up), *layer), asked, dy)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
@@ -159,13 +172,14 @@ def test_another_tensor_is_kept() -> None:
     torch.testing.assert_close(da, 0.5 * (dy.reshape(-1, 5) @ layer[2]).t() @ value)
 
 
-def test_second_derivative_through_a_product_made_again() -> None:
+@LAYERS
+def test_second_derivative_through_a_product_made_again(layer_of: Layer) -> None:
     (gate, up, *layer), _ = _into_a_lora_layer(F32)
     asked = [gate, up, *layer[1:]]
 
     def second(product: Tensor, make: Callable[..., Tensor] | None) -> list[Tensor]:
         with nullcontext() if make is None else remaking(product, (gate, up), make):
-            y = _layer(product, *layer)
+            y = layer_of(product, *layer)
         first = torch.autograd.grad(y.square().sum(), asked, create_graph=True)
         return list(torch.autograd.grad(sum(g.square().sum() for g in first), asked))
 

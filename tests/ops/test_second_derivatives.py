@@ -40,6 +40,15 @@ def _lora(x: Tensor, fused: bool) -> Tensor:
     return torch.cat([x @ weight.t() + s * (x @ a.t()) @ b.t() for s, b in zip((0.5, 2.0), bs)])
 
 
+def _lora_add(x: Tensor, fused: bool) -> Tensor:
+    """Two layers whose results depend on x, with one A that does."""
+    a, ys = x[:3].tanh(), [x.sin(), x.exp()]
+    bs = [torch.eye(WIDTH)[:, :3] + 1, torch.eye(WIDTH)[:, 2:5] - 2]
+    if fused:
+        return torch.cat(ops.lora_add_siblings(ys, x, [a, a], bs, scalings=[0.5, 2.0]))
+    return torch.cat([y + s * (x @ a.t()) @ b.t() for y, s, b in zip(ys, (0.5, 2.0), bs)])
+
+
 def _dora(x: Tensor, fused: bool) -> Tensor:
     scale = x.mean(0)
     return ops.dora_scale(x, scale, scale) if fused else x * scale + scale
@@ -94,6 +103,7 @@ CASES: dict[str, Callable[[Tensor, bool], Tensor]] = {
     ),
     "rope": _rope,
     "lora_linear": _lora,
+    "lora_add": _lora_add,
     "dora_scale": _dora,
     "lora_grouped_linear": _grouped,
     "embedding": lambda x, fused: (ops.embedding if fused else functional.embedding)(

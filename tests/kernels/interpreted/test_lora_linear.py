@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -66,6 +67,46 @@ def test_the_halves_of_a_forward_are_the_whole(name: str) -> None:
     halves = forward(case, launcher.fwd_adapters, launcher.fwd_values)
     for one, other in zip(whole, halves, strict=True):
         assert all(map(torch.equal, one, other))
+
+
+def _added(case: LoraInputs, backend: str) -> dict[str, Tensor]:
+    """``ops.lora_add_siblings`` to the products of the case, under its masks."""
+    leaves = [t.detach().requires_grad_() for t in (case.x, *case.lora_as, *case.lora_bs)]
+    n, given = len(case.owners), iter([mask for mask in case.masks if mask is not None])
+    ys = [torch.nn.functional.linear(case.x, w) for w in case.weights]
+    with pytest.MonkeyPatch.context() as patched:
+        names = ops.lora_add_siblings.__globals__
+        patched.setitem(names, "new_dropout_mask", lambda *_: next(given))
+        outs = ops.lora_add_siblings(
+            ys, leaves[0], leaves[1 : 1 + n], leaves[1 + n :], scalings=case.scalings,
+            dropout_ps=case.ps, owners=case.owners, spans=case.spans, overwrite=True,
+            backend=backend,
+        )  # fmt: skip
+    assert [out.data_ptr() for out in outs] == [y.data_ptr() for y in ys]
+    gradients = torch.autograd.grad(outs, leaves, case.dys)
+    names = ["dx", *(f"da{i}" for i in range(n)), *(f"db{i}" for i in range(n))]
+    results = {f"y{i}": y.detach() for i, y in enumerate(outs)}
+    return results | dict(zip(names, gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", LORA_CASES)
+def test_terms_alone_against_float64(name: str) -> None:
+    """Without weights the results have the frozen products already, and dx is the terms' own."""
+    case = LORA_CASES[name].inputs()
+    actual, plain = _added(case, "triton"), _added(case, "reference")
+    wide = dataclasses.replace(
+        case,
+        x=case.x.double(),
+        weights=[w.double() for w in case.weights],
+        lora_as=[a.double() for a in case.lora_as],
+        lora_bs=[b.double() for b in case.lora_bs],
+        dys=[dy.double() for dy in case.dys],
+    )
+    truth = _added(wide, "reference")
+    for key, value in actual.items():
+        assert_as_accurate(key, value, plain[key], truth[key])
+    again = _added(case, "triton")
+    assert all(torch.equal(value, again[key]) for key, value in actual.items())
 
 
 def test_same_inputs_same_bits() -> None:
