@@ -212,6 +212,14 @@ def build_frozen(inputs: Inputs) -> Step:
     return _step(inputs, Host(inputs).linear, None)
 
 
+def _adapted_norms(inputs: Inputs) -> torch.Tensor:
+    """The magnitudes of the adapted matrix itself: a scale of one, so that plain LoRA's outputs and
+    gradients are DoRA's truth too. Some rows at a time: the implementation is charged for them."""
+    a = inputs.a.double()
+    rows = zip(inputs.weight.split(128), inputs.b.split(128), strict=True)
+    return torch.cat([(w.double() + SCALING * (b.double() @ a)).norm(dim=1) for w, b in rows])
+
+
 def _peft_model(inputs: Inputs, *, float32_adapters: bool, dora: bool = False) -> Any:
     from peft import LoraConfig, get_peft_model
 
@@ -229,10 +237,7 @@ def _peft_model(inputs: Inputs, *, float32_adapters: bool, dora: bool = False) -
         layer.lora_A["default"].weight.copy_(inputs.a)
         layer.lora_B["default"].weight.copy_(inputs.b)
         if dora:
-            # The magnitude of the adapted matrix itself: a scale of one, so that plain LoRA's
-            # outputs and gradients are the truth for this one too.
-            adapted = inputs.weight.double() + SCALING * (inputs.b.double() @ inputs.a.double())
-            layer.lora_magnitude_vector["default"].weight.copy_(adapted.norm(dim=1))
+            layer.lora_magnitude_vector["default"].weight.copy_(_adapted_norms(inputs))
     return model.train()
 
 
