@@ -21,8 +21,8 @@ from fastft.train.plan_model import (
     Request,
     as_stored,
     dtype_of,
+    largest_dequantised,
     largest_gradients,
-    largest_linear,
     linear_numel,
     load_config,
     meta_model,
@@ -148,7 +148,7 @@ class Planner:
             parts["mapping memory"] = step.taken * self.ceilings.fresh
         if self.request.method == "qlora":
             parts["dequantize"] = 2.5 * linear_numel(self.model) * 2 / self._copies()
-            workspace += largest_linear(self.model)
+            workspace += largest_dequantised(self.model)
         weights, gradients, states = (
             weights // gpus + gathered,
             gradients // gpus,

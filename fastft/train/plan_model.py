@@ -25,7 +25,7 @@ __all__ = [
     "as_stored",
     "check_request",
     "dtype_of",
-    "largest_linear",
+    "largest_dequantised",
     "linear_numel",
     "load_config",
     "meta_model",
@@ -239,9 +239,8 @@ def meta_model(request: Request, config: Any, dtype: torch.dtype, device: Device
                     model = get_peft_model(model, lora_config(request.cfg))
     model.train()
     fused = {} if request.cfg.fused else {"loss": False, "norm": False, "glu": False, "rope": False}
-    # bitsandbytes' layers are PEFT's own business: their adapters are not fused. Attention is
-    # flash attention whoever computes it; on meta torch would take its own apart.
-    fused["lora"] = request.cfg.fused and request.method == "lora"
+    # Attention is flash attention whoever computes it; on meta torch would take its own apart.
+    fused["lora"] = request.cfg.fused
     with backends.planning(Launchers(Meter(), device.type)):
         fastft.accelerate(model, **fused)
     if request.others:
@@ -263,9 +262,21 @@ def linear_numel(model: Any) -> int:
     return sum(w.numel() for w in _linears(model))
 
 
-def largest_linear(model: Any) -> int:
-    """Bytes of the largest dequantised matrix."""
-    return max((w.nbytes for w in _linears(model)), default=0)
+def largest_dequantised(model: Any) -> int:
+    """Bytes of the most dequantised matrices that a call makes: a layer's, or those of layers that
+    share an input, once a simulated step has found them."""
+    from fastft.nn.siblings import group_of
+
+    quantised = {id(w) for w in _linears(model)}
+
+    def size(layer: Any) -> int:
+        weight = getattr(layer, "base_layer", layer).weight
+        return int(weight.nbytes) if id(weight) in quantised else 0
+
+    layers = [m for m in model.modules() if hasattr(getattr(m, "base_layer", m), "weight")]
+    groups = [group_of(layer) for layer in layers]
+    calls = [[x] if group is None else group.layers() for x, group in zip(layers, groups)]
+    return max((sum(size(layer) for layer in call) for call in calls), default=0)
 
 
 def largest_gradients(model: Any) -> int:

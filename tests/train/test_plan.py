@@ -70,6 +70,9 @@ def test_weights_and_states_of_an_8b_model_by_hand(folders):
     linear = layers * (2 * h * h + 2 * h * v + 3 * h * i)
     saved = linear * (2 - (4 + 8 / 64 + 32 / 16384) / 8)
     assert lora.weights - qlora.weights == pytest.approx(saved, rel=1e-6)
+    # Fused as LoRA is: x is in no second dtype; gate and up are made whole in one call.
+    assert qlora.activations == lora.activations
+    assert qlora.workspace - lora.workspace == 2 * (2 * h * i)
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
