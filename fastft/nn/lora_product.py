@@ -72,8 +72,8 @@ class ProductPlan(Plan):
         return self.product(x).clone(memory_format=torch.contiguous_format)
 
     def looked_at(self) -> bool:
-        """Whether somebody else sees the product's result."""
-        return hooked(self._product)
+        """Whether somebody else sees the product's result, maybe as that of a module in it."""
+        return any(map(hooked, self._product.modules()))
 
     def bias(self) -> Tensor | None:
         """scaling * adapter biases (``lora_bias=True``); the base layer adds its own."""

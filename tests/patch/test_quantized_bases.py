@@ -230,12 +230,26 @@ def test_rows_of_a_product_whose_result_is_strided() -> None:
     assert all_fused(fused)
 
 
-def test_who_looks_at_the_product_sees_it_alone() -> None:
+class Around(nn.Module):
+    """A product in another module."""
+
+    def __init__(self, inner: Product) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_who_looks_at_the_product_sees_it_alone(around: bool) -> None:
     """A hook keeps the base layer's result: nothing is added to it in place."""
-    plain = adapted("awq")
+    plain = adapted("hqq")
     fused = fastft.accelerate(copy.deepcopy(plain), strict=True)
     kept: list[Tensor] = []
     fused.q.base_layer.register_forward_hook(lambda m, args, y: kept.append(y))
+    if around:
+        fused.q.base_layer = Around(fused.q.base_layer)
     x = torch.randn(3, 50, 64)
     torch.testing.assert_close(fused(x), plain(x))
     assert torch.equal(kept[0], plain.q.base_layer(x))
