@@ -69,11 +69,11 @@ class ProductPlan(Plan):
 
     def frozen(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product, which has the biases already, in memory of its own."""
-        return self.product(x).clone()
+        return self.product(x).clone(memory_format=torch.contiguous_format)
 
     def looked_at(self) -> bool:
-        """Whether somebody else sees the product's result."""
-        return hooked(self._product)
+        """Whether somebody else sees the product's result, maybe as that of a module in it."""
+        return any(map(hooked, self._product.modules()))
 
     def bias(self) -> Tensor | None:
         """scaling * adapter biases (``lora_bias=True``); the base layer adds its own."""
@@ -93,7 +93,9 @@ class ProductPlan(Plan):
         found = [identity(t) if isinstance(t, Tensor) else t for t in held]
         # A subclass may have no address.
         own = (*self._product._parameters.values(), *self._product._buffers.values())
-        return found + [id(t) for t in own]
+        return found + [
+            (id(t), 0 if t.is_inference() else t._version) for t in own if t is not None
+        ]
 
 
 def _layer_refusal(layer: Any) -> str | None:

@@ -32,14 +32,15 @@ def _flat(y: Tensor) -> Tensor:
     return y.reshape(-1, y.shape[-1])
 
 
-def _is_own(y: Tensor, x: Tensor) -> bool:
-    """Whether nothing else lies where y does, all of it next to each other."""
-    held = y.untyped_storage()
+def _is_own(y: Tensor) -> bool:
+    """Whether it is no module's parameter and nothing else lies where it does, all of it next to
+    each other. What inference mode made carries no gradient on."""
     return (
-        y.is_contiguous()
-        and held.nbytes() == y.numel() * y.element_size()
-        and held._cdata != x.untyped_storage()._cdata
+        type(y) is Tensor
+        and y.is_contiguous()
+        and y.untyped_storage().nbytes() == y.numel() * y.element_size()
         and not (y.is_leaf and y.requires_grad)
+        and y.is_inference() == torch.is_inference_mode_enabled()
     )
 
 
@@ -55,10 +56,9 @@ def _add(
 ) -> list[Tensor]:
     """The results, in the memory of ys where that may be; writes the ss."""
     whole = torch.contiguous_format
-    apart = len({y.untyped_storage()._cdata for y in ys}) == len(ys) if overwrite else False
     outs, sums = [], []
     for y in ys:
-        own = apart and _is_own(y, x)
+        own = overwrite and _is_own(y)
         outs.append(y.data if own else y.detach().clone(memory_format=whole))
         if own and not y.is_inference():
             torch.autograd.graph.increment_version(y)  # who saved it is told

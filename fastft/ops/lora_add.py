@@ -128,8 +128,10 @@ def lora_add_siblings(
             list(ys), flat, list(lora_as), list(lora_bs), masks, *constants.rest()
         )
         return tuple(outputs[: len(ys)])
+    # A layer may return its input, which autocast then has copied for the terms.
+    apart = len({t.untyped_storage()._cdata for t in (x, *ys)}) > len(ys)
     tensors = (*ys, *lora_as, *lora_bs, *masks)
-    found: tuple[Tensor, ...] = call(LoraAdd, constants, overwrite, flat, *tensors)
+    found: tuple[Tensor, ...] = call(LoraAdd, constants, overwrite and apart, flat, *tensors)
     return found
 
 

@@ -146,7 +146,10 @@ def prepare(
     check_data(data.digest, resume)
     said = notice or (lambda text: None)
     notice = said if first_process() else (lambda text: None)
+    args = training_arguments(cfg, data.eval is not None)
+    check_count(args.world_size)
     check_fit([cfg], [data.longest], notice, force)
+    any_process(False, args.device)  # each looks at the free memory before one takes of it
     model = load_model(cfg)
     check_sizes(data, model, tokenizer, cfg)
     collate = collator(cfg, tokenizer, positions(model))
@@ -159,18 +162,17 @@ def prepare(
         cfg,
         lambda text: said(process_prefix() + text),
         model=model,
-        args=training_arguments(cfg, data.eval is not None),
+        args=args,
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,
         data_collator=collate,
         callbacks=[interrupt, StopOnNan(), MarkComplete(cfg.save_total_limit), *callbacks],
     )
-    check_count(trainer.args.world_size)
     if cfg.fused:
-        _learn_siblings(model, trainer.args.device)
+        _learn_siblings(model, args.device)
     if cfg.padding == "none":
-        check_packing(model, trainer.data_collator, trainer.args.device)
+        check_packing(model, trainer.data_collator, args.device)
     if report is not None and first_process():
         trainer.add_callback(StepReporter(report, trainer.batches))
     return Prepared(cfg, model, tokenizer, data, trainer, interrupt, resume)

@@ -137,10 +137,27 @@ def test_where_the_result_lies() -> None:
     torch.testing.assert_close(twice[0] + twice[1], 2 * y)
     square = torch.randn(6, 8)
     before = square.clone()
-    ops.lora_add(square, square, a, torch.randn(8, 2), scaling=0.5, overwrite=True)
-    assert torch.equal(square, before), "x itself"
+    for autocast in (False, True):  # which copies x
+        with torch.autocast("cpu", BF16, enabled=autocast):
+            ops.lora_add(square, square, a, torch.randn(8, 2), scaling=0.5, overwrite=True)
+        assert torch.equal(square, before), "x itself"
+    frozen = torch.nn.Parameter(torch.randn(6, 5), requires_grad=False)
+    before = frozen.clone()
+    ops.lora_add(frozen, x, a, b, scaling=0.5, overwrite=True)
+    assert torch.equal(frozen, before), "a module's parameter"
     assert ops.lora_add(y, x, a, b, scaling=0.5, overwrite=True).data_ptr() == y.data_ptr()
     torch.testing.assert_close(y, want)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_result_of_inference_mode_does_not_end_the_gradients(dtype: torch.dtype) -> None:
+    _, x, a, b = arguments()
+    with torch.inference_mode():
+        y = torch.randn(6, 5).to(dtype)
+    b.requires_grad_()
+    result = ops.lora_add(y, x, a, b, scaling=0.5, overwrite=True)
+    (got,) = torch.autograd.grad(result.sum(), b)
+    torch.testing.assert_close(got, 0.5 * (x @ a.t()).sum(0).expand(5, 2))
 
 
 def test_who_has_saved_a_result_is_told_that_it_is_gone() -> None:

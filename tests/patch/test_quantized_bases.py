@@ -213,12 +213,43 @@ def test_inference(kind: str, rows: int, mode: Any) -> None:
     assert all_fused(fused)
 
 
-def test_who_looks_at_the_product_sees_it_alone() -> None:
+def test_rows_of_a_product_whose_result_is_strided() -> None:
+    """A mixed batch of few rows, whose terms are added run by run."""
+
+    class Strided(Product):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).transpose(0, 1).contiguous().transpose(0, 1)
+
+    plain = adapted("hqq", ("default", "b")).q.eval()
+    plain.base_layer.__class__ = Strided
+    fused = fastft.accelerate(copy.deepcopy(plain), strict=True)
+    x, names = torch.randn(3, 5, 64), ["b", "default", "__base__"]
+    with torch.no_grad():
+        found = [layer(x, adapter_names=names) for layer in (fused, plain)]
+    torch.testing.assert_close(*found)
+    assert all_fused(fused)
+
+
+class Around(nn.Module):
+    """A product in another module."""
+
+    def __init__(self, inner: Product) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_who_looks_at_the_product_sees_it_alone(around: bool) -> None:
     """A hook keeps the base layer's result: nothing is added to it in place."""
-    plain = adapted("awq")
+    plain = adapted("hqq")
     fused = fastft.accelerate(copy.deepcopy(plain), strict=True)
     kept: list[Tensor] = []
     fused.q.base_layer.register_forward_hook(lambda m, args, y: kept.append(y))
+    if around:
+        fused.q.base_layer = Around(fused.q.base_layer)
     x = torch.randn(3, 50, 64)
     torch.testing.assert_close(fused(x), plain(x))
     assert torch.equal(kept[0], plain.q.base_layer(x))
@@ -252,7 +283,7 @@ def test_siblings_of_other_kinds_compute_alone() -> None:
         assert len(set(ran)) == 1, "each product once a call"
 
 
-@pytest.mark.parametrize("change", ["weight", "adapter"])
+@pytest.mark.parametrize("change", ["weight", "in place", "adapter"])
 def test_a_sibling_changed_after_the_first_has_run(change: str) -> None:
     """What was computed ahead is thrown away."""
     model = fastft.accelerate(adapted("awq"), strict=True)
@@ -263,6 +294,8 @@ def test_a_sibling_changed_after_the_first_has_run(change: str) -> None:
     def alter(*_: Any) -> None:
         if change == "weight":
             model.k.base_layer.qweight = torch.zeros_like(model.k.base_layer.qweight)
+        elif change == "in place":
+            model.k.base_layer.qweight.zero_()
         else:
             model.k.lora_B.default.weight.data.zero_()
             model.k.lora_A.default.weight.data.zero_()

@@ -88,8 +88,10 @@ def _adapted(cfg: TrainConfig, rank: int, failing: tuple[int, ...], **more: Any)
     }
 
 
-def _slow(rank: int) -> None:
-    """From here on each is late with what the other is to wait for, and only the first writes."""
+def _slow(rank: int) -> dict[str, list[float]]:
+    """From here on each is late with what the other is to wait for, and only the first writes. When
+    free memory was looked at, and when some of it was taken."""
+    times: dict[str, list[float]] = {"looked": [], "took": []}
 
     def late(seconds: float, function: Any) -> Any:
         def wrapped(*args: Any, **kw: Any) -> Any:
@@ -98,12 +100,22 @@ def _slow(rank: int) -> None:
 
         return wrapped
 
+    def timed(name: str, function: Any) -> Any:
+        def wrapped(*args: Any, **kw: Any) -> Any:
+            times[name].append(time.monotonic())
+            return function(*args, **kw)
+
+        return wrapped
+
+    run_module.check_fit = late(0.2 * rank, timed("looked", run_module.check_fit))
+    run_module.load_model = timed("took", run_module.load_model)
     if rank == 1:
         Trainer._save_rng_state = late(1.0, Trainer._save_rng_state)
         run_module.save_adapter = run_module.write_config = None  # not to be called
     else:
         checkpoints.mark = late(0.3, checkpoints.mark)
         run_module.save_adapter = late(0.5, run_module.save_adapter)
+    return times
 
 
 def _fallbacks(model: Any) -> dict[str, int]:
@@ -152,7 +164,7 @@ def _worker(rank: int, folder: str, settings: dict[str, Any]) -> None:
         cfg = config(name, gradient_accumulation_steps=2, **LINEAR)
         found[name] = _adapted(cfg, rank, failing.get(rank, ()))
     found["dropout"] = _adapted(config("dropout", lora_dropout=0.2), rank, (1,) if rank else ())
-    _slow(rank)
+    found["times"] = _slow(rank)
     for name in ("straight", "stopped"):
         # Without an evaluation, in which one would wait for the other.
         options = {"lora_dropout": 0.2, "max_steps": 6, "eval_fraction": 0}
@@ -261,6 +273,14 @@ def test_a_signal_to_one_stops_all_and_they_go_on(ranks: Any) -> None:
         for name in ("stopped", "straight")
     )
     assert all(torch.equal(stopped[key], straight[key]) for key in straight)
+
+
+def test_all_look_at_the_free_memory_before_one_takes_of_it(ranks: Any) -> None:
+    """On a CPU they share it: a model that is loaded already would be counted against another."""
+    first, second = (found["times"] for found in ranks[1])
+    assert len(first["took"]) == 4
+    for one, other in ((first, second), (second, first)):
+        assert all(took > look for took, look in zip(one["took"], other["looked"], strict=True))
 
 
 def test_a_process_that_cannot_go_on_ends_the_others(ranks: Any) -> None:
