@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from fastft.errors import ConfigError, FastftError
 from fastft.files import write_text
 from fastft.train.config import TrainConfig, load_config
-from fastft.train.processes import any_process, process_count
+from fastft.train.processes import process_count, wait_for_all
 
 __all__ = [
     "MarkComplete",
@@ -105,7 +105,7 @@ class MarkComplete(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        any_process(False, args.device)  # each writes its random state
+        wait_for_all(args.device)  # each writes its random state
         if state.is_world_process_zero and args.output_dir is not None:
             saved = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             with saving(args.output_dir, state.global_step):

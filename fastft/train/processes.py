@@ -27,6 +27,7 @@ __all__ = [
     "process_prefix",
     "same_parameters",
     "sum_of_processes",
+    "wait_for_all",
 ]
 
 # Bytes of gradients that are reduced at once: a copy of so many is made.
@@ -83,8 +84,13 @@ def check_launcher() -> None:
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` holds in any process; all of them have come here when it returns."""
+    """Whether ``flag`` holds in any process."""
     return sum_of_processes(int(flag), device) > 0
+
+
+def wait_for_all(device: torch.device) -> None:
+    """Returns when every process has come here."""
+    sum_of_processes(0, device)
 
 
 def sum_of_processes(number: int, device: torch.device) -> int:

@@ -33,12 +33,12 @@ from fastft.train.models import check_4bit, load_model, load_tokenizer
 from fastft.train.output import check_new, check_writable, output_folder
 from fastft.train.packing import check_packing
 from fastft.train.processes import (
-    any_process,
     check_count,
     check_launcher,
     first_process,
     process_prefix,
     same_parameters,
+    wait_for_all,
 )
 from fastft.train.trainer import FastftTrainer, check_report_to, training_arguments
 
@@ -112,7 +112,7 @@ def train(
         adapter = (output / "adapter").absolute()
         if first_process():
             save_adapter(prepared.model, adapter)
-        any_process(False, prepared.trainer.args.device)
+        wait_for_all(prepared.trainer.args.device)
         eval_loss = evaluate(prepared)
         return TrainResult(
             adapter=adapter,
@@ -149,7 +149,7 @@ def prepare(
     args = training_arguments(cfg, data.eval is not None)
     check_count(args.world_size)
     check_fit([cfg], [data.longest], notice, force)
-    any_process(False, args.device)  # each looks at the free memory before one takes of it
+    wait_for_all(args.device)  # each looks at the free memory before one takes of it
     model = load_model(cfg)
     check_sizes(data, model, tokenizer, cfg)
     collate = collator(cfg, tokenizer, positions(model))
