@@ -4,7 +4,7 @@ GPTQ, AWQ, HQQ, EETQ, AQLM, torchao, INC): its product, and one operation for al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +19,35 @@ from fastft.ops._differentiable import transform
 
 __all__ = ["FusedLoraProduct", "ProductPlan", "fused_over", "product_of"]
 
-# PEFT's classes, and whether their results are wider than the product's where autocast on a GPU
-# makes wider terms; the others round to the product's dtype.
+
+class _Facts(NamedTuple):
+    """widens: the result is wider than the product where autocast on a GPU makes wider terms; else
+    it is rounded to the product's dtype. fresh: the product lies in memory that nobody else holds,
+    as was seen of the package, or PEFT itself adds to it in place."""
+
+    widens: bool
+    fresh: bool
+
+
+# PEFT's classes.
 _CLASSES = {
-    ("peft.tuners.lora.bnb", "Linear8bitLt"): True,
-    ("peft.tuners.lora.awq", "AwqLoraLinear"): True,
-    ("peft.tuners.lora.hqq", "HqqLoraLinear"): True,
-    ("peft.tuners.lora.eetq", "EetqLoraLinear"): True,
-    ("peft.tuners.lora.aqlm", "AqlmLoraLinear"): False,
-    ("peft.tuners.lora.gptq", "GPTQLoraLinear"): False,
-    ("peft.tuners.lora.torchao", "TorchaoLoraLinear"): False,
-    ("peft.tuners.lora.inc", "IncLoraLinear"): False,
+    ("peft.tuners.lora.bnb", "Linear8bitLt"): _Facts(True, True),
+    ("peft.tuners.lora.hqq", "HqqLoraLinear"): _Facts(True, True),
+    ("peft.tuners.lora.awq", "AwqLoraLinear"): _Facts(True, False),
+    ("peft.tuners.lora.eetq", "EetqLoraLinear"): _Facts(True, False),
+    ("peft.tuners.lora.torchao", "TorchaoLoraLinear"): _Facts(False, True),
+    ("peft.tuners.lora.aqlm", "AqlmLoraLinear"): _Facts(False, True),
+    ("peft.tuners.lora.gptq", "GPTQLoraLinear"): _Facts(False, False),
+    ("peft.tuners.lora.inc", "IncLoraLinear"): _Facts(False, False),
 }
 
 
 def fused_over(original: type[nn.Module]) -> type[FusedLora] | None:
     """The fused class of a PEFT class over such a weight; None of another class."""
-    widens = _CLASSES.get((original.__module__, original.__name__))
-    if widens is None:
+    found = _CLASSES.get((original.__module__, original.__name__))
+    if found is None:
         return None
-    facts = (("fastft_widens", widens),)
+    facts = (("fastft_widens", found.widens), ("fastft_fresh", found.fresh))
     return swapped_class(FusedLoraProduct, original, facts)  # type: ignore[arg-type,return-value]
 
 
@@ -52,12 +61,13 @@ def product_of(layer: Any) -> nn.Module:
 class ProductPlan(Plan):
     """One call of a layer whose frozen product is another package's."""
 
-    __slots__ = ("_product", "_widens")
+    __slots__ = ("_fresh", "_product", "_widens")
 
     def __init__(self, layer: Any, adapter_names: Sequence[str] | None) -> None:
         super().__init__(layer, adapter_names)
         self._product = product_of(layer)
         self._widens = adapter_names is None and getattr(layer, "fastft_widens", False)
+        self._fresh = getattr(layer, "fastft_fresh", False)
 
     def product(self, x: Tensor) -> Tensor:
         """What the package makes of x, and the adapters' biases."""
@@ -71,9 +81,9 @@ class ProductPlan(Plan):
         """The product, which has the biases already, in memory of its own."""
         return self.product(x).clone(memory_format=torch.contiguous_format)
 
-    def looked_at(self) -> bool:
-        """Whether somebody else sees the product's result, maybe as that of a module in it."""
-        return any(map(hooked, self._product.modules()))
+    def alone(self) -> bool:
+        """Whether nobody else has the product's result, maybe as that of a module in it."""
+        return self._fresh and not any(map(hooked, self._product.modules()))
 
     def bias(self) -> Tensor | None:
         """scaling * adapter biases (``lora_bias=True``); the base layer adds its own."""
@@ -158,5 +168,5 @@ class FusedLoraProduct(Swapped, FusedLora):
         """The outputs of layers that share x: a product each, and one operation."""
         ys = [plan.product(x) for plan in plans]
         lora_as, lora_bs, rest = adapters_of(plans)
-        alone = not any(plan.looked_at() for plan in plans)
+        alone = all(plan.alone() for plan in plans)
         return ops.lora_add_siblings(ys, x, lora_as, lora_bs, overwrite=alone, **rest)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import fastft
 from fastft.errors import BackendError
 from fastft.nn import call_counts
-from fastft.nn.lora_product import FusedLoraProduct
+from fastft.nn.lora_product import FusedLoraProduct, product_of
 from tests.patch.quantized import (
     BF16,
     EIGHT,
@@ -263,6 +263,21 @@ def test_who_looks_at_the_product_sees_it_alone(around: bool) -> None:
             "Seen", (Product,), {"forward": lambda self, x: made.append(y) or y}
         )
         assert fused.o(x).data_ptr() == y.data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "eetq", "inc"])
+def test_a_result_that_its_package_may_keep_stays(kind: str) -> None:
+    """Of packages that were never seen to run, and to which PEFT adds nothing in place."""
+    plain = adapted(kind)
+    fused = fastft.accelerate(copy.deepcopy(plain), strict=True)
+    x, product = torch.randn(3, 50, 64), product_of(fused.q)
+    kept = type(product).forward(product, x).detach()
+    before = kept.clone()
+    product.__class__ = type("Keeps", (Product,), {"forward": lambda self, x: kept})
+    with torch.no_grad():
+        for _ in range(2):  # the same again: nothing was added to what is held
+            torch.testing.assert_close(fused.q(x), plain.q(x))
+    assert torch.equal(kept, before)
 
 
 def test_siblings_of_other_kinds_compute_alone() -> None:
