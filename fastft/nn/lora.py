@@ -32,7 +32,6 @@ __all__ = [
     "FusedLora",
     "FusedLoraLinear",
     "adapters_of",
-    "module_refusal",
 ]
 
 
@@ -138,11 +137,6 @@ CALL_RULES_4BIT: tuple[Rule, ...] = (
     ),
     *CALL_RULES,
 )
-
-
-def module_refusal(layer: PeftLinear) -> str | None:
-    """Why the layer, as it stands, runs through PEFT; None when it can run fused."""
-    return FusedLora.refusal(layer)
 
 
 def _layer_refusal(layer: PeftLinear) -> str | None:

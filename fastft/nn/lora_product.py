@@ -87,13 +87,7 @@ class ProductPlan(Plan):
 
     def bias(self) -> Tensor | None:
         """scaling * adapter biases (``lora_bias=True``); the base layer adds its own."""
-        total: Tensor | None = None
-        for p in self.parts:
-            trained = parameter(p.b, "bias")
-            if trained is not None:
-                own = trained * float(p.scaling)
-                total = own if total is None else total + own
-        return total
+        return self.with_adapters(None)
 
     def facts(self) -> list[Any]:
         """What tells the call's result from another's with the same x."""

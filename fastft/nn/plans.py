@@ -171,15 +171,20 @@ class Plan:
         frozen = bias = parameter(self.base, "bias")
         if self.dense is not None and bias is not None:
             frozen = bias = bias.to(self.dense.dtype)
+        bias = self.with_adapters(bias)
+        if bias is frozen:
+            return bias
+        dtype = self.base.weight.dtype if self.dense is None else self.dense.dtype
+        return bias.to(dtype)  # type: ignore[union-attr]
+
+    def with_adapters(self, bias: Tensor | None) -> Tensor | None:
+        """This bias + scaling * adapter biases, in their dtype; None where there is none."""
         for p in self.parts:
             trained = parameter(p.b, "bias")
             if trained is not None:
                 own = trained * float(p.scaling)
                 bias = own if bias is None else bias + own
-        if bias is frozen:
-            return bias
-        dtype = self.base.weight.dtype if self.dense is None else self.dense.dtype
-        return bias.to(dtype)  # type: ignore[union-attr]
+        return bias
 
 
 _TENSORS = (Tensor, nn.Parameter)

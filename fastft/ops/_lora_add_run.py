@@ -14,10 +14,10 @@ from fastft.ops._checks import without_autocast
 from fastft.ops._differentiable import plain_gradients, wanted
 from fastft.ops._library import register
 from fastft.ops._lora_linear_autograd import saved_of
-from fastft.ops._lora_linear_call import Constants, choose, outputs_of, room_of
-from fastft.ops._lora_linear_gradients import backward_of
+from fastft.ops._lora_linear_call import SCHEMA, Constants, choose, outputs_of, room_of
+from fastft.ops._lora_linear_gradients import backward_of, with_terms
+from fastft.ops._lora_linear_registered import absent
 from fastft.ops._remade import keeping
-from fastft.reference.lora_linear import lora_term
 
 __all__ = ["LoraAdd"]
 
@@ -125,13 +125,8 @@ def _gradients(
 def _terms(constants: Constants, x: Tensor, *tensors: Any) -> list[Tensor]:
     """What is added to each y, as torch operations."""
     lora_as, lora_bs, masks, _ = _split(constants, tensors)
-    sums = [x.new_zeros(()) for _ in range(constants.layers)]
-    for j, owner in enumerate(constants.owners):
-        rows, p = constants.rows(j), constants.dropout_ps[j]
-        term = lora_term(x[rows], lora_as[j], lora_bs[j], constants.scalings[j], masks[j], p)
-        around = (0, 0, rows.start, x.shape[0] - rows.stop)
-        sums[owner] = sums[owner] + torch.nn.functional.pad(term, around)
-    return sums
+    nothing = [x.new_zeros(()) for _ in range(constants.layers)]
+    return with_terms(constants, nothing, x, lora_as, lora_bs, masks)
 
 
 class LoraAdd(torch.autograd.Function):
@@ -233,17 +228,13 @@ def _registered_backward(ctx: Any, grads: list[Tensor]) -> Any:
     saved = [list(values) for values in _split(constants, tensors)]
     dys, n = grads[: constants.layers], len(constants.owners)
     dx, *adapters = torch.ops.fastft.lora_add_bwd(dys, x, *saved, *constants.rest())
-    masks = None if any(mask is None for mask in saved[2]) else [None] * n
-    return list(dys), dx, adapters[:n], adapters[n:], masks, *[None] * 5
+    return list(dys), dx, adapters[:n], adapters[n:], absent(saved[2]), *[None] * 5
 
 
-_CONSTANTS = "float[] scalings, float[] dropout_ps, int[] owners, SymInt[] spans, str backend"
 _ADAPTERS = "Tensor x, Tensor[] lora_as, Tensor[] lora_bs, Tensor?[] masks"
+register(f"lora_add_fwd(Tensor[] ys, {_ADAPTERS}, {SCHEMA}) -> Tensor[]", _fwd_kernel, _fwd_fake)
 register(
-    f"lora_add_fwd(Tensor[] ys, {_ADAPTERS}, {_CONSTANTS}) -> Tensor[]", _fwd_kernel, _fwd_fake
-)
-register(
-    f"lora_add_bwd(Tensor[] dys, {_ADAPTERS}, Tensor[] ss, {_CONSTANTS}) -> Tensor[]",
+    f"lora_add_bwd(Tensor[] dys, {_ADAPTERS}, Tensor[] ss, {SCHEMA}) -> Tensor[]",
     _bwd_kernel,
     _bwd_fake,
 )

@@ -9,19 +9,23 @@ import torch
 from torch import Tensor
 
 from fastft import backends
-from fastft.ops._checks import without_autocast
+from fastft.ops._checks import autocast_dtype, without_autocast
+from fastft.ops._lora_linear_checks import check_spans
 from fastft.ops._room import new_empty
 
 __all__ = [
     "AUTO",
+    "SCHEMA",
     "WORTH",
     "Constants",
     "cast",
     "cast_biases",
     "choose",
+    "draw_masks",
     "forward_of",
     "launch",
     "new_dropout_mask",
+    "operands",
     "outputs_of",
     "pairs_of",
     "room_of",
@@ -29,6 +33,8 @@ __all__ = [
 
 # The backend argument of a registered operation that chooses when it runs.
 AUTO = "auto"
+# Its last arguments: those of ``Constants.rest``.
+SCHEMA = "float[] scalings, float[] dropout_ps, int[] owners, SymInt[] spans, str backend"
 
 
 def choose(backend: str | None, x: Tensor, lora_as: Sequence[Tensor]) -> tuple[str, Any]:
@@ -114,6 +120,44 @@ def new_dropout_mask(x: Tensor, p: float, lora_a: Tensor, backend: str) -> Tenso
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     choose(backend, x, [lora_a])[1].dropout_mask(mask, seed, p)
     return mask
+
+
+def draw_masks(
+    x: Tensor,
+    dropout_ps: Sequence[float],
+    spans: Sequence[int],
+    lora_a: Tensor,
+    backend: str,
+    compiling: bool,
+) -> list[Tensor | None]:
+    """A mask for each adapter that drops, of its rows of x."""
+    if not any(dropout_ps):
+        return [None] * len(dropout_ps)
+    draw = torch.ops.fastft.dropout_mask if compiling else new_dropout_mask
+    return [
+        None if p == 0.0 else draw(x[start:stop], p, lora_a, backend)
+        for p, (start, stop) in zip(dropout_ps, pairs_of(spans), strict=True)
+    ]
+
+
+def operands(
+    where: str,
+    x: Tensor,
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    spans: Sequence[tuple[int, int]] | None,
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor], list[int]]:
+    """x flattened, in the dtype of products, the adapters as kernels read them, and the bounds of
+    each adapter's rows, checked."""
+    dtype = autocast_dtype(x.device.type) or x.dtype
+    if lora_as[0].dtype not in (dtype, torch.float32):  # under autocast; kernels read no other
+        lora_as, lora_bs = cast(lora_as, dtype), cast(lora_bs, dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    flat = (flat if flat.dtype == dtype else flat.to(dtype)).contiguous()
+    if spans is None:
+        return flat, lora_as, lora_bs, [0, flat.shape[0]] * len(lora_as)
+    check_spans(where, spans, len(lora_as), flat.shape[0])
+    return flat, lora_as, lora_bs, [row for span in spans for row in span]
 
 
 def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

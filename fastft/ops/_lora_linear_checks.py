@@ -17,9 +17,17 @@ from fastft.ops._checks import (
     check_tensor,
 )
 
-__all__ = ["check", "check_adapters", "check_remake", "check_scales", "check_spans"]
+__all__ = [
+    "WHERE",
+    "check",
+    "check_adapters",
+    "check_input",
+    "check_remake",
+    "check_scales",
+    "check_spans",
+]
 
-_WHERE = "fastft.ops.lora_linear"
+WHERE = "fastft.ops.lora_linear"
 
 
 def check(
@@ -42,18 +50,23 @@ def check(
         ArgumentError: r = 0, r > min(in_features, out_features), dropout outside [0, 1), a
             scaling that is no finite number, an owner that is no layer.
     """
-    check_tensor(_WHERE, "x", x)
-    check_dtype(_WHERE, "x", x, FLOATS)
-    if x.dim() == 0:
-        raise ShapeError(_WHERE, "x", expected="(..., in_features)", got="a scalar")
+    check_input(WHERE, x)
     if not weights or len(biases) != len(weights):
         got = f"{len(weights)} weights and {len(biases)} biases"
-        raise ShapeError(_WHERE, "weights", expected="one weight and one bias a layer", got=got)
+        raise ShapeError(WHERE, "weights", expected="one weight and one bias a layer", got=got)
     autocast = autocast_dtype(x.device.type)
     for weight, bias in zip(weights, biases, strict=True):
         _check_layer(x, weight, bias, autocast)
     widths = [weight.shape[0] for weight in weights]
-    check_adapters(_WHERE, x, widths, lora_as, lora_bs, scalings, dropout_ps, owners)
+    check_adapters(WHERE, x, widths, lora_as, lora_bs, scalings, dropout_ps, owners)
+
+
+def check_input(where: str, x: Tensor) -> None:
+    """Floats of one dimension or more."""
+    check_tensor(where, "x", x)
+    check_dtype(where, "x", x, FLOATS)
+    if x.dim() == 0:
+        raise ShapeError(where, "x", expected="(..., in_features)", got="a scalar")
 
 
 def check_adapters(
@@ -89,16 +102,16 @@ def _check_layer(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None and name == "bias":
             continue
-        check_tensor(_WHERE, name, tensor)
-        check_device(_WHERE, name, tensor, x.device)  # type: ignore[arg-type]
-        check_dtype(_WHERE, name, tensor, FLOATS if autocast is not None else (x.dtype,))  # type: ignore[arg-type]
+        check_tensor(WHERE, name, tensor)
+        check_device(WHERE, name, tensor, x.device)  # type: ignore[arg-type]
+        check_dtype(WHERE, name, tensor, FLOATS if autocast is not None else (x.dtype,))  # type: ignore[arg-type]
     if weight.dim() != 2:
         got = str(tuple(weight.shape))
-        raise ShapeError(_WHERE, "weight", expected="(out_features, in_features)", got=got)
+        raise ShapeError(WHERE, "weight", expected="(out_features, in_features)", got=got)
     out_features = weight.shape[0]
-    check_shape(_WHERE, "weight", weight, (out_features, x.shape[-1]), "(out, in_features)")
+    check_shape(WHERE, "weight", weight, (out_features, x.shape[-1]), "(out, in_features)")
     if bias is not None:
-        check_shape(_WHERE, "bias", bias, (out_features,), "(out_features,)")
+        check_shape(WHERE, "bias", bias, (out_features,), "(out_features,)")
 
 
 def _check_adapter(
@@ -138,14 +151,14 @@ def check_scales(
     """One a layer or None, of its columns."""
     if len(scales) != len(weights):
         expected = f"{len(weights)} scales, one a layer or None"
-        raise ShapeError(_WHERE, "scales", expected=expected, got=str(len(scales)))
+        raise ShapeError(WHERE, "scales", expected=expected, got=str(len(scales)))
     wide = torch.promote_types(dtype, torch.float32)
     for weight, scale in zip(weights, scales, strict=True):
         if scale is not None:
-            check_tensor(_WHERE, "scale", scale)
-            check_dtype(_WHERE, "scale", scale, (wide,))
-            check_device(_WHERE, "scale", scale, weight.device)
-            check_shape(_WHERE, "scale", scale, (weight.shape[0],), "(out_features,)")
+            check_tensor(WHERE, "scale", scale)
+            check_dtype(WHERE, "scale", scale, (wide,))
+            check_device(WHERE, "scale", scale, weight.device)
+            check_shape(WHERE, "scale", scale, (weight.shape[0],), "(out_features,)")
 
 
 def check_remake(
@@ -161,12 +174,10 @@ def check_remake(
         (not compiling, "a call outside torch.compile", "one under it"),
     ):
         if not fine:
-            raise ArgumentError(_WHERE, "remake", expected=expected, got=got)
+            raise ArgumentError(WHERE, "remake", expected=expected, got=got)
 
 
-def check_spans(
-    spans: Sequence[tuple[int, int]], adapters: int, rows: int, where: str = _WHERE
-) -> None:
+def check_spans(where: str, spans: Sequence[tuple[int, int]], adapters: int, rows: int) -> None:
     """One an adapter, of rows that there are."""
     if len(spans) != adapters:
         expected = f"{adapters} spans, one an adapter"

@@ -15,7 +15,13 @@ from fastft.ops._lora_linear_call import Constants, cast, choose, pairs_of
 from fastft.ops._room import empty_like
 from fastft.reference.lora_linear import lora_term
 
-__all__ = ["backward_of", "differentiable_backward", "gradients", "gradients_of"]
+__all__ = [
+    "backward_of",
+    "differentiable_backward",
+    "gradients",
+    "gradients_of",
+    "with_terms",
+]
 
 
 def backward_of(
@@ -150,19 +156,26 @@ def _again(constants: Constants, x: Tensor, *tensors: Any) -> list[Tensor]:
         torch.nn.functional.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
         for w, bias in zip(weights, biases, strict=True)
     ]
-    for i, owner in enumerate(constants.owners):
-        rows = constants.rows(i)
-        term = lora_term(
-            x[rows],
-            lora_as[i],
-            lora_bs[i],
-            constants.scalings[i],
-            masks[i],
-            constants.dropout_ps[i],
-        )
-        above, below = rows.start, x.shape[0] - rows.stop
-        ys[owner] = ys[owner] + torch.nn.functional.pad(term, (0, 0, above, below))
+    ys = with_terms(constants, ys, x, lora_as, lora_bs, masks)
     for i, scale in enumerate(scales):
         if scale is not None:
             ys[i] = (ys[i] * scale).to(x.dtype)
     return ys
+
+
+def with_terms(
+    constants: Constants,
+    ys: Sequence[Tensor],
+    x: Tensor,
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """ys and the terms of their adapters, as torch operations."""
+    sums = list(ys)
+    for j, owner in enumerate(constants.owners):
+        rows, p = constants.rows(j), constants.dropout_ps[j]
+        term = lora_term(x[rows], lora_as[j], lora_bs[j], constants.scalings[j], masks[j], p)
+        around = (0, 0, rows.start, x.shape[0] - rows.stop)
+        sums[owner] = sums[owner] + torch.nn.functional.pad(term, around)
+    return sums

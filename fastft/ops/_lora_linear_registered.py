@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 from fastft.ops._library import register
-from fastft.ops._lora_linear_call import Constants, forward_of, new_dropout_mask, outputs_of
+from fastft.ops._lora_linear_call import (
+    SCHEMA,
+    Constants,
+    forward_of,
+    new_dropout_mask,
+    outputs_of,
+)
 from fastft.ops._lora_linear_gradients import backward_of
+
+__all__ = ["absent"]
 
 
 def _fwd_fake(
@@ -74,25 +82,24 @@ def _registered_backward(ctx: Any, grads: list[Tensor]) -> Any:
     half = len(adapters) // 2
     das, dbs = adapters[:half], adapters[half:]
     no_gradients = [None] * 5  # scalings, dropout_ps, owners, spans, backend
-    return dx, dws, _absent(biases), das, dbs, _absent(masks), *no_gradients
+    return dx, dws, absent(biases), das, dbs, absent(masks), *no_gradients
 
 
-def _absent(tensors: Sequence[Tensor | None]) -> list[None] | None:
+def absent(tensors: Sequence[Tensor | None]) -> list[None] | None:
     """torch takes a list of gradients for a list of tensors, and a bare None for one that holds
     a None; trained biases are therefore added outside the registered operation."""
     return None if any(t is None for t in tensors) else [None] * len(tensors)
 
 
-_CONSTANTS = "float[] scalings, float[] dropout_ps, int[] owners, SymInt[] spans, str backend"
 register(
     "lora_linear_fwd(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_as, "
-    f"Tensor[] lora_bs, Tensor?[] masks, {_CONSTANTS}) -> Tensor[]",
+    f"Tensor[] lora_bs, Tensor?[] masks, {SCHEMA}) -> Tensor[]",
     forward_of,
     _fwd_fake,
 )
 register(
     "lora_linear_bwd(Tensor[] dys, Tensor x, Tensor[] ss, Tensor[] weights, Tensor[] lora_as, "
-    f"Tensor[] lora_bs, Tensor?[] masks, {_CONSTANTS}) -> Tensor[]",
+    f"Tensor[] lora_bs, Tensor?[] masks, {SCHEMA}) -> Tensor[]",
     _bwd_kernel,
     _bwd_fake,
 )

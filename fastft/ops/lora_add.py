@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from fastft.errors import ShapeError
-from fastft.ops._checks import FLOATS, autocast_dtype, check_device, check_dtype, check_tensor
+from fastft.ops._checks import FLOATS, check_device, check_dtype, check_tensor
 from fastft.ops._eager import call, dispatched
 from fastft.ops._lora_add_run import LoraAdd
-from fastft.ops._lora_linear_call import AUTO, Constants, cast, choose, new_dropout_mask
-from fastft.ops._lora_linear_checks import check_adapters, check_spans
+from fastft.ops._lora_linear_call import AUTO, Constants, choose, draw_masks, operands
+from fastft.ops._lora_linear_checks import check_adapters, check_input
 
 __all__ = ["check", "lora_add", "lora_add_siblings"]
 
@@ -103,25 +103,11 @@ def lora_add_siblings(
     ps = list(dropout_ps) if dropout_ps is not None else [0.0] * len(lora_as)
     owners = list(range(len(ys))) if owners is None else list(owners)
     check(ys, x, lora_as, lora_bs, scalings, ps, owners)
-    dtype = autocast_dtype(x.device.type) or x.dtype
-    if lora_as[0].dtype not in (dtype, torch.float32):  # under autocast; kernels read no other
-        lora_as, lora_bs = cast(lora_as, dtype), cast(lora_bs, dtype)
-    flat = x.reshape(-1, x.shape[-1])
-    flat = (flat if flat.dtype == dtype else flat.to(dtype)).contiguous()
-    rows = flat.shape[0]
-    if spans is None:
-        bounds = [0, rows] * len(owners)
-    else:
-        check_spans(spans, len(owners), rows, _WHERE)
-        bounds = [row for span in spans for row in span]
+    flat, lora_as, lora_bs, bounds = operands(_WHERE, x, lora_as, lora_bs, spans)
     compiling = dispatched(x, *ys, *lora_as, *lora_bs)
     # A compiled graph chooses when it runs: the choice reads facts that tracing should not guard.
     name, launcher = (backend or AUTO, None) if compiling else choose(backend, flat, lora_as)
-    draw = torch.ops.fastft.dropout_mask if compiling else new_dropout_mask
-    masks = [
-        None if p == 0.0 else draw(flat[start:stop], p, lora_as[0], name)
-        for p, start, stop in zip(ps, bounds[::2], bounds[1::2], strict=True)
-    ]
+    masks = draw_masks(flat, ps, bounds, lora_as[0], name, compiling)
     constants = Constants(len(ys), list(scalings), ps, owners, bounds, name, launcher=launcher)
     if launcher is None:
         outputs = torch.ops.fastft.lora_add_fwd(
@@ -154,10 +140,7 @@ def check(
         ArgumentError: r = 0, r > min(in_features, out_features), dropout outside [0, 1), a
             scaling that is no finite number, an owner that is no layer.
     """
-    check_tensor(_WHERE, "x", x)
-    check_dtype(_WHERE, "x", x, FLOATS)
-    if x.dim() == 0:
-        raise ShapeError(_WHERE, "x", expected="(..., in_features)", got="a scalar")
+    check_input(_WHERE, x)
     if not ys:
         raise ShapeError(_WHERE, "ys", expected="one result a layer", got="none")
     for y in ys:

@@ -31,8 +31,8 @@ from fastft import backends
 from fastft.ops._checks import autocast_dtype
 from fastft.ops._eager import dispatched
 from fastft.ops._lora_linear_autograd import LoraLinear, late_values
-from fastft.ops._lora_linear_call import AUTO, Constants, cast, choose, new_dropout_mask
-from fastft.ops._lora_linear_checks import check, check_remake, check_scales, check_spans
+from fastft.ops._lora_linear_call import AUTO, Constants, choose, draw_masks, operands
+from fastft.ops._lora_linear_checks import WHERE, check, check_remake, check_scales
 from fastft.ops._saving import values_wanted
 from fastft.ops.dora_scale import dora_scale
 
@@ -132,32 +132,16 @@ def lora_linear_siblings(
     ps = list(dropout_ps) if dropout_ps is not None else [0.0] * len(lora_as)
     owners = list(range(len(weights))) if owners is None else list(owners)
     check(x, weights, biases, lora_as, lora_bs, scalings, ps, owners)
-    dtype = autocast_dtype(x.device.type) or x.dtype
-    if lora_as[0].dtype not in (dtype, torch.float32):  # under autocast; kernels read no other
-        lora_as, lora_bs = cast(lora_as, dtype), cast(lora_bs, dtype)
     if scales is not None:
         scales = list(scales)
-        check_scales(weights, scales, dtype)
-    flat = x.reshape(-1, x.shape[-1])
-    flat = (flat if flat.dtype == dtype else flat.to(dtype)).contiguous()
-    rows = flat.shape[0]
-    if spans is None:
-        bounds = [0, rows] * len(owners)
-    else:
-        check_spans(spans, len(owners), rows)
-        bounds = [row for span in spans for row in span]
+        check_scales(weights, scales, autocast_dtype(x.device.type) or x.dtype)
+    flat, lora_as, lora_bs, bounds = operands(WHERE, x, lora_as, lora_bs, spans)
     compiling = dispatched(x, *weights, *biases, *lora_as, *lora_bs, *(scales or ()))
     if remake is not None:
         check_remake(weights, remake, compiling)
     # A compiled graph chooses when it runs: the choice reads facts that tracing should not guard.
     name, launcher = (backend or AUTO, None) if compiling else choose(backend, flat, lora_as)
-    masks: list[Tensor | None] = [None] * len(ps)
-    if any(ps):
-        draw = torch.ops.fastft.dropout_mask if compiling else new_dropout_mask
-        masks = [
-            None if p == 0.0 else draw(flat[start:stop], p, lora_as[0], name)
-            for p, start, stop in zip(ps, bounds[::2], bounds[1::2], strict=True)
-        ]
+    masks = draw_masks(flat, ps, bounds, lora_as[0], name, compiling)
     constants = Constants(
         len(weights), list(scalings), ps, owners, bounds, name, launcher=launcher, remake=remake
     )

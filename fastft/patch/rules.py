@@ -28,7 +28,7 @@ from fastft.nn.embedding import (
 )
 from fastft.nn.experts import FusedLoraExperts, experts_of, experts_refusal
 from fastft.nn.head import FusedHead, FusedLoraHead, heads_in
-from fastft.nn.lora import FusedLora, FusedLoraLinear, module_refusal
+from fastft.nn.lora import FusedLora, FusedLoraLinear
 from fastft.nn.lora_product import FusedLoraProduct, fused_over
 from fastft.nn.mlp import FusedGatedMLP, activation_of, layout_of
 from fastft.nn.norm import (
@@ -200,7 +200,7 @@ def _head_refusal(head: Any) -> str | None:
     if is_4bit(frozen) or not (adapted or type(head) in (nn.Linear, FusedHead)):
         refusal: str | None = f"the head is a {type(frozen).__name__}, not nn.Linear"
     else:
-        refusal = module_refusal(head) if adapted else None
+        refusal = FusedLora.refusal(head) if adapted else None
     return refusal or ("hooks on the head" if hooked(head) else None)
 
 

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fastft
 from fastft.errors import ArgumentError
 from fastft.nn import call_counts
+from tests.patch.quantized import Two, assert_merged_as_peft
 
 bnb = pytest.importorskip("bitsandbytes")
 peft_bnb = pytest.importorskip("peft.tuners.lora.bnb")
@@ -39,18 +40,6 @@ def quantize(model: nn.Module, dtype: torch.dtype | None, **how: Any) -> nn.Modu
             setattr(parent, name, made.to("cpu"))
     model.is_loaded_in_4bit = True  # what PEFT asks for
     return model
-
-
-class Two(nn.Module):
-    """Siblings and a layer after them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k = nn.Linear(64, 96), nn.Linear(64, 96, bias=False)
-        self.o = nn.Linear(96, 64, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.o(torch.tanh(self.q(x)) * self.k(x))
 
 
 def adapted(dtype: torch.dtype, how: dict[str, Any], **config: Any) -> Any:
@@ -360,14 +349,7 @@ def test_checkpointing_gives_the_same_bits(reentrant: bool) -> None:
 def test_merging_copies_and_pickles() -> None:
     plain = tiny_llama()
     fused = fastft.accelerate(copy.deepcopy(plain))
-    for change in ("merge_adapter", "unmerge_adapter"):
-        for model in (fused, plain):
-            getattr(model, change)()
-        states = [m.state_dict() for m in (fused, plain)]
-        assert list(states[0]) == list(states[1])
-        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-        merged = {r.reason for r in fastft.explain(fused).modules if r.kind == "lora"}
-        assert merged == {None if change[0] == "u" else "adapter merged into the base"}
+    assert_merged_as_peft(fused, plain)
     held = io.BytesIO()
     torch.save(fused, held)
     held.seek(0)

@@ -10,6 +10,7 @@ from harness import Rejected, assert_as_good_as_torch, assert_rejected, poisoned
 from torch import Tensor
 
 from fastft import errors, ops
+from fastft.ops import _lora_linear_call
 from fastft.ops._lora_linear_call import new_dropout_mask
 from fastft.reference import lora_linear as reference
 from tests.kernels.cases import LORA_CASES, LoraInputs
@@ -72,8 +73,7 @@ def masks(monkeypatch: pytest.MonkeyPatch) -> Callable[[LoraInputs], None]:
 
     def use(case: LoraInputs) -> None:
         given = iter([m for m in case.masks if m is not None])
-        drawn = ops.lora_add_siblings.__globals__
-        monkeypatch.setitem(drawn, "new_dropout_mask", lambda *_: next(given))
+        monkeypatch.setattr(_lora_linear_call, "new_dropout_mask", lambda *_: next(given))
 
     return use
 

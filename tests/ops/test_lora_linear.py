@@ -9,6 +9,7 @@ from harness import Rejected, assert_as_good_as_torch, assert_rejected, poisoned
 from torch import Tensor
 
 from fastft import backends, errors, ops
+from fastft.ops import _lora_linear_call
 from fastft.ops._lora_linear_call import new_dropout_mask
 from fastft.reference import lora_linear as reference
 from tests.kernels.cases import LORA_CASES
@@ -125,8 +126,7 @@ def test_as_good_as_torch(
         masks.append(new_dropout_mask(x, p, lora_a, name))
         return masks[-1]
 
-    globals_ = ops.lora_linear_siblings.__globals__
-    monkeypatch.setitem(globals_, "new_dropout_mask", recorded)
+    monkeypatch.setattr(_lora_linear_call, "new_dropout_mask", recorded)
     with poisoned():
         got = call.fused(backend, ps)
     used = masks or [None] * len(ps)
@@ -223,9 +223,7 @@ def test_several_adapters_and_mixed_batches(
     """Adapters of their own rows and layers, against float64, gradients of gradients too."""
     case = LORA_CASES[name].inputs()
     given = iter([m for m in case.masks if m is not None])
-    monkeypatch.setitem(
-        ops.lora_linear_siblings.__globals__, "new_dropout_mask", lambda *_: next(given)
-    )
+    monkeypatch.setattr(_lora_linear_call, "new_dropout_mask", lambda *_: next(given))
 
     def run(x: Tensor, lora_as: list[Tensor], lora_bs: list[Tensor]) -> tuple[Tensor, ...]:
         return ops.lora_linear_siblings(

@@ -183,3 +183,15 @@ def assert_as_good(got: Any, theirs: Any, truth: Any, dtype: torch.dtype) -> Non
 def all_fused(model: nn.Module) -> bool:
     reports = [r for r in fastft.explain(model).modules if r.kind == "lora"]
     return bool(reports) and all(r.fused and not r.fallback_calls for r in reports)
+
+
+def assert_merged_as_peft(fused: Any, plain: Any) -> None:
+    """Merged and unmerged again, both models hold the same, and the reason is said meanwhile."""
+    for change in ("merge_adapter", "unmerge_adapter"):
+        for model in (fused, plain):
+            getattr(model, change)()
+        states = [m.state_dict() for m in (fused, plain)]
+        assert list(states[0]) == list(states[1])
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+        reasons = {r.reason for r in fastft.explain(fused).modules if r.kind == "lora"}
+        assert reasons == {None if change[0] == "u" else "adapter merged into the base"}

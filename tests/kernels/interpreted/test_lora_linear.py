@@ -11,6 +11,7 @@ from fastft_kernels import lora_linear as launcher
 from torch import Tensor
 
 from fastft import ops
+from fastft.ops import _lora_linear_call
 from fastft.reference import lora_linear as reference
 from tests.kernels.bounds import assert_as_accurate, poison
 from tests.kernels.cases import LORA_CASES, LoraCase, LoraInputs
@@ -75,8 +76,7 @@ def _added(case: LoraInputs, backend: str) -> dict[str, Tensor]:
     n, given = len(case.owners), iter([mask for mask in case.masks if mask is not None])
     ys = [torch.nn.functional.linear(case.x, w) for w in case.weights]
     with pytest.MonkeyPatch.context() as patched:
-        names = ops.lora_add_siblings.__globals__
-        patched.setitem(names, "new_dropout_mask", lambda *_: next(given))
+        patched.setattr(_lora_linear_call, "new_dropout_mask", lambda *_: next(given))
         outs = ops.lora_add_siblings(
             ys, leaves[0], leaves[1 : 1 + n], leaves[1 + n :], scalings=case.scalings,
             dropout_ps=case.ps, owners=case.owners, spans=case.spans, overwrite=True,
