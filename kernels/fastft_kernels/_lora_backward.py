@@ -11,17 +11,9 @@ from fastft_kernels import _lora_gemm
 from fastft_kernels._common import device_guard
 from fastft_kernels._lora_calls import at, by, choose_way, dense, plain, scales_kept
 from fastft_kernels._lora_glu import GluPair
+from fastft_kernels._lora_pair import PairParts, pair, pairs_well, reduce_pairs
 from fastft_kernels._lora_routed import Route, routes
-from fastft_kernels._lora_skinny import (
-    Copy,
-    PairParts,
-    expand_add,
-    outer,
-    pair,
-    pairs_well,
-    reduce_pairs,
-    shrink,
-)
+from fastft_kernels._lora_skinny import Copy, expand_add, outer, shrink
 
 __all__ = ["bwd"]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastft_kernels import config
+from fastft_kernels._launch import cdiv
 from fastft_kernels._lora_gemm_kernel import _lora_gemm_kernel
-from fastft_kernels._lora_skinny import padded
+from fastft_kernels._lora_reduce import padded
 
 __all__ = ["fits", "product"]
 
@@ -57,7 +57,7 @@ def product(
     x_descs = [TensorDescriptor.from_tensor(x, [block_m, block_k]) for x in xs]
     w_descs = [TensorDescriptor.from_tensor(w, wide) for w in weights]
     tokens, features = y.shape
-    tiles = triton.cdiv(tokens, block_m) * triton.cdiv(features, block_n)
+    tiles = cdiv(tokens, block_m) * cdiv(features, block_n)
     programs = min(tiles, config.processors(y.device))
     _lora_gemm_kernel[(programs,)](
         *padded(x_descs), *padded(w_descs), TensorDescriptor.from_tensor(y, [block_m, block_n]),

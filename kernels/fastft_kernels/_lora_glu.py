@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from fastft_kernels import config
 from fastft_kernels._common import INTERPRETED, device_guard
+from fastft_kernels._launch import KEPT, Prepared, cdiv
 from fastft_kernels._lora_calls import choose_way, dense
 from fastft_kernels._lora_glu_kernels import _glu_pair_kernel
-from fastft_kernels._lora_skinny import PairParts, pair_block, reduce_pairs, split_rows
+from fastft_kernels._lora_pair import PairParts, pair_block, reduce_pairs
+from fastft_kernels._lora_reduce import split_rows
 from fastft_kernels.glu import CODES
 
 __all__ = ["GluPair", "glu_bwd"]
@@ -58,13 +60,8 @@ def glu_bwd(
     """
     if not _pays(gate, lora_bs):
         return None
-    arch, r = config.for_device(gate.device), lora_bs[0].shape[1]
-    block_r = pair_block(arch.glu_pair, r)
-    tile = arch.glu_pair[block_r]
     tokens, features = gate.shape
-    strips = triton.cdiv(features, tile.block_n)
-    slots = arch.multiprocessors * tile.resident
-    splits, rows = split_rows(tokens, tile.block_m, strips, slots)
+    r = lora_bs[0].shape[1]
     with device_guard(gate):
         way, held = choose_way("glu", x, [gate, up], weights, lora_as, masks)
         left: Tensor | None = None
@@ -73,24 +70,44 @@ def glu_bwd(
             left, dys, thins = held.room(gate, tokens, held.widths)
         else:
             dys = [torch.empty_like(d_out) for _ in ss]
-        parts = [torch.empty((strips, tokens, r), dtype=torch.float32, device=gate.device)
-                 for _ in ss]  # fmt: skip
-        sums = [torch.empty((splits, r, features), dtype=torch.float32, device=gate.device)
-                for _ in ss]  # fmt: skip
+        strides = gate.stride(0), up.stride(0), dys[0].stride(0)
+        launch, strips, splits = _launch(gate.device, tokens, features, r, strides, activation)
+        room = functools.partial(gate.new_empty, dtype=torch.float32)
+        parts, sums = ([room(shape) for _ in ss]
+                       for shape in ((strips, tokens, r), (splits, r, features)))  # fmt: skip
         order = (0, 1) if gate_first else (1, 0)
         bs = dense(lora_bs)
         of = [[values[i] for i in order] for values in (dys, bs, ss, parts, sums)]
-        _glu_pair_kernel[(strips, splits)](
-            *of[0], d_out, gate, up, *of[1], *of[2], *of[3], *of[4], tokens, features, r, rows,
-            gate.stride(0), up.stride(0), dys[0].stride(0),
-            ACTIVATION=CODES[activation], SETTLE=not INTERPRETED, BLOCK_M=tile.block_m,
-            BLOCK_R=block_r, BLOCK_N=tile.block_n, **tile.launch.options(),
-        )  # fmt: skip
+        launch(*of[0], d_out, gate, up, *of[1], *of[2], *of[3], *of[4])
         d_ss = [torch.empty_like(s) for s in ss]
         dbs = [torch.empty_like(b) for b in bs]
         made = zip(d_ss, dbs, thins, parts, sums, map(float, scalings), strict=True)
         reduce_pairs([PairParts(*one) for one in made])
     return GluPair(dys, d_ss, dbs, left)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _launch(
+    device: torch.device,
+    tokens: int,
+    features: int,
+    r: int,
+    strides: tuple[int, ...],
+    activation: str,
+) -> tuple[Prepared, int, int]:
+    """The launch, and the strips and splits of its parts. strides: of gate, up and their
+    gradients."""
+    arch = config.for_device(device)
+    block_r = pair_block(arch.glu_pair, r)
+    tile = arch.glu_pair[block_r]
+    strips = cdiv(features, tile.block_n)
+    splits, rows = split_rows(tokens, tile.block_m, strips, arch.multiprocessors * tile.resident)
+    launch = Prepared(
+        _glu_pair_kernel, (strips, splits), (tokens, features, r, rows, *strides),
+        ACTIVATION=CODES[activation], SETTLE=not INTERPRETED, BLOCK_M=tile.block_m,
+        BLOCK_R=block_r, BLOCK_N=tile.block_n, **tile.launch.options(),
+    )  # fmt: skip
+    return launch, strips, splits
 
 
 def _pays(gate: Tensor, lora_bs: Sequence[Tensor]) -> bool:

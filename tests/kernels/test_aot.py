@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton", reason="no Triton for this platform")
 
 from fastft_kernels import OPS, aot, config
-from fastft_kernels._lora_skinny import split_rows
+from fastft_kernels._lora_reduce import split_rows
 
 KERNELS = Path(aot.__file__).parent
 

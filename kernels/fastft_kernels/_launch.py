@@ -1,0 +1,65 @@
+"""Launches that are prepared once and repeated: what the host does for a kernel, kept short.
+
+Triton looks at every argument of every launch to find the kernel compiled for it, which takes a
+host as long as several launches. Of a repeated launch only the tensors are new, and of these only
+their types and whether they are aligned choose the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["KEPT", "Prepared", "cdiv"]
+
+# Launches that each launcher keeps: those of a few dozen shapes of a model's batches.
+KEPT = 4096
+# Triton compiles for addresses that are multiples of this, or for any.
+_ALIGNMENT = 16
+
+
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b) of integers that are not negative; ``triton.cdiv`` takes ten times as long."""
+    return -(-a // b)
+
+
+class Prepared:
+    """One launch on one device, all of it known but its tensors.
+
+    Args:
+        kernel: a ``triton.jit`` function that takes tensors, then scalars, then constants.
+        grid: up to three numbers of programs.
+        scalars: its integers and floats, in order.
+        constants: its ``tl.constexpr`` arguments, in order, and compiler options after them.
+    """
+
+    __slots__ = ("_compiled", "_constants", "_grid", "_kernel", "_rest", "_scalars")
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], scalars: tuple[float, ...], **constants: Any
+    ) -> None:
+        self._kernel, self._grid = kernel, (*grid, 1, 1)[:3]
+        self._scalars, self._constants = scalars, constants
+        named = [n for n in kernel.arg_names if n in constants]
+        self._rest = (*scalars, *[constants[n] for n in named])
+        self._compiled: dict[tuple[torch.dtype, ...], Any] = {}
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Launches on the current stream of the current device, where the tensors are."""
+        dtypes, addresses = [], 0
+        for tensor in tensors:
+            dtypes.append(tensor.dtype)
+            addresses |= tensor.data_ptr()
+        if addresses % _ALIGNMENT:
+            self._kernel[self._grid](*tensors, *self._scalars, **self._constants)
+            return
+        key = tuple(dtypes)
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[self._grid](*tensors, *self._rest)
+            return
+        compiled = self._kernel[self._grid](*tensors, *self._scalars, **self._constants)
+        if compiled is not None:  # Triton's interpreter compiles nothing
+            self._compiled[key] = compiled
