@@ -7,6 +7,7 @@ their types and whether they are aligned choose the kernel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,19 +32,24 @@ class Prepared:
     Args:
         kernel: a ``triton.jit`` function that takes tensors, then scalars, then constants.
         grid: up to three numbers of programs.
+        places: for each of the kernel's tensors, which of a call's it is; several may be the same.
         scalars: its integers and floats, in order.
-        constants: its ``tl.constexpr`` arguments, in order, and compiler options after them.
+        constants: its ``tl.constexpr`` arguments and compiler options.
     """
 
-    __slots__ = ("_compiled", "_constants", "_grid", "_kernel", "_rest", "_scalars")
+    __slots__ = ("_compiled", "_constants", "_grid", "_kernel", "_places", "_rest", "_scalars")
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], scalars: tuple[float, ...], **constants: Any
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        places: Sequence[int],
+        scalars: Sequence[float],
+        **constants: Any,
     ) -> None:
         self._kernel, self._grid = kernel, (*grid, 1, 1)[:3]
-        self._scalars, self._constants = scalars, constants
-        named = [n for n in kernel.arg_names if n in constants]
-        self._rest = (*scalars, *[constants[n] for n in named])
+        self._places, self._scalars, self._constants = tuple(places), tuple(scalars), constants
+        self._rest = (*scalars, *[constants[n] for n in kernel.arg_names if n in constants])
         self._compiled: dict[tuple[torch.dtype, ...], Any] = {}
 
     def __call__(self, *tensors: Tensor) -> None:
@@ -52,14 +58,15 @@ class Prepared:
         for tensor in tensors:
             dtypes.append(tensor.dtype)
             addresses |= tensor.data_ptr()
+        arguments = [tensors[i] for i in self._places]
         if addresses % _ALIGNMENT:
-            self._kernel[self._grid](*tensors, *self._scalars, **self._constants)
+            self._kernel[self._grid](*arguments, *self._scalars, **self._constants)
             return
         key = tuple(dtypes)
         compiled = self._compiled.get(key)
         if compiled is not None:
-            compiled[self._grid](*tensors, *self._rest)
+            compiled[self._grid](*arguments, *self._rest)
             return
-        compiled = self._kernel[self._grid](*tensors, *self._scalars, **self._constants)
+        compiled = self._kernel[self._grid](*arguments, *self._scalars, **self._constants)
         if compiled is not None:  # Triton's interpreter compiles nothing
             self._compiled[key] = compiled

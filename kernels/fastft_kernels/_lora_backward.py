@@ -40,14 +40,15 @@ def bwd(
     these are; then no dB is wanted."""
     lora_as, lora_bs = dense(lora_as), dense(lora_bs)
     keep_scales = scales_kept(masks, dropout_ps)
+    whole = (0, x.shape[0])
     with device_guard(x):
         d_ss: list[Tensor] = [torch.empty_like(s) for s in ss] if made is None else made.d_ss
-        thin = (ss, lora_as, lora_bs, scalings, keep_scales, masks, owners, spans)
-        if routes(owners, spans, x):
+        one_each = plain(len(dys), owners, spans, whole)
+        if not one_each and routes(owners, spans, x):
+            thin = (ss, lora_as, lora_bs, scalings, keep_scales, masks, owners, spans)
             return _bwd_routed(dx, das, dbs, dys, d_ss, x, weights, *thin)
         way, held = "expand", None
-        one_each = plain(len(dys), owners, spans, (0, x.shape[0]))
-        if dx is not None and dx.numel() and weights and one_each:
+        if dx is not None and weights and one_each and 0 not in dx.shape:
             way, held = choose_way("bwd", dx, dys, weights, lora_as, masks)
         dropped = any(mask is not None for mask in masks)
         left, copies = None, None
@@ -59,15 +60,16 @@ def bwd(
         parts: dict[tuple[int, int], list[PairParts]] = {}
         adapters = {} if made is not None else by(zip(owners, spans, strict=True))
         for (owner, span), members in adapters.items():
+            dy = dys[owner] if span == whole else dys[owner][slice(*span)]
             parts.setdefault(span, []).extend(_d_s_and_d_b(
-                d_ss, dbs, dys[owner][slice(*span)], members, ss, lora_bs, scalings,
+                d_ss, dbs, dy, members, ss, lora_bs, scalings,
                 dx is not None or any(das[j] is not None for j in members),
                 None if copies is None else copies[owner],
             ))  # fmt: skip
         for pairs in parts.values():
             reduce_pairs(pairs)
         # Nothing comes before the terms: the first pass writes all of dx.
-        fresh = not weights and spans.count((0, x.shape[0])) == len(spans)
+        fresh = not weights and spans.count(whole) == len(spans)
         added = False
         if dx is not None and left is not None and held is not None:
             right = held.backward_operand(None if dropped else lora_as)
@@ -84,14 +86,15 @@ def bwd(
             rows = slice(*span)
             if dx is not None and not added:
                 expand_add(
-                    dx[rows], None, at(d_ss, members), at(lora_as, members),
-                    at(keep_scales, members), at(masks, members), transposed=False, fresh=fresh,
+                    dx if span == whole else dx[rows], None, at(d_ss, members),
+                    at(lora_as, members), at(keep_scales, members), at(masks, members),
+                    transposed=False, fresh=fresh,
                 )  # fmt: skip
             wanted = [j for j in members if das[j] is not None]
             if wanted:
                 outer(
-                    at(das, wanted), x[rows], at(d_ss, wanted), at(keep_scales, wanted),
-                    at(masks, wanted), transposed=False,
+                    at(das, wanted), x if span == whole else x[rows], at(d_ss, wanted),
+                    at(keep_scales, wanted), at(masks, wanted), transposed=False,
                 )  # fmt: skip
     return None
 

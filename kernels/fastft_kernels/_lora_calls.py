@@ -33,20 +33,31 @@ def choose_way(
 ) -> tuple[str, border.Border | None]:
     """The way of a call, and the border that holds its weights; ``narrow`` is x or dx. direction:
     see ``ways.Shape``."""
-    ranks = [a.shape[0] for a in lora_as]
+    ranks = tuple([a.shape[0] for a in lora_as])
     held = border.find(weights, ranks)
-    possible = ["expand"]
-    if held is not None:
-        possible.append("border")
-    masked = {mask is not None for mask in masks}
-    # That kernel drops the terms of all siblings or of none; forward, the mask is in S already.
-    uniform = direction == "fwd" or len(masked) == 1
-    if uniform and _lora_gemm.fits([narrow, *wides, *weights]):
-        possible.append("gemm")
     tokens, features = narrow.shape
-    widths = tuple([w.shape[0] for w in weights])
-    shape = ways.Shape(direction, tokens, features, widths, max(ranks), any(masked))
-    return ways.pick(config.for_device(narrow.device).name, shape, possible), held
+    dropout = [mask for mask in masks if mask is not None]
+    # That kernel drops the terms of all siblings or of none; forward, the mask is in S already.
+    uniform = direction == "fwd" or len(dropout) in (0, len(masks))
+    shape = ways.Shape(
+        direction, tokens, features, tuple([w.shape[0] for w in weights]), max(ranks), bool(dropout)
+    )
+    arch = config.for_device(narrow.device)
+    possible = _POSSIBLE[held is not None, uniform and arch.gemm is not None]
+    way = ways.pick(arch.name, shape, possible)
+    # What that kernel's tensors must be is asked where it is wanted: of each, it takes a while.
+    if way == "gemm" and not _lora_gemm.fits([narrow, *wides, *weights]):
+        way = ways.pick(arch.name, shape, _POSSIBLE[held is not None, False])
+    return way, held
+
+
+# By whether there is a border, and whether the persistent product may serve.
+_POSSIBLE = {
+    (False, False): ("expand",),
+    (True, False): ("expand", "border"),
+    (False, True): ("expand", "gemm"),
+    (True, True): ("expand", "border", "gemm"),
+}
 
 
 def by(keys: Iterable[Any]) -> dict[Any, list[int]]:

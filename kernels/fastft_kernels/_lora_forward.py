@@ -20,6 +20,9 @@ from fastft_kernels._lora_skinny import Copy, expand_add, shrink
 __all__ = ["fwd", "fwd_adapters", "fwd_values"]
 
 
+_NO_MASK = (None,)
+
+
 class _Call(NamedTuple):
     """What comes after ys and ss."""
 
@@ -38,12 +41,12 @@ class _Call(NamedTuple):
     def whole(self) -> tuple[int, int]:
         return 0, self.x.shape[0]
 
-    def way(self, ys: list[Tensor]) -> tuple[str, border.Border | None]:
-        if (
-            not self.weights
-            or not self.x.numel()
-            or not plain(len(ys), self.owners, self.spans, self.whole)
-        ):
+    def one_each(self, layers: int) -> bool:
+        """One adapter a layer, in order, over all rows."""
+        return plain(layers, self.owners, self.spans, self.whole)
+
+    def way(self, ys: list[Tensor], one_each: bool) -> tuple[str, border.Border | None]:
+        if not one_each or not self.weights or 0 in self.x.shape:
             return "expand", None
         return choose_way("fwd", self.x, ys, self.weights, self.lora_as, self.masks)
 
@@ -54,14 +57,15 @@ def fwd(ys: list[Tensor], ss: list[Tensor], *call: Any) -> None:
     Without weights the ys hold the frozen products already, and what they take is added."""
     c = _Call(*call)
     with device_guard(c.x):
-        way, held = c.way(ys)
+        one_each = c.one_each(len(ys))
+        way, held = c.way(ys, one_each)
         left = copy = None
         if way == "border" and held is not None:
             # The pass over x that makes S leaves [x | S] behind.
             left, (wide,), thin = held.room(c.x, c.x.shape[0], c.x.shape[1:])
             copy = Copy(wide, thin)
         _adapters(ss, c, copy)
-        _values(ys, ss, c, way, held, left)
+        _values(ys, ss, c, way, held, left, one_each)
 
 
 def fwd_adapters(ys: list[Tensor], ss: list[Tensor], *call: Any) -> None:
@@ -75,14 +79,15 @@ def fwd_values(ys: list[Tensor], ss: list[Tensor], *call: Any) -> None:
     """The ys of ``fwd``, from x and the ss."""
     c = _Call(*call)
     with device_guard(c.x):
-        way, held = c.way(ys)
+        one_each = c.one_each(len(ys))
+        way, held = c.way(ys, one_each)
         left = None
         if way == "border" and held is not None:
             left, (wide,), thin = held.room(c.x, c.x.shape[0], c.x.shape[1:])
             wide.copy_(c.x)
             for s, place in zip(ss, thin, strict=True):
                 place.copy_(s)
-        _values(ys, ss, c, way, held, left)
+        _values(ys, ss, c, way, held, left, one_each)
 
 
 def _adapters(ss: list[Tensor], c: _Call, copy: Copy | None) -> None:
@@ -108,6 +113,7 @@ def _values(
     way: str,
     held: border.Border | None,
     left: Tensor | None,
+    one_each: bool,
 ) -> None:
     lora_bs = dense(c.lora_bs)
     if left is not None and held is not None:
@@ -121,7 +127,11 @@ def _values(
     else:
         for y, weight in zip(ys, c.weights, strict=True) if c.weights else ():
             torch.mm(c.x, weight.t(), out=y)
-        _expand(ys, ss, c, lora_bs)
+        if one_each:
+            for y, bias, s, b, scaling in zip(ys, c.biases, ss, lora_bs, c.scalings, strict=True):
+                expand_add(y, bias, [s], [b], [scaling], _NO_MASK, transposed=True)
+        else:
+            _expand(ys, ss, c, lora_bs)
 
 
 def _border(

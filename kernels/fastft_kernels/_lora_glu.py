@@ -103,7 +103,7 @@ def _launch(
     strips = cdiv(features, tile.block_n)
     splits, rows = split_rows(tokens, tile.block_m, strips, arch.multiprocessors * tile.resident)
     launch = Prepared(
-        _glu_pair_kernel, (strips, splits), (tokens, features, r, rows, *strides),
+        _glu_pair_kernel, (strips, splits), range(13), (tokens, features, r, rows, *strides),
         ACTIVATION=CODES[activation], SETTLE=not INTERPRETED, BLOCK_M=tile.block_m,
         BLOCK_R=block_r, BLOCK_N=tile.block_n, **tile.launch.options(),
     )  # fmt: skip

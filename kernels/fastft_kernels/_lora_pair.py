@@ -55,28 +55,27 @@ def pair(
     parts."""
     tokens, features = dy.shape
     r = b.shape[1]
-    wide = dy if copy is None else copy.wide
-    launch, strips, splits = _pair_launch(
-        dy.device, tokens, features, r, wide.stride(0), copy is not None
-    )
+    stride = None if copy is None else copy.wide.stride(0)
+    launch, strips, splits = _launch(dy.device, tokens, features, r, stride)
     ds_parts = dy.new_empty((strips, tokens, r), dtype=torch.float32)
     db_parts = dy.new_empty((splits, r, features), dtype=torch.float32)
-    launch(dy, b, s, ds_parts, db_parts, wide)
+    launch(dy, b, s, ds_parts, db_parts, *(() if copy is None else (copy.wide,)))
     return PairParts(ds, db, None if copy is None else copy.thin[0], ds_parts, db_parts, scale)
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _pair_launch(
-    device: torch.device, tokens: int, features: int, r: int, stride: int, copies: bool
+def _launch(
+    device: torch.device, tokens: int, features: int, r: int, stride: int | None
 ) -> tuple[Prepared, int, int]:
-    """The launch, and the strips and splits of its parts."""
-    arch = config.for_device(device)
+    """The launch, and the strips and splits of its parts. stride: of a copy, if there is one."""
+    arch, copies = config.for_device(device), stride is not None
     block_r = pair_block(arch.pair, r)
     tile = (arch.pair_copy if copies else arch.pair)[block_r]
     strips = cdiv(features, tile.block_n)
     splits, rows = split_rows(tokens, tile.block_m, strips, arch.multiprocessors * tile.resident)
     launch = Prepared(
-        _pair_partial_kernel, (strips, splits), (tokens, features, r, rows, stride),
+        _pair_partial_kernel, (strips, splits), (0, 1, 2, 3, 4, 5 if copies else 0),
+        (tokens, features, r, rows, stride or 0),
         COPY=copies, BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_N=tile.block_n,
         **tile.launch.options(),
     )  # fmt: skip

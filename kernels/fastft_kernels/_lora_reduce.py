@@ -17,7 +17,7 @@ from fastft_kernels._lora_reduce_kernels import (
     _pair_reduce_kernel,
 )
 
-__all__ = ["add_up", "cast", "padded", "reduce_outers", "split_rows"]
+__all__ = ["add_up", "cast", "padded", "reduce_outers", "split_rows", "trio"]
 
 # Grid axes 1 and 2 hold at most 65535 programs; rank blocks and splits stay far below.
 _MAX_SPLITS = 1024
@@ -28,21 +28,27 @@ def padded(values: Sequence) -> list:
     return [*values, *[values[0]] * (config.MAX_SIBLINGS - len(values))]
 
 
+def trio(first: int, count: int) -> list[int]:
+    """A kernel's three places for so many of a call's tensors from this one on; where there are
+    none, for its first, which is never read there."""
+    return padded(range(first, first + count)) if count else [0] * config.MAX_SIBLINGS
+
+
 def cast(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The matrices in this dtype."""
     made = [torch.empty_like(matrix, dtype=dtype) for matrix in matrices]
     for begin in range(0, len(made), config.MAX_SIBLINGS):
         outs, group = (values[begin : begin + config.MAX_SIBLINGS] for values in (made, matrices))
         launch = _cast_launch(outs[0].device, tuple([out.numel() for out in outs]))
-        launch(*padded(outs), *padded(group))
+        launch(*outs, *group)
     return made
 
 
 @functools.lru_cache(maxsize=KEPT)
 def _cast_launch(device: torch.device, sizes: tuple[int, ...]) -> Prepared:
-    block = config.for_device(device).cast
+    block, n = config.for_device(device).cast, len(sizes)
     return Prepared(
-        _cast_kernel, (cdiv(max(sizes), block.block), len(sizes)), tuple(padded(sizes)),
+        _cast_kernel, (cdiv(max(sizes), block.block), n), (*trio(0, n), *trio(n, n)), padded(sizes),
         BLOCK=block.block, **block.launch.options(),
     )  # fmt: skip
 
@@ -73,7 +79,7 @@ def reduce_outers(
     dense = [out if out.is_contiguous() else out.new_empty(out.shape) for out in outs]
     shapes = tuple([partial.shape for partial in partials])
     launch = _outers_launch(outs[0].device, shapes, tuple(scales), transposed)
-    launch(*padded(dense), *padded(partials))
+    launch(*dense, *partials)
     for out, made in zip(outs, dense, strict=True):
         if made is not out:
             out.copy_(made)
@@ -88,9 +94,9 @@ def _outers_launch(
 ) -> Prepared:
     block = config.for_device(device).reduce
     splits, ranks, features = zip(*padded(shapes), strict=True)
-    most = max([r * k for r, k in zip(ranks, features, strict=True)])
+    n, most = len(shapes), max([r * k for r, k in zip(ranks, features, strict=True)])
     return Prepared(
-        _outer_reduce_kernel, (cdiv(most, block.block), len(shapes)),
+        _outer_reduce_kernel, (cdiv(most, block.block), n), (*trio(0, n), *trio(n, n)),
         (*splits, *features, *ranks, *padded(scales)),
         TRANSPOSED=transposed, BLOCK=block.block, **block.launch.options(),
     )  # fmt: skip
@@ -104,12 +110,11 @@ def add_up(
 ) -> None:
     """At most three out_i (M, r_i) = scale_i * parts_i (strips_i, M, r_i) summed over the strips;
     thins: where each belongs in one bordered operand, too."""
-    copies = outs if thins is None else thins
     launch = _add_up_launch(
         outs[0].device, tuple([part.shape for part in parts]), tuple(scales),
-        copies[0].stride(0), thins is not None,
+        None if thins is None else thins[0].stride(0),
     )  # fmt: skip
-    launch(*padded(outs), *padded(copies), *padded(parts))
+    launch(*outs, *parts, *(thins or ()))
 
 
 @functools.lru_cache(maxsize=KEPT)
@@ -117,14 +122,15 @@ def _add_up_launch(
     device: torch.device,
     shapes: tuple[tuple[int, ...], ...],
     scales: tuple[float, ...],
-    stride: int,
-    copies: bool,
+    stride: int | None,
 ) -> Prepared:
+    """stride: of the copies, where there are any."""
     block = config.for_device(device).reduce
     strips, rows, ranks = zip(*padded(shapes), strict=True)
-    most = max([rows[0] * r for r in ranks])
+    n, most = len(shapes), max([rows[0] * r for r in ranks])
+    copies = trio(2 * n, 0 if stride is None else n)
     return Prepared(
-        _pair_reduce_kernel, (cdiv(most, block.block), len(shapes)),
-        (rows[0], *strips, *ranks, stride, *padded(scales)),
-        COPY=copies, BLOCK=block.block, **block.launch.options(),
+        _pair_reduce_kernel, (cdiv(most, block.block), n), (*trio(0, n), *copies, *trio(n, n)),
+        (rows[0], *strips, *ranks, stride or 0, *padded(scales)),
+        COPY=stride is not None, BLOCK=block.block, **block.launch.options(),
     )  # fmt: skip

@@ -17,7 +17,7 @@ from fastft_kernels._lora_linear_kernels import (
     _outer_partial_kernel,
     _shrink_kernel,
 )
-from fastft_kernels._lora_reduce import add_up, cast, padded, reduce_outers, split_rows
+from fastft_kernels._lora_reduce import add_up, cast, padded, reduce_outers, split_rows, trio
 
 __all__ = ["Copy", "casts", "expand_add", "outer", "shrink"]
 
@@ -45,24 +45,23 @@ class Copy:
         return offset - self.wide.shape[1]
 
 
-def _groups(masks: Sequence[Tensor | None]) -> list[list[int]]:
-    """Siblings that share a launch: at most three, all with a mask or all without."""
+@functools.lru_cache(maxsize=256)
+def _groups(masked: tuple[bool, ...]) -> tuple[tuple[tuple[int, ...], bool], ...]:
+    """Siblings that share a launch, and whether they have masks: at most three, all or none."""
     groups = []
-    for masked in (False, True):
-        members = [i for i, mask in enumerate(masks) if (mask is not None) == masked]
+    for kind in (False, True):
+        members = tuple(i for i, own in enumerate(masked) if own == kind)
         step = config.MAX_SIBLINGS
-        groups += [members[i : i + step] for i in range(0, len(members), step)]
-    return groups
+        groups += [(members[i : i + step], kind) for i in range(0, len(members), step)]
+    return tuple(groups)
 
 
-def _pick(tensors: Sequence[Tensor], group: Sequence[int]) -> list[Tensor]:
-    return padded([tensors[i] for i in group])
+def _masked(masks: Sequence[Tensor | None]) -> tuple[bool, ...]:
+    return tuple([mask is not None for mask in masks])
 
 
-def _pick_masks(masks: Sequence[Tensor | None], group: Sequence[int], stand_in: Tensor) -> list:
-    """The group's masks, or (never read) stand-ins where it has none."""
-    chosen = [m for i in group if (m := masks[i]) is not None]
-    return padded(chosen or [stand_in])
+def _own_masks(masks: Sequence[Tensor | None], group: Sequence[int]) -> list[Tensor]:
+    return [mask for i in group if (mask := masks[i]) is not None]
 
 
 def _ranks(tensors: Sequence[Tensor], group: Sequence[int]) -> tuple[int, ...]:
@@ -79,14 +78,13 @@ def casts(siblings: int, block_r: int, masked: bool) -> bool:
 
 
 def _as_read(
-    matrices: Sequence[Tensor], x: Tensor, r: int, masks: Sequence[Tensor | None]
+    matrices: Sequence[Tensor], x: Tensor, r: int, masked: tuple[bool, ...]
 ) -> Sequence[Tensor]:
     """The matrices of a shrink, the largest of rank r, in x's dtype where a cast pays."""
     size = x.element_size()
     if matrices[0].element_size() <= size:
         return matrices
-    masked = any(mask is not None for mask in masks)
-    if not casts(len(matrices), config.block_r_for(r, size), masked):
+    if not casts(len(matrices), config.block_r_for(r, size), True in masked):
         return matrices
     return cast(matrices, x.dtype)
 
@@ -105,24 +103,22 @@ def shrink(
     tokens, features = x.shape
     if tokens == 0:
         return
-    matrices = _as_read(matrices, x, max([out.shape[1] for out in outs]), masks)
-    for number, group in enumerate(_groups(masks)):
+    kinds = _masked(masks)
+    matrices = _as_read(matrices, x, max([out.shape[1] for out in outs]), kinds)
+    for number, (group, masked) in enumerate(_groups(kinds)):
         group_outs = [outs[i] for i in group]
         own = copy if number == 0 else None
-        target, place = x, None
+        place, target = None, []
         if own is not None:
-            target, place = own.wide, (own.wide.stride(0), *[own.first(i) for i in group])
+            place, target = (own.wide.stride(0), *[own.first(i) for i in group]), [own.wide]
         ranks, factors = _ranks(outs, group), _scales(scales, group)
         launch, splits = _shrink_launch(
-            x.device, x.element_size(), tokens, features, ranks, factors,
-            masks[group[0]] is not None, transposed, place,
-        )  # fmt: skip
+            x.device, x.element_size(), tokens, features, ranks, factors, masked, transposed, place
+        )
         results = group_outs
         if splits > 1:  # parts, scaled when they are added up
             results = [x.new_empty((splits, tokens, r), dtype=torch.float32) for r in ranks]
-        launch(
-            x, *_pick(matrices, group), *padded(results), *_pick_masks(masks, group, x), target
-        )  # fmt: skip
+        launch(x, *[matrices[i] for i in group], *results, *_own_masks(masks, group), *target)
         if splits > 1:
             thins = None if own is None else [own.thin[i] for i in group]
             add_up(group_outs, thins, results, factors)
@@ -154,8 +150,10 @@ def _shrink_launch(
     )
     factors = scales if splits == 1 else (1.0,) * siblings
     stride, *firsts = (0, 0) if place is None else place
+    n, end = siblings, 1 + (3 if masked else 2) * siblings
+    places = (0, *trio(1, n), *trio(1 + n, n), *trio(1 + 2 * n, n if masked else 0))
     launch = Prepared(
-        _shrink_kernel, (*grid, splits),
+        _shrink_kernel, (*grid, splits), (*places, 0 if place is None else end),
         (tokens, features, *padded(ranks), *padded(factors), stride, *padded(firsts), k_per_split),
         SIBLINGS=siblings, MASKED=masked, TRANSPOSED=transposed, COPY=place is not None,
         SPLIT=splits > 1, BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_K=tile.block_n,
@@ -190,14 +188,14 @@ def expand_add(
     tokens, features = y.shape
     if tokens == 0 or features == 0:
         return
-    for group in _groups(masks):
+    for group, masked in _groups(_masked(masks)):
         launch = _expand_launch(
             y.device, y.element_size(), tokens, features, _ranks(ss, group), _scales(scales, group),
-            masks[group[0]] is not None, transposed, bias is not None, fresh,
+            masked, transposed, bias is not None, fresh,
         )  # fmt: skip
         launch(
-            y, y if bias is None else bias, *_pick(ss, group), *_pick(matrices, group),
-            *_pick_masks(masks, group, y),
+            y, *(() if bias is None else (bias,)), *[ss[i] for i in group],
+            *[matrices[i] for i in group], *_own_masks(masks, group),
         )  # fmt: skip
         bias, fresh = None, False
 
@@ -217,8 +215,11 @@ def _expand_launch(
 ) -> Prepared:
     form = config.form_of(len(ranks), masked)
     block_r, tile = config.tile_for(config.for_device(device).expand, size, max(ranks), form)
+    n, first = len(ranks), 1 + has_bias
+    places = (0, int(has_bias), *trio(first, n), *trio(first + n, n))
     return Prepared(
         _expand_add_kernel, (cdiv(tokens, tile.block_m) * cdiv(features, tile.block_n),),
+        (*places, *trio(first + 2 * n, n if masked else 0)),
         (tokens, features, *padded(ranks), *padded(scales)),
         SIBLINGS=len(ranks), HAS_BIAS=has_bias, FRESH=fresh, MASKED=masked, TRANSPOSED=transposed,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r, **tile.launch.options(),
@@ -240,13 +241,11 @@ def outer(
         for out in outs:
             out.zero_()
         return
-    for group in _groups(masks):
+    for group, masked in _groups(_masked(masks)):
         ranks = _ranks(ds, group)
-        launch, splits = _outer_launch(
-            x.device, x.element_size(), tokens, features, ranks, masks[group[0]] is not None
-        )
+        launch, splits = _outer_launch(x.device, x.element_size(), tokens, features, ranks, masked)
         partials = [x.new_empty((splits, r, features), dtype=torch.float32) for r in ranks]
-        launch(x, *_pick(ds, group), *padded(partials), *_pick_masks(masks, group, x))
+        launch(x, *[ds[i] for i in group], *partials, *_own_masks(masks, group))
         reduce_outers(
             [outs[i] for i in group], partials, _scales(scales, group), transposed=transposed
         )
@@ -267,8 +266,10 @@ def _outer_launch(
     blocks = (cdiv(features, tile.block_n), cdiv(max(ranks), block_r))
     slots = arch.multiprocessors * tile.resident
     splits, rows = split_rows(tokens, tile.block_m, blocks[0] * blocks[1], slots)
+    n = len(ranks)
+    places = (0, *trio(1, n), *trio(1 + n, n), *trio(1 + 2 * n, n if masked else 0))
     launch = Prepared(
-        _outer_partial_kernel, (*blocks, splits), (tokens, features, *padded(ranks), rows),
+        _outer_partial_kernel, (*blocks, splits), places, (tokens, features, *padded(ranks), rows),
         SIBLINGS=len(ranks), MASKED=masked, BLOCK_M=tile.block_m, BLOCK_R=block_r,
         BLOCK_K=tile.block_n, **tile.launch.options(),
     )  # fmt: skip

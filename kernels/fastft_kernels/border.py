@@ -127,7 +127,7 @@ def make(weights: Sequence[Tensor], ranks: Sequence[int]) -> Border:
 
 def find(weights: Sequence[Tensor], ranks: Sequence[int]) -> Border | None:
     """The border whose views these weights are, if it has room for adapters of these ranks."""
-    known = _known.get(weights[0].data_ptr())
+    known = _known.get(weights[0].data_ptr()) if _known else None
     if known is None or known.ranks != tuple(ranks) or not known.holds(weights):
         return None
     return known
