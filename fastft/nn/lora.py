@@ -17,12 +17,13 @@ from fastft.nn import few, packing, siblings
 from fastft.nn.calls import count
 from fastft.nn.dora import dropped, forget_norms, scale_of
 from fastft.nn.mixed import adapter_names_of
-from fastft.nn.plans import Parts, Plan, plain_plan
+from fastft.nn.plans import Parts, Plan, parameter, plain_plan
 from fastft.nn.quantized import Dense, dtype_of, is_4bit, state_refusal
 from fastft.nn.rules import ADAPTER_STATE, LAYER_STATE, Rule, first, hooked
 from fastft.nn.unmerged import KeepsUnmerged
 from fastft.ops._checks import autocast_dtype
 from fastft.ops._differentiable import transform
+from fastft.ops.lora_linear import vouched_siblings
 
 __all__ = [
     "ADAPTER_RULES",
@@ -310,6 +311,8 @@ def adapters_of(
 
 
 def _in_one_operation(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
+    if all(plan.vouched for plan in plans):
+        return _vouched(plans, x)
     lora_as, lora_bs, rest = adapters_of(plans)
     scaled = any(plan.magnitude() is not None for plan in plans)
     remade = any(plan.dense is not None for plan in plans)
@@ -327,3 +330,18 @@ def _in_one_operation(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
         return ys
     # bitsandbytes gives the input's dtype back, under autocast too.
     return tuple(y if plan.dense is None else y.to(x.dtype) for plan, y in zip(plans, ys))
+
+
+def _vouched(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
+    """Plain layers, which all were held against the operation's rules when they were planned."""
+    parts = [plan.parts[0] for plan in plans]
+    tensors = [p.tensors() for p in parts]
+    return vouched_siblings(
+        x,
+        [weight for weight, _, _ in tensors],
+        [a for _, a, _ in tensors],
+        [b for _, _, b in tensors],
+        scalings=[float(p.scaling) for p in parts],
+        biases=[parameter(p.base, "bias") for p in parts],
+        dropout_ps=[p.dropout_p() for p in parts],
+    )

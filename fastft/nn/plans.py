@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastft.nn.quantized import Dense
 from fastft.nn.rules import hooked, hooked_everywhere
-from fastft.ops._checks import autocast_dtype
+from fastft.ops._checks import FLOATS, autocast_dtype
 from fastft.ops._differentiable import transform
 
 __all__ = ["Parts", "Plan", "identity", "parameter", "plain_plan"]
@@ -86,10 +87,21 @@ class Plan:
     parts: the adapters that take part. names: theirs. spans: None where each takes all rows, else
     (adapter, first row, past the last row) for each run of samples with one adapter.
     adapter_names: that of each sample, in a mixed batch. few: whether ``few.lora_linear`` runs it.
-    dense: of a weight in 4 bits, what makes its values.
+    dense: of a weight in 4 bits, what makes its values. vouched: whether the call's tensors were
+    held against the rules of the operation.
     """
 
-    __slots__ = ("_values", "adapter_names", "base", "dense", "few", "names", "parts", "spans")
+    __slots__ = (
+        "_values",
+        "adapter_names",
+        "base",
+        "dense",
+        "few",
+        "names",
+        "parts",
+        "spans",
+        "vouched",
+    )
 
     def __init__(
         self,
@@ -98,7 +110,7 @@ class Plan:
         only: tuple[str, Parts] | None = None,
     ) -> None:
         """only: the name and the parts of the one adapter, where they are at hand."""
-        self.adapter_names, self.few = adapter_names, False
+        self.adapter_names, self.few, self.vouched = adapter_names, False, False
         self.dense: Dense | None = None
         self._values: Tensor | None = None
         self.spans: list[tuple[int, int, int]] | None = None
@@ -226,7 +238,11 @@ def plain_plan(layer: PeftLinear, x: Any) -> Plan | None:
         or type(parts.scaling) not in (float, int)
     ):
         return None
-    return Plan(layer, None, (name, parts)) if _suits(x, parts) else None
+    if not _suits(x, parts):
+        return None
+    plan = Plan(layer, None, (name, parts))
+    plan.vouched = _fits(x, parts)
+    return plan
 
 
 def _suits(x: Tensor, parts: Parts) -> bool:
@@ -250,3 +266,29 @@ def _suits(x: Tensor, parts: Parts) -> bool:
     if autocast_dtype(device.type) is not None:
         return torch.float64 not in (x.dtype, weight.dtype, dtype)
     return x.dtype == weight.dtype and dtype in (x.dtype, torch.float32)
+
+
+def _fits(x: Tensor, parts: Parts) -> bool:
+    """Whether what suits has the shapes and values that the operation asks for, too."""
+    (weight, a, b), base = parts.tensors(), parts.base
+    bias, features = parameter(base, "bias"), x.shape[-1]
+    r, out_features = a.shape[0], b.shape[0]
+    return (
+        type(base) is nn.Linear
+        and r > 0
+        and a.shape[1] == features
+        and b.shape[1] == r
+        and weight.shape == (out_features, features)
+        and weight.dtype in FLOATS
+        and parameter(parts.b, "bias") is None
+        and abs(parts.scaling) < math.inf
+        and (
+            bias is None
+            or (
+                type(bias) in _TENSORS
+                and bias.device == weight.device
+                and bias.dtype == weight.dtype
+                and bias.shape == (out_features,)
+            )
+        )
+    )

@@ -36,7 +36,7 @@ from fastft.ops._lora_linear_checks import WHERE, check, check_remake, check_sca
 from fastft.ops._saving import values_wanted
 from fastft.ops.dora_scale import dora_scale
 
-__all__ = ["check", "lay_out_weights", "lora_linear", "lora_linear_siblings"]
+__all__ = ["check", "lay_out_weights", "lora_linear", "lora_linear_siblings", "vouched_siblings"]
 
 
 def lora_linear(
@@ -159,6 +159,33 @@ def lora_linear_siblings(
                 _products(constants, flat, weights, own, *adapters), scales, biases, strict=True
             )
         ]
+    return _shaped_as(x, ys)
+
+
+def vouched_siblings(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    *,
+    scalings: list[float],
+    biases: Sequence[Tensor | None],
+    dropout_ps: list[float],
+) -> tuple[Tensor, ...]:
+    """:func:`lora_linear_siblings` of layers with one adapter each, eager, whose arguments the
+    caller has held against the rules of ``check`` already: a model's layers, at every call."""
+    flat, lora_as, lora_bs, bounds = operands(WHERE, x, lora_as, lora_bs, None)
+    name, launcher = choose(None, flat, lora_as)
+    masks = draw_masks(flat, dropout_ps, bounds, lora_as[0], name, False)
+    owners = list(range(len(weights)))
+    constants = Constants(
+        len(weights), scalings, dropout_ps, owners, bounds, name, launcher=launcher
+    )
+    return _shaped_as(x, _products(constants, flat, weights, biases, lora_as, lora_bs, masks))
+
+
+def _shaped_as(x: Tensor, ys: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The leading dimensions of x."""
     if x.dim() == 2:
         return tuple(ys)
     leading = x.shape[:-1]

@@ -6,6 +6,8 @@ Everything between load and store is float32.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from fastft_kernels import config
 from fastft_kernels._common import device_guard, supports_device
+from fastft_kernels._launch import KEPT, Prepared, cdiv
 
 __all__ = ["CODES", "bwd", "fwd", "supports"]
 
@@ -94,24 +97,39 @@ def supports(device_type: str, dtype: torch.dtype) -> str | None:
     return supports_device(device_type)
 
 
-def _launch(kernel: triton.JITFunction, tensors: list[Tensor], activation: str) -> None:
+def _run(backward: bool, tensors: list[Tensor], activation: str) -> None:
     gate, up = tensors[-2:]
-    rows, columns = gate.shape
-    block = config.for_device(gate.device).elementwise
+    launch = _launch(backward, gate.device, *gate.shape, gate.stride(0), up.stride(0), activation)
     with device_guard(gate):
-        kernel[(rows, triton.cdiv(columns, block.block))](
-            *tensors, columns, gate.stride(0), up.stride(0),
-            ACTIVATION=CODES[activation], BLOCK=block.block, **block.launch.options(),
-        )  # fmt: skip
+        launch(*tensors)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _launch(
+    backward: bool,
+    device: torch.device,
+    rows: int,
+    columns: int,
+    gate_stride: int,
+    up_stride: int,
+    activation: str,
+) -> Prepared:
+    kernel, tensors = (_glu_backward_kernel, 5) if backward else (_glu_forward_kernel, 3)
+    block = config.for_device(device).elementwise
+    return Prepared(
+        kernel, (rows, cdiv(columns, block.block)), range(tensors),
+        (columns, gate_stride, up_stride),
+        ACTIVATION=CODES[activation], BLOCK=block.block, **block.launch.options(),
+    )  # fmt: skip
 
 
 def fwd(out: Tensor, gate: Tensor, up: Tensor, *, activation: str) -> None:
     """Writes out (rows, columns); gate and up may have strided rows."""
-    _launch(_glu_forward_kernel, [out, gate, up], activation)
+    _run(False, [out, gate, up], activation)
 
 
 def bwd(
     d_gate: Tensor, d_up: Tensor, d_out: Tensor, gate: Tensor, up: Tensor, *, activation: str
 ) -> None:
     """Writes the gradients, contiguous."""
-    _launch(_glu_backward_kernel, [d_gate, d_up, d_out, gate, up], activation)
+    _run(True, [d_gate, d_up, d_out, gate, up], activation)

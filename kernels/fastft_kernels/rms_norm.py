@@ -7,6 +7,8 @@ atomics, the same bits each time.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from fastft_kernels import config
 from fastft_kernels._common import device_guard, supports_device
+from fastft_kernels._launch import KEPT, Prepared, cdiv
 
 __all__ = ["bwd", "fwd", "supports"]
 
@@ -201,15 +204,32 @@ def fwd(
 ) -> None:
     """Writes y (rows, columns) and rstd (rows); with a residual, of summed = x + residual, which
     it writes too."""
-    block = config.for_device(x.device).norm.row(x.shape[1])
+    adds = residual is not None and summed is not None
+    launch = _forward_launch(x.device, *x.shape, eps, offset, round_first, adds)
     with device_guard(x):
-        _rms_norm_forward_kernel[(triton.cdiv(x.shape[0], block.rows),)](
-            y, rstd, x, weight, x if residual is None else residual,
-            x if summed is None else summed, *x.shape, eps, offset,
-            RESIDUAL=residual is not None, ROUND_FIRST=round_first,
-            WHOLE=x.shape[1] <= block.block, ROWS=block.rows, BLOCK=block.block,
-            **block.launch.options(),
-        )  # fmt: skip
+        if residual is not None and summed is not None:
+            launch(y, rstd, x, weight, residual, summed)
+        else:
+            launch(y, rstd, x, weight)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _forward_launch(
+    device: torch.device,
+    rows: int,
+    columns: int,
+    eps: float,
+    offset: float,
+    round_first: bool,
+    adds: bool,
+) -> Prepared:
+    block = config.for_device(device).norm.row(columns)
+    return Prepared(
+        _rms_norm_forward_kernel, (cdiv(rows, block.rows),),
+        (0, 1, 2, 3, 4, 5) if adds else (0, 1, 2, 3, 2, 2), (rows, columns, eps, offset),
+        RESIDUAL=adds, ROUND_FIRST=round_first, WHOLE=columns <= block.block, ROWS=block.rows,
+        BLOCK=block.block, **block.launch.options(),
+    )  # fmt: skip
 
 
 def bwd(
@@ -225,16 +245,12 @@ def bwd(
 ) -> None:
     """Writes dx, plus ``more`` where given, and d_weight summed in float32 where it is wanted."""
     rows, columns = x.shape
-    norm = config.for_device(x.device).norm
-    block = norm.row(columns)
     with device_guard(x):
-        _rms_norm_backward_kernel[(triton.cdiv(rows, block.rows),)](
-            dx, dy, x, weight, rstd, dy if more is None else more, rows, columns, offset,
-            MORE=more is not None, WHOLE=columns <= block.block, ROWS=block.rows,
-            BLOCK=block.block, **block.launch.options(),
-        )  # fmt: skip
+        launch = _backward_launch(x.device, rows, columns, offset, more is not None)
+        launch(dx, dy, x, weight, rstd, *(() if more is None else (more,)))
         if d_weight is None:
             return
+        norm = config.for_device(x.device).norm
         splits = triton.cdiv(rows, norm.rows_per_split)
         partial = torch.empty((splits, columns), dtype=torch.float32, device=x.device)
         _rms_norm_weight_kernel[(triton.cdiv(columns, norm.weight.block), splits)](
@@ -242,3 +258,16 @@ def bwd(
             **norm.weight.launch.options(),
         )  # fmt: skip
         d_weight.copy_(partial.sum(0))
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _backward_launch(
+    device: torch.device, rows: int, columns: int, offset: float, adds: bool
+) -> Prepared:
+    block = config.for_device(device).norm.row(columns)
+    return Prepared(
+        _rms_norm_backward_kernel, (cdiv(rows, block.rows),), (0, 1, 2, 3, 4, 5 if adds else 1),
+        (rows, columns, offset),
+        MORE=adds, WHOLE=columns <= block.block, ROWS=block.rows, BLOCK=block.block,
+        **block.launch.options(),
+    )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from fastft_kernels import config
 from fastft_kernels._common import device_guard, supports_device
+from fastft_kernels._launch import KEPT, Prepared, cdiv
 
 __all__ = ["fwd", "supports"]
 
@@ -120,19 +123,39 @@ def fwd(
     backward: bool,
 ) -> None:
     """Writes the turned heads of one or two tensors that share batch, tokens and width."""
-    rope = config.for_device(cos.device).rope
     q, q_out = xs[0], outs[0]
     k, k_out = xs[-1], outs[-1]
-    q_heads, k_heads = q.shape[1], k.shape[1] if len(xs) == 2 else 0
-    batch, _, tokens, width = q.shape
-    half = cos.shape[-1] if half_tables else cos.shape[-1] // 2
-    table_batch = cos.stride(0) if cos.shape[0] > 1 else 0
-    grid = (batch * tokens, triton.cdiv(q_heads + k_heads, rope.heads))
+    batch, heads, tokens, width = q.shape
+    strides = (*q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3])
+    launch = _launch(
+        cos.device, (batch, tokens, width), (heads, k.shape[1] if len(xs) == 2 else 0),
+        cos.shape[-1], (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)), strides,
+        interleaved, half_tables, backward,
+    )  # fmt: skip
     with device_guard(cos):
-        _rope_kernel[grid](
-            q_out, k_out, q, k, cos, sin, q_heads, k_heads, tokens, width, half, table_batch,
-            cos.stride(1), *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3],
-            *k_out.stride()[:3], INTERLEAVED=interleaved, HALF_TABLES=half_tables,
-            BACKWARD=backward, REST=width > 2 * half, HEADS=rope.heads,
-            BLOCK=max(16, triton.next_power_of_2(half)), **rope.launch.options(),
-        )  # fmt: skip
+        launch(q_out, k_out, q, k, cos, sin)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _launch(
+    device: torch.device,
+    shape: tuple[int, int, int],
+    heads: tuple[int, int],
+    rotary: int,
+    table: tuple[int, int],
+    strides: tuple[int, ...],
+    interleaved: bool,
+    half_tables: bool,
+    backward: bool,
+) -> Prepared:
+    """shape: batch, tokens, width. heads: of q and of k. rotary: the tables' columns; table: their
+    strides. strides: of q, k and their results."""
+    rope, (batch, tokens, width) = config.for_device(device).rope, shape
+    half = rotary if half_tables else rotary // 2
+    return Prepared(
+        _rope_kernel, (batch * tokens, cdiv(sum(heads), rope.heads)), range(6),
+        (*heads, tokens, width, half, *table, *strides),
+        INTERLEAVED=interleaved, HALF_TABLES=half_tables, BACKWARD=backward,
+        REST=width > 2 * half, HEADS=rope.heads, BLOCK=max(16, triton.next_power_of_2(half)),
+        **rope.launch.options(),
+    )  # fmt: skip
