@@ -17,6 +17,7 @@ from . import (
     experts,
     factored,
     full,
+    host,
     layer,
     lora,
     loss,
@@ -54,8 +55,9 @@ WHOLE = {
     full.NAME: full.run,
     plan.NAME: plan.run,
     memory.NAME: memory.run,
+    host.NAME: host.run,
 }
-ROUNDS = {e2e.NAME: 3, curves.NAME: 1, full.NAME: 1, plan.NAME: 1, memory.NAME: 2}
+ROUNDS = {e2e.NAME: 3, curves.NAME: 1, full.NAME: 1, plan.NAME: 1, memory.NAME: 2, host.NAME: 3}
 STEPS = {e2e.NAME: 2, curves.NAME: 100, full.NAME: 200, plan.NAME: 3, memory.NAME: 3}
 DEFAULT_ROUNDS = 7
 
@@ -86,7 +88,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if value is not None and value < 1:
             parser.error(f"--{name}: expected at least 1, got {value}")
     known = {impl.name for suite in SUITES.values() for impl in suite.impls}
-    known |= {impl.name for impl in (*e2e.IMPLS, *memory.IMPLS)}
+    known |= {impl.name for impl in (*e2e.IMPLS, *memory.IMPLS, *host.IMPLS)}
     unknown = sorted(set(found.impls.split(",") if found.impls else ()) - known)
     if unknown:
         parser.error(f"--impls: no {', '.join(unknown)}; there are {', '.join(sorted(known))}")

@@ -18,7 +18,7 @@ from fastft.nn.rules import hooked, hooked_everywhere
 from fastft.ops._checks import FLOATS, autocast_dtype
 from fastft.ops._differentiable import transform
 
-__all__ = ["Parts", "Plan", "identity", "parameter", "plain_plan"]
+__all__ = ["Parts", "Plan", "identity", "parameter", "plain_facts", "plain_plan"]
 
 
 def parameter(module: nn.Module, name: str) -> Any:
@@ -165,14 +165,7 @@ class Plan:
     def facts(self) -> list[Any]:
         """What tells the call's result from another's with the same x: between two siblings' calls
         hooks may alter it."""
-        found: list[Any] = [*self.names]
-        for p in self.parts:
-            magnitude = None if p.magnitude is None else p.magnitude.weight
-            biases = parameter(self.base, "bias"), parameter(p.b, "bias")
-            held = (*p.tensors(), *biases, magnitude, p.scaling)
-            found += [identity(t) if isinstance(t, Tensor) else t for t in held]
-            found.append(p.dropout_p())
-        return found
+        return _facts(self.names, self.parts)
 
     def drops_all(self) -> bool:
         """Whether the adapter's dropout is also the frozen product's (DoRA)."""
@@ -199,16 +192,27 @@ class Plan:
         return bias
 
 
+def _facts(names: Sequence[str], parts: Sequence[Parts]) -> list[Any]:
+    found: list[Any] = [*names]
+    for p in parts:
+        magnitude = None if p.magnitude is None else p.magnitude.weight
+        biases = parameter(p.base, "bias"), parameter(p.b, "bias")
+        held = (*p.tensors(), *biases, magnitude, p.scaling)
+        found += [identity(t) if isinstance(t, Tensor) else t for t in held]
+        found.append(p.dropout_p())
+    return found
+
+
 _TENSORS = (Tensor, nn.Parameter)
 _BASES = (nn.Linear, Conv1D)
 
 
-def plain_plan(layer: PeftLinear, x: Any) -> Plan | None:
-    """The plan of a call that no rule of ``fastft.nn.lora`` applies to: one active adapter of plain
-    LoRA, over all rows. None where one of them might; they say which.
+def plain_parts(layer: PeftLinear) -> tuple[str, Parts] | None:
+    """The one active adapter, of plain LoRA, of a layer that no rule of ``fastft.nn.lora`` applies
+    to, and its name. None where one of them might; they say which.
 
     All is read anew at each call, in one piece. The rules, asked one by one, take a host as long as
-    a layer's launches, and a call of siblings plans five times.
+    a layer's launches, and a call of siblings asks five times.
     """
     active = layer.active_adapters
     if len(active) != 1 or active[0] not in layer._modules["lora_A"]._modules:
@@ -220,8 +224,6 @@ def plain_plan(layer: PeftLinear, x: Any) -> Plan | None:
         or layer.disable_adapters
         or layer.merged
         or name in layer.lora_variant
-        or type(x) not in _TENSORS
-        or transform() is not None
     ):
         return None
     parts = Parts(layer, name)
@@ -238,11 +240,25 @@ def plain_plan(layer: PeftLinear, x: Any) -> Plan | None:
         or type(parts.scaling) not in (float, int)
     ):
         return None
-    if not _suits(x, parts):
+    return name, parts
+
+
+def plain_plan(layer: PeftLinear, x: Any) -> Plan | None:
+    """The plan of a call of such a layer, over all rows of an x that suits it."""
+    if type(x) not in _TENSORS or transform() is not None:
         return None
-    plan = Plan(layer, None, (name, parts))
-    plan.vouched = _fits(x, parts)
+    found = plain_parts(layer)
+    if found is None or not _suits(x, found[1]):
+        return None
+    plan = Plan(layer, None, found)
+    plan.vouched = _fits(x, found[1])
     return plan
+
+
+def plain_facts(layer: PeftLinear) -> list[Any] | None:
+    """The facts of a plan of such a layer, without one."""
+    found = plain_parts(layer)
+    return None if found is None else _facts([found[0]], [found[1]])
 
 
 def _suits(x: Tensor, parts: Parts) -> bool:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fastft.nn import packing
+from fastft.nn.mixed import adapter_names_of
+from fastft.nn.plans import plain_facts
 from fastft.nn.quantized import unpack_all
 from fastft.ops._checks import autocast_dtype
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from fastft.nn.lora import FusedLora
     from fastft.nn.plans import Plan
 
-__all__ = ["begin_forward", "end_forward", "forget", "forward", "group_of", "see"]
+__all__ = ["begin_forward", "end_forward", "fetch", "forget", "forward", "group_of", "see"]
 
 
 class Group:
@@ -44,6 +46,27 @@ class Group:
         found = [ref() for ref in self._layers]
         return [] if None in found else found  # type: ignore[return-value]
 
+    def fetch(self, layer: FusedLora, x: Tensor) -> Tensor | None:
+        """The layer's output, where a sibling has computed it from this x and all that it depends
+        on is as it was then; only of plain layers, which need no plan to tell."""
+        held = self._held.__dict__
+        if not held or held["x"] is not x or id(layer) not in held["outputs"]:
+            return None
+        if held["key"] != (*_call_key(x), None) or adapter_names_of(layer, {}) is not None:
+            return None
+        output, facts = held["outputs"][id(layer)]
+        if plain_facts(layer) != facts:  # type: ignore[arg-type]
+            return None
+        self._take(layer)
+        return output  # type: ignore[no-any-return]
+
+    def _take(self, layer: FusedLora) -> Any:
+        outputs = self._held.__dict__["outputs"]
+        found = outputs.pop(id(layer))
+        if not outputs:
+            self.clear()
+        return found
+
     def forward(self, layer: FusedLora, x: Tensor, plan: Plan) -> Tensor:
         """The layer's output, computed with its siblings' when it is the first of them."""
         if x.is_inference():  # such a tensor has no version: a change in place would go unseen
@@ -51,9 +74,7 @@ class Group:
         key = (*_call_key(x), plan.adapter_names)
         held = self._held.__dict__
         if held and held["x"] is x and held["key"] == key and id(layer) in held["outputs"]:
-            output, facts = held["outputs"].pop(id(layer))
-            if not held["outputs"]:
-                self.clear()
+            output, facts = self._take(layer)
             if facts == plan.facts():
                 return output  # type: ignore[no-any-return]
             return layer.fused_call([plan], x)[0]
@@ -147,6 +168,12 @@ def _holding() -> weakref.WeakValueDictionary[int, Group]:
 def group_of(layer: nn.Module) -> Group | None:
     """The layer's group once it is in force."""
     return _groups.get(layer)
+
+
+def fetch(layer: FusedLora, x: Tensor) -> Tensor | None:
+    """The output that a sibling has computed already, if that is what the layer would compute."""
+    group = _groups.get(layer)
+    return None if group is None else group.fetch(layer, x)
 
 
 def forward(layer: FusedLora, x: Tensor, plan: Plan) -> Tensor:

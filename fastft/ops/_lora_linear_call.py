@@ -134,9 +134,11 @@ def draw_masks(
     if not any(dropout_ps):
         return [None] * len(dropout_ps)
     draw = torch.ops.fastft.dropout_mask if compiling else new_dropout_mask
+    # Traced, to compare would be a guard.
+    whole = None if compiling else (0, x.shape[0])
     return [
-        None if p == 0.0 else draw(x[start:stop], p, lora_a, backend)
-        for p, (start, stop) in zip(dropout_ps, pairs_of(spans), strict=True)
+        None if p == 0.0 else draw(x if span == whole else x[slice(*span)], p, lora_a, backend)
+        for p, span in zip(dropout_ps, pairs_of(spans), strict=True)
     ]
 
 

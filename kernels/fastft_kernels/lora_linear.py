@@ -27,14 +27,15 @@ shapes and the architecture only and are added in a fixed order: the same inputs
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from fastft_kernels import border, config
 from fastft_kernels._common import device_guard, supports_device
+from fastft_kernels._launch import KEPT, Prepared, cdiv
 from fastft_kernels._lora_backward import bwd
 from fastft_kernels._lora_forward import fwd, fwd_adapters, fwd_values
 from fastft_kernels._lora_glu import glu_bwd
@@ -76,12 +77,18 @@ def dropout_mask(out: Tensor, seed: Tensor, p: float) -> None:
     """
     if out.numel() == 0:
         return
-    launch = config.for_device(out.device).mask
+    launch = _mask_launch(out.device, out.numel(), p)
     with device_guard(out):
-        _dropout_mask_kernel[(triton.cdiv(out.numel(), launch.block),)](
-            out, seed, out.numel(), round(p * 65536),
-            BLOCK=launch.block, **launch.launch.options(),
-        )  # fmt: skip
+        launch(out, seed)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _mask_launch(device: torch.device, size: int, p: float) -> Prepared:
+    block = config.for_device(device).mask
+    return Prepared(
+        _dropout_mask_kernel, (cdiv(size, block.block),), (0, 1), (size, round(p * 65536)),
+        BLOCK=block.block, **block.launch.options(),
+    )  # fmt: skip
 
 
 def lay_out(weights: Sequence[Tensor], ranks: Sequence[int]) -> border.Border:

@@ -1,0 +1,115 @@
+"""One process of the host suite: a tiny model, its steps timed.
+
+Called by bench.host with a JSON object as its only argument; its last line is a JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LAYERS, TOKENS, REPEATS = 8, 32, 60
+# Products of these take a CPU as long as a GPU's launch.
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": LAYERS,
+}
+
+
+def load(job: dict[str, Any]) -> Any:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16)
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    if job["adapters"] == "none":
+        model.enable_input_require_grads()
+        return model.train()
+    config = LoraConfig(
+        r=16, lora_alpha=16, lora_dropout=job["dropout"], target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    return get_peft_model(
+        model, config, autocast_adapter_dtype=job["adapters"] == "float32"
+    ).train()
+
+
+def time_steps(forward: Callable[[], torch.Tensor]) -> dict[str, float]:
+    """Microseconds a layer, forward and backward: the quarter of the fastest ends there."""
+    times: dict[str, list[float]] = {"forward_us": [], "backward_us": []}
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        loss = forward()
+        middle = time.perf_counter()
+        loss.backward()
+        times["forward_us"].append(middle - start)
+        times["backward_us"].append(time.perf_counter() - middle)
+    return {name: sorted(own)[len(own) // 4] / LAYERS * 1e6 for name, own in times.items()}
+
+
+def run(job: dict[str, Any]) -> dict[str, float]:
+    torch.set_num_threads(1)
+    model = load(job)
+    ids = torch.randint(SHAPE["vocab_size"], (1, TOKENS))
+
+    def forward() -> torch.Tensor:
+        loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
+        return loss
+
+    if not job["fused"]:
+        for _ in range(3):
+            forward().backward()
+        return time_steps(forward)
+    return run_fused(model, forward)
+
+
+def run_fused(model: Any, forward: Callable[[], torch.Tensor]) -> dict[str, float]:
+    """fastft's way on a GPU. It is proved, and learns which layers share an input, on the CPU."""
+    from fastft_kernels import OPS
+
+    import fastft
+    from fastft import backends
+    from fastft.nn import calls
+    from fastft.ops._room import use_pool
+
+    from .stand_in import stand_in
+
+    fastft.accelerate(model, attention=False)  # a GPU's is torch's own
+    use_pool(False)
+    for _ in range(3):
+        forward().backward()
+    select = backends.select
+
+    def select_triton(op: str, backend: str | None = None, **facts: Any) -> tuple[str, Any]:
+        if op in OPS:
+            return "triton", backends.launcher(op, "triton")
+        return select(op, backend, **facts)
+
+    backends.select = select_triton
+    try:
+        with stand_in() as launches:
+            for _ in range(3):
+                forward().backward()
+            calls.reset_call_counts()
+            launches.count = 0
+            found = time_steps(forward)
+            if launches.count == 0 or calls.call_counts().fallback:
+                raise RuntimeError("not all of it ran fused")
+            return found
+    finally:
+        backends.select = select
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(json.loads(sys.argv[1]))))
