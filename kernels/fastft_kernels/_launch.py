@@ -37,7 +37,7 @@ class Prepared:
         constants: its ``tl.constexpr`` arguments and compiler options.
     """
 
-    __slots__ = ("_compiled", "_constants", "_grid", "_kernel", "_places", "_rest", "_scalars")
+    __slots__ = ("_constants", "_grid", "_kernel", "_places", "_rest", "_runs", "_scalars")
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Prepared:
         self._kernel, self._grid = kernel, (*grid, 1, 1)[:3]
         self._places, self._scalars, self._constants = tuple(places), tuple(scalars), constants
         self._rest = (*scalars, *[constants[n] for n in kernel.arg_names if n in constants])
-        self._compiled: dict[tuple[torch.dtype, ...], Any] = {}
+        self._runs: dict[tuple[torch.dtype, ...], Any] = {}
 
     def __call__(self, *tensors: Tensor) -> None:
         """Launches on the current stream of the current device, where the tensors are."""
@@ -63,10 +63,10 @@ class Prepared:
             self._kernel[self._grid](*arguments, *self._scalars, **self._constants)
             return
         key = tuple(dtypes)
-        compiled = self._compiled.get(key)
-        if compiled is not None:
-            compiled[self._grid](*arguments, *self._rest)
+        run = self._runs.get(key)
+        if run is not None:
+            run(*arguments, *self._rest)
             return
         compiled = self._kernel[self._grid](*arguments, *self._scalars, **self._constants)
         if compiled is not None:  # Triton's interpreter compiles nothing
-            self._compiled[key] = compiled
+            self._runs[key] = compiled[self._grid]

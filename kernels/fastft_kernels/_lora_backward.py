@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastft_kernels import _lora_gemm
+from fastft_kernels import _lora_gemm, _lora_plain
 from fastft_kernels._common import device_guard
 from fastft_kernels._lora_calls import at, by, choose_way, dense, plain, scales_kept
 from fastft_kernels._lora_glu import GluPair
@@ -41,9 +42,16 @@ def bwd(
     lora_as, lora_bs = dense(lora_as), dense(lora_bs)
     keep_scales = scales_kept(masks, dropout_ps)
     whole = (0, x.shape[0])
+    every = (dx, *das, *dbs)
     with device_guard(x):
-        d_ss: list[Tensor] = [torch.empty_like(s) for s in ss] if made is None else made.d_ss
         one_each = plain(len(dys), owners, spans, whole)
+        if one_each and weights and made is None and all(g is not None for g in every):
+            gradients: Any = (dx, das, dbs)
+            if _lora_plain.backward(
+                *gradients, dys, x, ss, weights, lora_as, lora_bs, scalings, keep_scales, masks
+            ):
+                return None
+        d_ss: list[Tensor] = [torch.empty_like(s) for s in ss] if made is None else made.d_ss
         if not one_each and routes(owners, spans, x):
             thin = (ss, lora_as, lora_bs, scalings, keep_scales, masks, owners, spans)
             return _bwd_routed(dx, das, dbs, dys, d_ss, x, weights, *thin)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastft_kernels import _lora_gemm, border
+from fastft_kernels import _lora_gemm, _lora_plain, border
 from fastft_kernels._common import device_guard
 from fastft_kernels._lora_calls import at, by, choose_way, dense, plain, scales_kept
 from fastft_kernels._lora_routed import Route, routes
@@ -58,6 +58,11 @@ def fwd(ys: list[Tensor], ss: list[Tensor], *call: Any) -> None:
     c = _Call(*call)
     with device_guard(c.x):
         one_each = c.one_each(len(ys))
+        if one_each and c.weights and _lora_plain.forward(
+            ys, ss, c.x, c.weights, c.biases, dense(c.lora_as), dense(c.lora_bs), c.scalings,
+            scales_kept(c.masks, c.dropout_ps), c.masks,
+        ):  # fmt: skip
+            return
         way, held = c.way(ys, one_each)
         left = copy = None
         if way == "border" and held is not None:

@@ -15,7 +15,15 @@ from fastft_kernels._lora_pair_kernels import _pair_partial_kernel
 from fastft_kernels._lora_reduce import add_up, reduce_outers, split_rows
 from fastft_kernels._lora_skinny import Copy
 
-__all__ = ["PairParts", "pair", "pair_block", "pairs_well", "reduce_pairs"]
+__all__ = [
+    "PairParts",
+    "pair",
+    "pair_block",
+    "pair_launch",
+    "pair_pays",
+    "pairs_well",
+    "reduce_pairs",
+]
 
 
 def pairs_well(dy: Tensor, r: int) -> bool:
@@ -24,10 +32,16 @@ def pairs_well(dy: Tensor, r: int) -> bool:
     The parts of dS, float32 and written and read once, are 8 r / block_n bytes for each element
     that is not read a second time. Rows of dY that are no whole vectors would spill.
     """
-    table = config.for_device(dy.device).pair
-    if dy.element_size() != 2 or r > max(table) or 0 in dy.shape or dy.shape[1] % 16:
+    return pair_pays(config.for_device(dy.device), dy.element_size(), dy.shape[1], r) and bool(
+        dy.numel()
+    )
+
+
+def pair_pays(arch: config.Arch, size: int, features: int, r: int) -> bool:
+    """The same of sizes; size: bytes of an element of dY."""
+    if size != 2 or r > max(arch.pair) or features % 16:
         return False
-    return 8 * r < dy.element_size() * table[pair_block(table, r)].block_n
+    return 8 * r < size * arch.pair[pair_block(arch.pair, r)].block_n
 
 
 def pair_block(table: dict[int, config.TileConfig], r: int) -> int:
@@ -56,7 +70,7 @@ def pair(
     tokens, features = dy.shape
     r = b.shape[1]
     stride = None if copy is None else copy.wide.stride(0)
-    launch, strips, splits = _launch(dy.device, tokens, features, r, stride)
+    launch, strips, splits = pair_launch(dy.device, tokens, features, r, stride)
     ds_parts = dy.new_empty((strips, tokens, r), dtype=torch.float32)
     db_parts = dy.new_empty((splits, r, features), dtype=torch.float32)
     launch(dy, b, s, ds_parts, db_parts, *(() if copy is None else (copy.wide,)))
@@ -64,7 +78,7 @@ def pair(
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _launch(
+def pair_launch(
     device: torch.device, tokens: int, features: int, r: int, stride: int | None
 ) -> tuple[Prepared, int, int]:
     """The launch, and the strips and splits of its parts. stride: of a copy, if there is one."""

@@ -17,7 +17,16 @@ from fastft_kernels._lora_reduce_kernels import (
     _pair_reduce_kernel,
 )
 
-__all__ = ["add_up", "cast", "padded", "reduce_outers", "split_rows", "trio"]
+__all__ = [
+    "add_up",
+    "add_up_launch",
+    "cast",
+    "outers_launch",
+    "padded",
+    "reduce_outers",
+    "split_rows",
+    "trio",
+]
 
 # Grid axes 1 and 2 hold at most 65535 programs; rank blocks and splits stay far below.
 _MAX_SPLITS = 1024
@@ -78,7 +87,7 @@ def reduce_outers(
     transposed or not."""
     dense = [out if out.is_contiguous() else out.new_empty(out.shape) for out in outs]
     shapes = tuple([partial.shape for partial in partials])
-    launch = _outers_launch(outs[0].device, shapes, tuple(scales), transposed)
+    launch = outers_launch(outs[0].device, shapes, tuple(scales), transposed)
     launch(*dense, *partials)
     for out, made in zip(outs, dense, strict=True):
         if made is not out:
@@ -86,7 +95,7 @@ def reduce_outers(
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _outers_launch(
+def outers_launch(
     device: torch.device,
     shapes: tuple[tuple[int, ...], ...],
     scales: tuple[float, ...],
@@ -110,7 +119,7 @@ def add_up(
 ) -> None:
     """At most three out_i (M, r_i) = scale_i * parts_i (strips_i, M, r_i) summed over the strips;
     thins: where each belongs in one bordered operand, too."""
-    launch = _add_up_launch(
+    launch = add_up_launch(
         outs[0].device, tuple([part.shape for part in parts]), tuple(scales),
         None if thins is None else thins[0].stride(0),
     )  # fmt: skip
@@ -118,7 +127,7 @@ def add_up(
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _add_up_launch(
+def add_up_launch(
     device: torch.device,
     shapes: tuple[tuple[int, ...], ...],
     scales: tuple[float, ...],

@@ -19,7 +19,16 @@ from fastft_kernels._lora_linear_kernels import (
 )
 from fastft_kernels._lora_reduce import add_up, cast, padded, reduce_outers, split_rows, trio
 
-__all__ = ["Copy", "casts", "expand_add", "outer", "shrink"]
+__all__ = [
+    "Copy",
+    "casts",
+    "expand_add",
+    "expand_launch",
+    "outer",
+    "outer_launch",
+    "shrink",
+    "shrink_launch",
+]
 
 # Every program of a shrink reads the whole of the adapters' matrices. Where these have more ranks
 # together than this (without dropout, with it), each counted as its block, wider ones than x are
@@ -112,7 +121,7 @@ def shrink(
         if own is not None:
             place, target = (own.wide.stride(0), *[own.first(i) for i in group]), [own.wide]
         ranks, factors = _ranks(outs, group), _scales(scales, group)
-        launch, splits = _shrink_launch(
+        launch, splits = shrink_launch(
             x.device, x.element_size(), tokens, features, ranks, factors, masked, transposed, place
         )
         results = group_outs
@@ -128,7 +137,7 @@ def shrink(
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _shrink_launch(
+def shrink_launch(
     device: torch.device,
     size: int,
     tokens: int,
@@ -189,7 +198,7 @@ def expand_add(
     if tokens == 0 or features == 0:
         return
     for group, masked in _groups(_masked(masks)):
-        launch = _expand_launch(
+        launch = expand_launch(
             y.device, y.element_size(), tokens, features, _ranks(ss, group), _scales(scales, group),
             masked, transposed, bias is not None, fresh,
         )  # fmt: skip
@@ -201,7 +210,7 @@ def expand_add(
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _expand_launch(
+def expand_launch(
     device: torch.device,
     size: int,
     tokens: int,
@@ -243,7 +252,7 @@ def outer(
         return
     for group, masked in _groups(_masked(masks)):
         ranks = _ranks(ds, group)
-        launch, splits = _outer_launch(x.device, x.element_size(), tokens, features, ranks, masked)
+        launch, splits = outer_launch(x.device, x.element_size(), tokens, features, ranks, masked)
         partials = [x.new_empty((splits, r, features), dtype=torch.float32) for r in ranks]
         launch(x, *[ds[i] for i in group], *partials, *_own_masks(masks, group))
         reduce_outers(
@@ -252,7 +261,7 @@ def outer(
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _outer_launch(
+def outer_launch(
     device: torch.device,
     size: int,
     tokens: int,

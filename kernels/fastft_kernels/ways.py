@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["TABLE", "WAYS", "Shape", "counted", "force", "pick"]
+__all__ = ["TABLE", "WAYS", "Shape", "counted", "force", "forced", "pick"]
 
 WAYS = ("expand", "border", "gemm")
 TABLE = Path(__file__).with_name("ways.json")
@@ -92,6 +92,11 @@ def force(way: str) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+def forced() -> bool:
+    """Whether a way is forced."""
+    return bool(_forced)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastft_kernels import _lora_backward, _lora_glu, border, ways
+from fastft_kernels import _lora_backward, _lora_glu, _lora_plain, border, ways
 from fastft_kernels import lora_linear as launcher
 from torch.utils.checkpoint import checkpoint
 
@@ -40,7 +40,15 @@ def thin(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append("dS, dB")
         return usual(*args)
 
+    plain = _lora_plain.backward
+
+    def backward(*args: Any) -> bool:
+        served = plain(*args)
+        seen.extend(["dS, dB"] * len(args[3]) if served else [])
+        return served
+
     monkeypatch.setattr(_lora_backward, "_d_s_and_d_b", d_s_and_d_b)
+    monkeypatch.setattr(_lora_plain, "backward", backward)
     return seen
 
 
