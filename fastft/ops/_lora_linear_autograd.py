@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastft.ops._differentiable import wanted
-from fastft.ops._lora_linear_call import WORTH, Constants, launch, room_of
+from fastft.ops._lora_linear_call import WORTH, Constants, flat, launch, room_of
 from fastft.ops._lora_linear_gradients import differentiable_backward, gradients, gradients_of
 from fastft.ops._remade import keeping
 from fastft.ops._room import new_empty
@@ -41,6 +41,7 @@ def _note_adapters(
 
 def _adapters_again(constants: Constants, x: Tensor, *tensors: Any) -> Tensor:
     """The ss of a call once more, as ``room_of`` lays them out; tensors: its lora_as and masks."""
+    x = flat(x)
     half = len(tensors) // 2
     lora_as, masks = list(tensors[:half]), list(tensors[half:])
     ss, held = room_of(x, lora_as, constants.spans)
@@ -59,13 +60,11 @@ class Left(NamedTuple):
 
 
 def saved_of(node: Any) -> tuple[Tensor, Sequence[Tensor]]:
-    """x, made again where it was not kept, and what else a call has saved."""
+    """x flattened, made again where it was not kept, and what else a call has saved."""
     saved = node.saved_tensors
     tensors = node.constants.again(saved[node.kept :])
-    if node.make is None:
-        return saved[0], tensors
-    x = node.make(*saved[: node.kept])
-    return x.view(-1, x.shape[-1]), tensors
+    x = saved[0] if node.make is None else node.make(*saved[: node.kept])
+    return flat(x), tensors
 
 
 def identity(tensor: Tensor) -> tuple[Any, ...]:
@@ -92,10 +91,12 @@ class LoraLinear(torch.autograd.Function):
         ctx: Any, late: Late | None, constants: Constants, x: Tensor, *tensors: Tensor | None
     ) -> Any:
         weights, biases, lora_as, lora_bs, masks, scales, *_ = constants.split(tensors)
-        ss, held = room_of(x, lora_as, constants.spans)
-        rows, rest = x.shape[0], (*constants.rest(), scales, constants.launcher)
-        outputs = [*[new_empty(x, (rows, w.shape[0])) for w in weights], *ss]
-        call: Any = (x, weights, biases, lora_as, lora_bs, masks, *rest)
+        leading, rows = x.shape[:-1], flat(x)
+        ss, held = room_of(rows, lora_as, constants.spans)
+        rest = (*constants.rest(), scales, constants.launcher)
+        ys = [new_empty(x, (*leading, w.shape[0])) for w in weights]
+        outputs = [*map(flat, ys), *ss]
+        call: Any = (rows, weights, biases, lora_as, lora_bs, masks, *rest)
         if late is None:
             launch("fwd", outputs, *call)
             _note_adapters(constants, held, x, lora_as, masks)
@@ -104,7 +105,6 @@ class LoraLinear(torch.autograd.Function):
             late.work = functools.partial(launch, "fwd_values", outputs, *call)
         ctx.constants = constants
         kept, ctx.make = keeping(x)
-        ys = outputs[: constants.layers]
         results: Sequence[Tensor | None] = ()
         if constants.scaled:
             read = [y if getattr(s, "requires_grad", False) else None for y, s in zip(ys, scales)]
@@ -119,20 +119,30 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
         constants: Constants = ctx.constants
-        left = _take(ctx, dys)
         reached = [i for i, dy in enumerate(dys) if dy is not None]
         if not reached:  # autograd comes by where a function above gives None
+            ctx.__dict__.pop("left", None)
             return (None,) * len(ctx.needs_input_grad)
+        shape = dys[reached[0]].shape[:-1]  # type: ignore[union-attr]
+        dys = tuple([None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys])
+        left = _take(ctx, dys)
         x, tensors = saved_of(ctx) if left is None else left.saved
         needs = ctx.needs_input_grad[2:]
         if wanted(*dys):
-            return None, None, *differentiable_backward(constants, x, tensors, dys, needs)
+            dx, *others = differentiable_backward(constants, x, tensors, dys, needs)
+            return None, None, _shaped(dx, shape), *others
         saved, asked = constants.split(tensors), constants.split(needs[1:])
         if constants.scaled:
-            saved[-1] = unchanged(saved[-1], ctx.witnesses)
+            results = unchanged(saved[-1], ctx.witnesses)
+            saved[-1] = [None if y is None else flat(y) for y in results]
         made = None if left is None else left.made
         if len(reached) == len(dys):
             dx, parts = gradients(constants, x, saved, dys, needs[0], asked, made)
         else:
             dx, parts = gradients_of(reached, constants, x, saved, dys, needs[0], asked)
-        return None, None, dx, *(t for part in parts for t in part)
+        return None, None, _shaped(dx, shape), *(t for part in parts for t in part)
+
+
+def _shaped(dx: Tensor | None, leading: Sequence[int]) -> Tensor | None:
+    """With the leading dimensions of x."""
+    return dx if dx is None or len(leading) == 1 else dx.view(*leading, dx.shape[-1])

@@ -22,6 +22,7 @@ __all__ = [
     "cast_biases",
     "choose",
     "draw_masks",
+    "flat",
     "forward_of",
     "launch",
     "new_dropout_mask",
@@ -130,9 +131,11 @@ def draw_masks(
     backend: str,
     compiling: bool,
 ) -> list[Tensor | None]:
-    """A mask for each adapter that drops, of its rows of x."""
+    """A mask for each adapter that drops, of its rows of x, its leading dimensions flattened."""
     if not any(dropout_ps):
         return [None] * len(dropout_ps)
+    if x.dim() != 2:
+        x = x.detach().view(-1, x.shape[-1])
     draw = torch.ops.fastft.dropout_mask if compiling else new_dropout_mask
     # Traced, to compare would be a guard.
     whole = None if compiling else (0, x.shape[0])
@@ -149,17 +152,22 @@ def operands(
     lora_bs: Sequence[Tensor],
     spans: Sequence[tuple[int, int]] | None,
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor], list[int]]:
-    """x flattened, in the dtype of products, the adapters as kernels read them, and the bounds of
+    """x in the dtype of products, contiguous, the adapters as kernels read them, and the bounds of
     each adapter's rows, checked."""
     dtype = autocast_dtype(x.device.type) or x.dtype
     if lora_as[0].dtype not in (dtype, torch.float32):  # under autocast; kernels read no other
         lora_as, lora_bs = cast(lora_as, dtype), cast(lora_bs, dtype)
-    flat = x.reshape(-1, x.shape[-1])
-    flat = (flat if flat.dtype == dtype else flat.to(dtype)).contiguous()
+    x = (x if x.dtype == dtype else x.to(dtype)).contiguous()
+    rows = x.shape[0] if x.dim() == 2 else x.shape[:-1].numel()
     if spans is None:
-        return flat, lora_as, lora_bs, [0, flat.shape[0]] * len(lora_as)
-    check_spans(where, spans, len(lora_as), flat.shape[0])
-    return flat, lora_as, lora_bs, [row for span in spans for row in span]
+        return x, lora_as, lora_bs, [0, rows] * len(lora_as)
+    check_spans(where, spans, len(lora_as), rows)
+    return x, lora_as, lora_bs, [row for span in spans for row in span]
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """(rows, features) of a contiguous tensor."""
+    return tensor if tensor.dim() == 2 else tensor.view(-1, tensor.shape[-1])
 
 
 def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -103,7 +103,9 @@ def lora_add_siblings(
     ps = list(dropout_ps) if dropout_ps is not None else [0.0] * len(lora_as)
     owners = list(range(len(ys))) if owners is None else list(owners)
     check(ys, x, lora_as, lora_bs, scalings, ps, owners)
-    flat, lora_as, lora_bs, bounds = operands(_WHERE, x, lora_as, lora_bs, spans)
+    flat, lora_as, lora_bs, bounds = operands(
+        _WHERE, x.reshape(-1, x.shape[-1]), lora_as, lora_bs, spans
+    )
     compiling = dispatched(x, *ys, *lora_as, *lora_bs)
     # A compiled graph chooses when it runs: the choice reads facts that tracing should not guard.
     name, launcher = (backend or AUTO, None) if compiling else choose(backend, flat, lora_as)

@@ -31,7 +31,7 @@ from fastft import backends
 from fastft.ops._checks import autocast_dtype
 from fastft.ops._eager import dispatched
 from fastft.ops._lora_linear_autograd import LoraLinear, late_values
-from fastft.ops._lora_linear_call import AUTO, Constants, choose, draw_masks, operands
+from fastft.ops._lora_linear_call import AUTO, Constants, choose, draw_masks, flat, operands
 from fastft.ops._lora_linear_checks import WHERE, check, check_remake, check_scales
 from fastft.ops._saving import values_wanted
 from fastft.ops.dora_scale import dora_scale
@@ -135,31 +135,36 @@ def lora_linear_siblings(
     if scales is not None:
         scales = list(scales)
         check_scales(weights, scales, autocast_dtype(x.device.type) or x.dtype)
-    flat, lora_as, lora_bs, bounds = operands(WHERE, x, lora_as, lora_bs, spans)
     compiling = dispatched(x, *weights, *biases, *lora_as, *lora_bs, *(scales or ()))
+    shape = x.shape
+    if compiling:
+        x = x.reshape(-1, shape[-1])
+    x, lora_as, lora_bs, bounds = operands(WHERE, x, lora_as, lora_bs, spans)
     if remake is not None:
         check_remake(weights, remake, compiling)
     # A compiled graph chooses when it runs: the choice reads facts that tracing should not guard.
-    name, launcher = (backend or AUTO, None) if compiling else choose(backend, flat, lora_as)
-    masks = draw_masks(flat, ps, bounds, lora_as[0], name, compiling)
+    name, launcher = (backend or AUTO, None) if compiling else choose(backend, x, lora_as)
+    masks = draw_masks(x, ps, bounds, lora_as[0], name, compiling)
     constants = Constants(
         len(weights), list(scalings), ps, owners, bounds, name, launcher=launcher, remake=remake
     )
     adapters = (lora_as, lora_bs, masks)
     if scales is None or all(scale is None for scale in scales):
-        ys = _products(constants, flat, weights, biases, *adapters)
-    elif _scales_along(launcher, constants, flat, weights, biases, *adapters, scales):
+        ys = _products(constants, x, weights, biases, *adapters)
+    elif _scales_along(launcher, constants, x, weights, biases, *adapters, scales):
         constants = constants._replace(scaled=True)
-        ys = _products(constants, flat, weights, biases, *adapters, scales)
+        ys = _products(constants, x, weights, biases, *adapters, scales)
     else:
         own = [b if scale is None else None for b, scale in zip(biases, scales, strict=True)]
         ys = [
             y if scale is None else _scaled(y, scale, b, backend)
             for y, scale, b in zip(
-                _products(constants, flat, weights, own, *adapters), scales, biases, strict=True
+                _products(constants, x, weights, own, *adapters), scales, biases, strict=True
             )
         ]
-    return _shaped_as(x, ys)
+    if compiling:
+        return tuple([y.view(*shape[:-1], y.shape[-1]) for y in ys])
+    return tuple(ys)
 
 
 def vouched_siblings(
@@ -174,22 +179,14 @@ def vouched_siblings(
 ) -> tuple[Tensor, ...]:
     """:func:`lora_linear_siblings` of layers with one adapter each, eager, whose arguments the
     caller has held against the rules of ``check`` already: a model's layers, at every call."""
-    flat, lora_as, lora_bs, bounds = operands(WHERE, x, lora_as, lora_bs, None)
-    name, launcher = choose(None, flat, lora_as)
-    masks = draw_masks(flat, dropout_ps, bounds, lora_as[0], name, False)
+    x, lora_as, lora_bs, bounds = operands(WHERE, x, lora_as, lora_bs, None)
+    name, launcher = choose(None, x, lora_as)
+    masks = draw_masks(x, dropout_ps, bounds, lora_as[0], name, False)
     owners = list(range(len(weights)))
     constants = Constants(
         len(weights), scalings, dropout_ps, owners, bounds, name, launcher=launcher
     )
-    return _shaped_as(x, _products(constants, flat, weights, biases, lora_as, lora_bs, masks))
-
-
-def _shaped_as(x: Tensor, ys: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The leading dimensions of x."""
-    if x.dim() == 2:
-        return tuple(ys)
-    leading = x.shape[:-1]
-    return tuple([y.view(*leading, y.shape[-1]) for y in ys])
+    return tuple(_products(constants, x, weights, biases, lora_as, lora_bs, masks))
 
 
 def _scaled(y: Tensor, scale: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
@@ -204,7 +201,7 @@ def _scales_along(
     if not hasattr(launcher, "takes_scales"):
         return False
     *tensors, scales = call
-    return bool(launcher.takes_scales(x, *tensors, constants.pairs(), scales))
+    return bool(launcher.takes_scales(flat(x), *tensors, constants.pairs(), scales))
 
 
 def _products(
@@ -217,7 +214,8 @@ def _products(
     masks: Sequence[Tensor | None],
     scales: Sequence[Tensor | None] = (),
 ) -> Sequence[Tensor]:
-    """One result for each layer, x flattened; scales: those the backend takes along."""
+    """One result for each layer, with x's leading dimensions; of a registered operation, x is flat.
+    scales: those the backend takes along."""
     if constants.launcher is None:
         outputs = torch.ops.fastft.lora_linear_fwd(
             x,

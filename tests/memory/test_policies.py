@@ -493,7 +493,7 @@ def test_adapters_results_are_made_again_with_the_norms_before_them() -> None:
     real = _lora_linear_autograd._adapters_again
 
     def counting(constants: Any, x: torch.Tensor, *tensors: Any) -> torch.Tensor:
-        widths.append(x.shape[1])
+        widths.append(x.shape[-1])
         return real(constants, x, *tensors)
 
     expected = steps(llama(dropout=0.1), 1)
