@@ -39,24 +39,23 @@ class Launches:
 
 
 class _Utils:
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, ...]:
-        return 1, 1, 32, 0, 1024  # module, function, registers, spills, threads at most
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        return None, 1, 32, 0, 1024  # no module, a function, registers, spills, threads at most
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": _SHARED, "multiprocessor_count": 132, "warpSize": 32}
-
-    def unload_module(self, module: int) -> None:
-        """There is none."""
 
 
 class _Driver:
     def __init__(self, launches: Launches) -> None:
         self.utils = _Utils()
         self.launches = launches
+        self.kernels: list[Any] = []
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """What launches a compiled kernel, in Triton's calling convention."""
         launches = self.launches
+        self.kernels.append(source.fn)
 
         def launch(x: int, y: int, z: int, *rest: Any) -> None:
             launches.count += 1
@@ -83,9 +82,11 @@ class _Driver:
 def stand_in() -> Iterator[Launches]:
     """Inside, Triton's kernels are launched on CPU tensors as on a GPU, and run nothing."""
     launches = Launches()
-    before = triton.runtime.driver._active
-    triton.runtime.driver.set_active(_Driver(launches))  # type: ignore[arg-type]
+    before, driver = triton.runtime.driver._active, _Driver(launches)
+    triton.runtime.driver.set_active(driver)  # type: ignore[arg-type]
     try:
         yield launches
     finally:
         triton.runtime.driver._active = before
+        for kernel in driver.kernels:  # what was compiled launches nothing
+            kernel.device_caches.clear()

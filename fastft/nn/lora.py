@@ -331,22 +331,27 @@ def _in_one_operation(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
         remake=[plan.dense for plan in plans] if remade else None,
         **rest,
     )
-    if not remade:
-        return ys
-    # bitsandbytes gives the input's dtype back, under autocast too.
-    return tuple(y if plan.dense is None else y.to(x.dtype) for plan, y in zip(plans, ys))
+    return _of_inputs(plans, x, ys) if remade else ys
 
 
 def _vouched(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
     """Plain layers, which all were held against the operation's rules when they were planned."""
     parts = [plan.parts[0] for plan in plans]
     tensors = [p.tensors() for p in parts]
-    return vouched_siblings(
+    remade = any(plan.dense is not None for plan in plans)
+    ys = vouched_siblings(
         x,
-        [weight for weight, _, _ in tensors],
+        [plan.weight() for plan in plans] if remade else [weight for weight, _, _ in tensors],
         [a for _, a, _ in tensors],
         [b for _, _, b in tensors],
         scalings=[float(p.scaling) for p in parts],
-        biases=[parameter(p.base, "bias") for p in parts],
+        biases=[plan.bias() if remade else parameter(plan.base, "bias") for plan in plans],
         dropout_ps=[p.dropout_p() for p in parts],
+        remake=[plan.dense for plan in plans] if remade else None,
     )
+    return _of_inputs(plans, x, ys) if remade else ys
+
+
+def _of_inputs(plans: Sequence[Plan], x: Tensor, ys: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """bitsandbytes gives the input's dtype back, under autocast too."""
+    return tuple(y if plan.dense is None else y.to(x.dtype) for plan, y in zip(plans, ys))

@@ -13,7 +13,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastft.nn.quantized import Dense
+from fastft.nn.quantized import Dense, is_4bit, state_refusal
 from fastft.nn.rules import hooked, hooked_everywhere
 from fastft.ops._checks import FLOATS, autocast_dtype
 from fastft.ops._differentiable import transform
@@ -229,7 +229,7 @@ def plain_parts(layer: PeftLinear) -> tuple[str, Parts] | None:
     parts = Parts(layer, name)
     base, a, b, dropout = parts.base, parts.a, parts.b, parts.dropout
     if (
-        type(base) not in _BASES
+        (type(base) not in _BASES and not is_4bit(base))
         or type(a) is not nn.Linear
         or type(b) is not nn.Linear
         or not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p < 1.0))
@@ -248,11 +248,22 @@ def plain_plan(layer: PeftLinear, x: Any) -> Plan | None:
     if type(x) not in _TENSORS or transform() is not None:
         return None
     found = plain_parts(layer)
-    if found is None or not _suits(x, found[1]):
+    if found is None:
+        return None
+    parts = found[1]
+    dense = None if type(parts.base) in _BASES else _dense(parts.base)
+    if dense is None and type(parts.base) not in _BASES:
+        return None
+    if not _suits(x, parts, dense):
         return None
     plan = Plan(layer, None, found)
-    plan.vouched = _fits(x, found[1])
+    plan.dense, plan.vouched = dense, _fits(x, parts, dense)
     return plan
+
+
+def _dense(base: nn.Module) -> Dense | None:
+    """What makes the values of a 4-bit layer's weight, where they can be made as it stands."""
+    return Dense(base) if state_refusal(base) is None else None
 
 
 def plain_facts(layer: PeftLinear) -> list[Any] | None:
@@ -261,13 +272,16 @@ def plain_facts(layer: PeftLinear) -> list[Any] | None:
     return None if found is None else _facts([found[0]], [found[1]])
 
 
-def _suits(x: Tensor, parts: Parts) -> bool:
-    """Whether the tensors are what the operation takes."""
+def _suits(x: Tensor, parts: Parts, dense: Dense | None) -> bool:
+    """Whether the tensors are what the operation takes. dense: of a weight in 4 bits."""
     weight, a, b = parts.tensors()
-    kinds = type(weight) in _TENSORS and type(a) in _TENSORS and type(b) in _TENSORS
+    kinds = type(a) in _TENSORS and type(b) in _TENSORS
+    if dense is None:
+        kinds = kinds and type(weight) in _TENSORS and weight.is_floating_point()
     if not kinds or a.dim() != 2 or b.dim() != 2 or x.dim() == 0:
         return False
     device, dtype = x.device, a.dtype
+    wide = weight.dtype if dense is None else dense.dtype
     r, features = a.shape
     if (
         r > features
@@ -276,26 +290,31 @@ def _suits(x: Tensor, parts: Parts) -> bool:
         or a.device != device
         or b.device != device
         or b.dtype != dtype
-        or not weight.is_floating_point()
     ):
         return False
-    if autocast_dtype(device.type) is not None:
-        return torch.float64 not in (x.dtype, weight.dtype, dtype)
-    return x.dtype == weight.dtype and dtype in (x.dtype, torch.float32)
+    autocast = autocast_dtype(device.type)
+    if autocast is not None:
+        # bitsandbytes' products have their own dtype.
+        own = dense is None or wide == autocast
+        return own and torch.float64 not in (x.dtype, wide, dtype)
+    return x.dtype == wide and dtype in (x.dtype, torch.float32)
 
 
-def _fits(x: Tensor, parts: Parts) -> bool:
+def _fits(x: Tensor, parts: Parts, dense: Dense | None) -> bool:
     """Whether what suits has the shapes and values that the operation asks for, too."""
     (weight, a, b), base = parts.tensors(), parts.base
     bias, features = parameter(base, "bias"), x.shape[-1]
     r, out_features = a.shape[0], b.shape[0]
+    shape, dtype = weight.shape, weight.dtype
+    if dense is not None:
+        shape, dtype = dense.state.shape, dense.dtype
     return (
-        type(base) is nn.Linear
+        type(base) is not Conv1D
         and r > 0
         and a.shape[1] == features
         and b.shape[1] == r
-        and weight.shape == (out_features, features)
-        and weight.dtype in FLOATS
+        and shape == (out_features, features)
+        and dtype in FLOATS
         and parameter(parts.b, "bias") is None
         and abs(parts.scaling) < math.inf
         and (
@@ -303,7 +322,7 @@ def _fits(x: Tensor, parts: Parts) -> bool:
             or (
                 type(bias) in _TENSORS
                 and bias.device == weight.device
-                and bias.dtype == weight.dtype
+                and (bias.dtype == dtype or dense is not None)  # it is cast for that product
                 and bias.shape == (out_features,)
             )
         )

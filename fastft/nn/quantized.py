@@ -6,7 +6,6 @@ bitsandbytes is imported where a model has such a layer, by whoever made it.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from typing import Any
 
@@ -69,7 +68,7 @@ def remember(weight: Any) -> None:
     if state is None or weight.device.type != "cpu" or _packed(state):
         return
     vars(state).pop(_BEFORE, None)
-    setattr(state, _BEFORE, copy.copy(state))
+    setattr(state, _BEFORE, _copied(state))
 
 
 def unpack(weight: Any) -> None:
@@ -112,6 +111,13 @@ def _packed(state: Any) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
+def _copied(state: Any) -> Any:
+    """``copy.copy`` of an object that holds its attributes only, in a fifth of the time."""
+    made = object.__new__(type(state))
+    vars(made).update(vars(state))
+    return made
+
+
 class Dense:
     """Makes the values of a 4-bit layer's weight, (out_features, in_features), as they were when it
     was made: bitsandbytes packs a weight for inference, and moves it, by changing what it holds."""
@@ -119,8 +125,9 @@ class Dense:
     __slots__ = ("dtype", "held", "state")
 
     def __init__(self, base: Any) -> None:
-        self.held, self.dtype = base.weight.data, base.compute_dtype
-        self.state = copy.copy(base.weight.quant_state)
+        weight = base.weight
+        self.held, self.dtype = weight.data, base.compute_dtype
+        self.state = _copied(weight.quant_state)
 
     def packed(self) -> bool:
         """Whether the weight is packed for inference on a CPU."""
@@ -135,7 +142,7 @@ class Dense:
         """As its forward has them: in the dtype of products at once."""
         if self.state.dtype == self.dtype:
             return self()
-        state = copy.copy(self.state)
+        state = _copied(self.state)
         state.dtype = self.dtype
         return self._values(state)
 

@@ -176,6 +176,7 @@ def vouched_siblings(
     scalings: list[float],
     biases: Sequence[Tensor | None],
     dropout_ps: list[float],
+    remake: Sequence[Callable[[], Tensor] | None] | None = None,
 ) -> tuple[Tensor, ...]:
     """:func:`lora_linear_siblings` of layers with one adapter each, eager, whose arguments the
     caller has held against the rules of ``check`` already: a model's layers, at every call."""
@@ -184,7 +185,14 @@ def vouched_siblings(
     masks = draw_masks(x, dropout_ps, bounds, lora_as[0], name, False)
     owners = list(range(len(weights)))
     constants = Constants(
-        len(weights), scalings, dropout_ps, owners, bounds, name, launcher=launcher
+        len(weights),
+        scalings,
+        dropout_ps,
+        owners,
+        bounds,
+        name,
+        launcher=launcher,
+        remake=remake,
     )
     return tuple(_products(constants, x, weights, biases, lora_as, lora_bs, masks))
 
