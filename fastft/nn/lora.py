@@ -220,14 +220,15 @@ class FusedLora(nn.Module):
         plan.few = packed or few.takes(self, plan, x)
         if plan.few:
             return plan  # the library runs it on any device
-        chosen, _ = backends.select(
+        plan.chosen = backends.select(
             "lora_linear",
             device_type=x.device.type,
             dtype=autocast_dtype(x.device.type) or x.dtype,
             adapter_dtype=plan.adapter_dtype(),
             r=plan.rank(),
         )
-        return "no fused backend for this device and dtype" if chosen == "reference" else plan
+        refused = plan.chosen[0] == "reference"
+        return "no fused backend for this device and dtype" if refused else plan
 
     def _ruled(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | str:
         """The plan of a call with x, or the reason of the first rule that applies to it."""
@@ -348,8 +349,16 @@ def _vouched(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
         biases=[plan.bias() if remade else parameter(plan.base, "bias") for plan in plans],
         dropout_ps=[p.dropout_p() for p in parts],
         remake=[plan.dense for plan in plans] if remade else None,
+        chosen=_chosen(plans, x),
     )
     return _of_inputs(plans, x, ys) if remade else ys
+
+
+def _chosen(plans: Sequence[Plan], x: Tensor) -> tuple[str, Any] | None:
+    """The backend that all have chosen, and for these very tensors."""
+    chosen = plans[0].chosen
+    same = all(plan.chosen == chosen for plan in plans)
+    return chosen if same and autocast_dtype(x.device.type) is None else None
 
 
 def _of_inputs(plans: Sequence[Plan], x: Tensor, ys: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -88,13 +88,15 @@ class Plan:
     (adapter, first row, past the last row) for each run of samples with one adapter.
     adapter_names: that of each sample, in a mixed batch. few: whether ``few.lora_linear`` runs it.
     dense: of a weight in 4 bits, what makes its values. vouched: whether the call's tensors were
-    held against the rules of the operation.
+    held against the rules of the operation. chosen: the backend that is to run it, and its
+    launcher.
     """
 
     __slots__ = (
         "_values",
         "adapter_names",
         "base",
+        "chosen",
         "dense",
         "few",
         "names",
@@ -112,6 +114,7 @@ class Plan:
         """only: the name and the parts of the one adapter, where they are at hand."""
         self.adapter_names, self.few, self.vouched = adapter_names, False, False
         self.dense: Dense | None = None
+        self.chosen: tuple[str, Any] | None = None
         self._values: Tensor | None = None
         self.spans: list[tuple[int, int, int]] | None = None
         self.base = layer._modules["base_layer"]
@@ -324,6 +327,7 @@ def _fits(x: Tensor, parts: Parts, dense: Dense | None) -> bool:
                 and bias.device == weight.device
                 and (bias.dtype == dtype or dense is not None)  # it is cast for that product
                 and bias.shape == (out_features,)
+                and bias.is_contiguous()
             )
         )
     )

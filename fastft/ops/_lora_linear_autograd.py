@@ -15,7 +15,7 @@ from fastft.ops._lora_linear_call import WORTH, Constants, flat, launch, room_of
 from fastft.ops._lora_linear_gradients import differentiable_backward, gradients, gradients_of
 from fastft.ops._remade import keeping
 from fastft.ops._room import new_empty
-from fastft.ops._saving import Late, note, saves_first
+from fastft.ops._saving import Late, note, noted, saves_first
 from fastft.ops._witness import unchanged, witnessed
 
 __all__ = ["Left", "LoraLinear", "identity", "late_values", "saved_of"]
@@ -83,6 +83,29 @@ def _take(node: Any, dys: Any) -> Left | None:
     return left._replace(made=None)
 
 
+def _plainly(
+    constants: Constants,
+    ys: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+) -> list[Tensor] | None:
+    """Writes the ys of a plain call and returns its ss, where the backend has a short way to them.
+    It is what a model's layers call step after step: its host time counts."""
+    forward = getattr(constants.launcher, "fwd_plain", None)
+    if forward is None:
+        return None
+    ss = [x.new_empty((x.shape[0], a.shape[0])) for a in lora_as]
+    served = forward(
+        list(map(flat, ys)), ss, x, weights, biases, lora_as, lora_bs, constants.scalings, masks,
+        constants.dropout_ps,
+    )  # fmt: skip
+    return ss if served else None
+
+
 class LoraLinear(torch.autograd.Function):
     """Eager autograd of ``lora_linear_siblings``."""
 
@@ -92,17 +115,21 @@ class LoraLinear(torch.autograd.Function):
     ) -> Any:
         weights, biases, lora_as, lora_bs, masks, scales, *_ = constants.split(tensors)
         leading, rows = x.shape[:-1], flat(x)
-        ss, held = room_of(rows, lora_as, constants.spans)
-        rest = (*constants.rest(), scales, constants.launcher)
         ys = [new_empty(x, (*leading, w.shape[0])) for w in weights]
-        outputs = [*map(flat, ys), *ss]
-        call: Any = (rows, weights, biases, lora_as, lora_bs, masks, *rest)
-        if late is None:
-            launch("fwd", outputs, *call)
-            _note_adapters(constants, held, x, lora_as, masks)
-        else:
-            launch("fwd_adapters", outputs, *call)
-            late.work = functools.partial(launch, "fwd_values", outputs, *call)
+        ss = None
+        if constants.plain and late is None and not noted():
+            ss = _plainly(constants, ys, rows, weights, biases, lora_as, lora_bs, masks)
+        if ss is None:
+            ss, held = room_of(rows, lora_as, constants.spans)
+            rest = (*constants.rest(), scales, constants.launcher)
+            outputs = [*map(flat, ys), *ss]
+            call: Any = (rows, weights, biases, lora_as, lora_bs, masks, *rest)
+            if late is None:
+                launch("fwd", outputs, *call)
+                _note_adapters(constants, held, x, lora_as, masks)
+            else:
+                launch("fwd_adapters", outputs, *call)
+                late.work = functools.partial(launch, "fwd_values", outputs, *call)
         ctx.constants = constants
         kept, ctx.make = keeping(x)
         results: Sequence[Tensor | None] = ()

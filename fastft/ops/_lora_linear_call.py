@@ -53,7 +53,8 @@ def choose(backend: str | None, x: Tensor, lora_as: Sequence[Tensor]) -> tuple[s
 class Constants(NamedTuple):
     """What a call holds beside tensors: one scaling, dropout, owner and two row numbers (first,
     past the last) an adapter; whether results are scaled (DoRA); the launcher, once chosen; what
-    makes each weight that is not kept for the backward again."""
+    makes each weight that is not kept for the backward again; whether the call is plain: one
+    adapter a layer over all rows, and all tensors as a launcher takes them."""
 
     layers: int
     scalings: list[float]
@@ -64,6 +65,7 @@ class Constants(NamedTuple):
     scaled: bool = False
     launcher: Any = None
     remake: Sequence[Callable[[], Tensor] | None] | None = None
+    plain: bool = False
 
     def split(self, tensors: Sequence[Any]) -> list[Sequence[Any]]:
         """weights, biases, lora_as, lora_bs, masks, scales (none of a call without) and, where

@@ -22,6 +22,7 @@ __all__ = [
     "Late",
     "Notebook",
     "note",
+    "noted",
     "noting",
     "registered",
     "saves_first",
@@ -52,6 +53,11 @@ def note(result: Tensor, inputs: Inputs, make: Callable[..., Tensor]) -> None:
     """Says how ``result`` is made again from ``inputs``, where anybody keeps such recipes."""
     if _thread.notebook is not None:
         _thread.notebook.add(result, inputs, make)
+
+
+def noted() -> bool:
+    """Whether anybody keeps recipes."""
+    return _thread.notebook is not None
 
 
 @contextmanager

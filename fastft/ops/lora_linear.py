@@ -177,11 +177,15 @@ def vouched_siblings(
     biases: Sequence[Tensor | None],
     dropout_ps: list[float],
     remake: Sequence[Callable[[], Tensor] | None] | None = None,
+    chosen: tuple[str, Any] | None = None,
 ) -> tuple[Tensor, ...]:
     """:func:`lora_linear_siblings` of layers with one adapter each, eager, whose arguments the
-    caller has held against the rules of ``check`` already: a model's layers, at every call."""
+    caller has held against the rules of ``check`` already: a model's layers, at every call.
+
+    chosen: the backend and its launcher, outside autocast, where the caller has asked already.
+    """
     x, lora_as, lora_bs, bounds = operands(WHERE, x, lora_as, lora_bs, None)
-    name, launcher = choose(None, x, lora_as)
+    name, launcher = chosen or choose(None, x, lora_as)
     masks = draw_masks(x, dropout_ps, bounds, lora_as[0], name, False)
     owners = list(range(len(weights)))
     constants = Constants(
@@ -193,6 +197,7 @@ def vouched_siblings(
         name,
         launcher=launcher,
         remake=remake,
+        plain=chosen is not None,
     )
     return tuple(_products(constants, x, weights, biases, lora_as, lora_bs, masks))
 

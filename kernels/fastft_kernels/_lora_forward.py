@@ -6,6 +6,7 @@ and the last of them need not run at all (``fastft.ops._saving``).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from fastft_kernels._lora_calls import at, by, choose_way, dense, plain, scales_
 from fastft_kernels._lora_routed import Route, routes
 from fastft_kernels._lora_skinny import Copy, expand_add, shrink
 
-__all__ = ["fwd", "fwd_adapters", "fwd_values"]
+__all__ = ["fwd", "fwd_adapters", "fwd_plain", "fwd_values"]
 
 
 _NO_MASK = (None,)
@@ -58,9 +59,9 @@ def fwd(ys: list[Tensor], ss: list[Tensor], *call: Any) -> None:
     c = _Call(*call)
     with device_guard(c.x):
         one_each = c.one_each(len(ys))
-        if one_each and c.weights and _lora_plain.forward(
-            ys, ss, c.x, c.weights, c.biases, dense(c.lora_as), dense(c.lora_bs), c.scalings,
-            scales_kept(c.masks, c.dropout_ps), c.masks,
+        if one_each and c.weights and fwd_plain(
+            ys, ss, c.x, c.weights, c.biases, c.lora_as, c.lora_bs, c.scalings, c.masks,
+            c.dropout_ps,
         ):  # fmt: skip
             return
         way, held = c.way(ys, one_each)
@@ -71,6 +72,27 @@ def fwd(ys: list[Tensor], ss: list[Tensor], *call: Any) -> None:
             copy = Copy(wide, thin)
         _adapters(ss, c, copy)
         _values(ys, ss, c, way, held, left, one_each)
+
+
+def fwd_plain(
+    ys: Sequence[Tensor],
+    ss: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    masks: Sequence[Tensor | None],
+    dropout_ps: Sequence[float],
+) -> bool:
+    """``fwd`` of layers with one adapter each over all rows, where there is a short way; False, and
+    nothing is written, where there is none."""
+    with device_guard(x):
+        return _lora_plain.forward(
+            ys, ss, x, weights, biases, dense(lora_as), dense(lora_bs), scalings,
+            scales_kept(masks, dropout_ps), masks,
+        )  # fmt: skip
 
 
 def fwd_adapters(ys: list[Tensor], ss: list[Tensor], *call: Any) -> None:

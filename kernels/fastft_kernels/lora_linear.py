@@ -37,7 +37,7 @@ from fastft_kernels import border, config
 from fastft_kernels._common import device_guard, supports_device
 from fastft_kernels._launch import KEPT, Prepared, cdiv
 from fastft_kernels._lora_backward import bwd
-from fastft_kernels._lora_forward import fwd, fwd_adapters, fwd_values
+from fastft_kernels._lora_forward import fwd, fwd_adapters, fwd_plain, fwd_values
 from fastft_kernels._lora_glu import glu_bwd
 from fastft_kernels._lora_linear_kernels import _dropout_mask_kernel
 
@@ -46,6 +46,7 @@ __all__ = [
     "dropout_mask",
     "fwd",
     "fwd_adapters",
+    "fwd_plain",
     "fwd_values",
     "glu_bwd",
     "lay_out",
