@@ -17,9 +17,9 @@ from fastft.nn import few, packing, siblings
 from fastft.nn.calls import count
 from fastft.nn.dora import dropped, forget_norms, scale_of
 from fastft.nn.mixed import adapter_names_of
-from fastft.nn.plans import Parts, Plan, parameter, plain_plan
+from fastft.nn.plans import Parts, Plan, plain_plan
 from fastft.nn.quantized import Dense, dtype_of, is_4bit, state_refusal
-from fastft.nn.rules import ADAPTER_STATE, LAYER_STATE, Rule, first, hooked
+from fastft.nn.rules import ADAPTER_STATE, LAYER_STATE, Rule, first, hooked, parameter
 from fastft.nn.unmerged import KeepsUnmerged
 from fastft.ops._checks import autocast_dtype
 from fastft.ops._differentiable import transform

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fastft import ops
 from fastft.nn.lora import ADAPTER_RULES, PLAN_RULES, FusedLora, adapters_of
-from fastft.nn.plans import Parts, Plan, identity, parameter
-from fastft.nn.rules import LAYER_STATE, Rule, first, hooked
+from fastft.nn.plans import Parts, Plan, identity
+from fastft.nn.rules import LAYER_STATE, Rule, first, hooked, parameter
 from fastft.nn.swap import Swapped, swapped_class
 from fastft.ops._checks import FLOATS, autocast_dtype
 from fastft.ops._differentiable import transform

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from fastft import ops
 from fastft.nn.calls import count
 from fastft.nn.few import few_rows
+from fastft.nn.rules import parameter
 from fastft.nn.swap import Swapped, call_refusal
 from fastft.ops._checks import autocast_dtype
 
@@ -56,17 +57,18 @@ class FusedRMSNorm(Swapped):
         if reason is None and x.device.type == "cpu" and few_rows(self, x):
             count(self, None)
             return super().forward(x)  # type: ignore[misc]
-        if reason is None and self.fastft_narrow is not None and _is_narrow(x, self.weight):
-            dtype = x.dtype if self.fastft_narrow == "input" else self.weight.dtype
-            x = x.to(self.weight.dtype)
+        weight = parameter(self, "weight")
+        if reason is None and self.fastft_narrow is not None and _is_narrow(x, weight):
+            dtype = x.dtype if self.fastft_narrow == "input" else weight.dtype
+            x = x.to(weight.dtype)
         op = "layer_norm" if self.fastft_centred else "rms_norm"
-        reason = reason or call_refusal(op, x, self.weight)
+        reason = reason or call_refusal(op, x, weight)
         if not torch.compiler.is_compiling():
             count(self, reason)
         if reason is not None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         convention = (self.fastft_centred, self.fastft_offset, self.fastft_round_first)
-        y = normed(x, self.weight, epsilon(self) or 0.0, convention)
+        y = normed(x, weight, epsilon(self) or 0.0, convention)
         return y if dtype is None else y.to(dtype)
 
 
@@ -147,8 +149,11 @@ def _is_narrow(x: Any, weight: Tensor) -> bool:
 
 def epsilon(module: nn.Module) -> float | None:
     """The module's epsilon, by whichever of its usual names; None when it has none."""
-    found = (getattr(module, name, None) for name in _EPSILONS)
-    value = next((value for value in found if isinstance(value, float)), None)
+    own = module.__dict__  # what is not there nn.Module looks for in vain, and for long
+    value = next((own[name] for name in _EPSILONS if isinstance(own.get(name), float)), None)
+    if value is None:
+        found = (getattr(module, name, None) for name in _EPSILONS)
+        value = next((value for value in found if isinstance(value, float)), None)
     if value is None and isinstance(module, nn.RMSNorm) and module.elementwise_affine:
         # torch's own default is that of the dtype it computes in, not (as it says) of its input's.
         return torch.finfo(torch.promote_types(module.weight.dtype, torch.float32)).eps

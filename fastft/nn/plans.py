@@ -14,20 +14,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastft.nn.quantized import Dense, is_4bit, state_refusal
-from fastft.nn.rules import hooked, hooked_everywhere
+from fastft.nn.rules import hooked, hooked_everywhere, parameter
 from fastft.ops._checks import FLOATS, autocast_dtype
 from fastft.ops._differentiable import transform
 
-__all__ = ["Parts", "Plan", "identity", "parameter", "plain_facts", "plain_plan"]
-
-
-def parameter(module: nn.Module, name: str) -> Any:
-    """``getattr(module, name)`` of a parameter, without the walk through ``nn.Module``, which takes
-    as long as half a product's launch. What has taken the parameter's place is asked as usual."""
-    held = module._parameters
-    if name in held and name not in module.__dict__:
-        return held[name]
-    return getattr(module, name)
+__all__ = ["Parts", "Plan", "identity", "plain_facts", "plain_plan"]
 
 
 class Parts:

@@ -19,6 +19,7 @@ __all__ = [
     "hooked",
     "hooked_everywhere",
     "odd_scaling",
+    "parameter",
     "refusal",
     "unhooked",
 ]
@@ -54,6 +55,15 @@ def refusal(
     active = adapters(layer)
     reasons = (first(adapter_rules, adapter) for adapter in active)
     return next((r for r in reasons if r), None if active else "no active adapter")
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """``getattr(module, name)`` of a parameter, without the walk through ``nn.Module``, which takes
+    as long as half a product's launch. What has taken the parameter's place is asked as usual."""
+    held = module._parameters
+    if name in held and name not in module.__dict__:
+        return held[name]
+    return getattr(module, name)
 
 
 def hooked(module: nn.Module) -> bool:

@@ -101,24 +101,26 @@ def _revive(recipe: tuple[Any, ...]) -> nn.Module:
     return cls.__new__(cls)  # type: ignore[no-any-return]
 
 
+_PLAIN = frozenset({Tensor, nn.Parameter})
+
+
 def call_refusal(op: str, *tensors: Any, dtype: torch.dtype | None = None) -> str | None:
     """Why ``op`` cannot run on these tensors; None when it can.
 
     dtype: what the operation casts them to (autocast); None: they must agree.
     """
-    if dtype is None:
-        mixed = any(t.dtype != tensors[0].dtype for t in tensors)
-    else:
-        mixed = any(t.dtype == torch.float64 for t in tensors)  # autocast leaves it as it is
+    first = tensors[0]
+    dtypes = [t.dtype for t in tensors]
+    # Autocast leaves float64 as it is.
+    mixed = dtypes.count(dtypes[0]) < len(dtypes) if dtype is None else torch.float64 in dtypes
     if torch.compiler.is_compiling():  # the operation chooses when the graph runs
         return "mixed dtypes" if mixed else None
     followed = transform()
     if followed is not None:
         return followed
-    if not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
+    if not _PLAIN.issuperset(map(type, tensors)):
         return "tensor subclass"
-    first = tensors[0]
-    if any(t.device != first.device for t in tensors):
+    if len({t.device for t in tensors}) > 1:
         return "several devices"
     if mixed:
         return "mixed dtypes"
