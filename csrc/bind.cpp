@@ -121,6 +121,7 @@ int64_t max_threads() {
 #include "bind_lora.inc"
 #include "bind_optimizers.inc"
 #include "bind_pool.inc"
+#include "bind_layer.inc"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fastft; use fastft.ops, which checks its arguments.";
@@ -323,4 +324,5 @@ PYBIND11_MODULE(_C, m) {
   bind_lora(m);
   bind_optimizers(m);
   bind_pool(m);
+  bind_layer(m);
 }

@@ -13,6 +13,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fastft import native
 from fastft.nn.quantized import Dense, is_4bit, state_refusal
 from fastft.nn.rules import hooked, hooked_everywhere, parameter
 from fastft.ops._checks import FLOATS, autocast_dtype
@@ -37,18 +38,33 @@ class Parts:
         "variant",
     )
 
-    def __init__(self, layer: PeftLinear, name: str) -> None:
-        modules = layer._modules
-        self.base = modules["base_layer"]
-        self.a, self.b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-        self.dropout = modules["lora_dropout"]._modules[name]
-        self.scaling = layer.scaling[name]
-        self.variant = type(layer.lora_variant[name]) if name in layer.lora_variant else None
-        self.magnitude = None
+    def __init__(self, base: Any, a: Any, b: Any, dropout: Any, scaling: Any) -> None:
+        self.base, self.a, self.b, self.dropout, self.scaling = base, a, b, dropout, scaling
+        self.variant: type | None = None
+        self.magnitude: Any = None
         self._tensors: tuple[Any, Any, Any] | None = None
         self._adapter: tuple[Any, Any] | None = None
-        if self.variant is DoraLinearVariant:
-            self.magnitude = layer.lora_magnitude_vector[name]
+
+    @classmethod
+    def of(cls, layer: PeftLinear, name: str) -> Parts:
+        """Those of the layer's adapter of this name."""
+        modules = layer._modules
+        parts = cls(
+            modules["base_layer"],
+            modules["lora_A"]._modules[name],
+            modules["lora_B"]._modules[name],
+            modules["lora_dropout"]._modules[name],
+            layer.scaling[name],
+        )
+        if name in layer.lora_variant:
+            parts.variant = type(layer.lora_variant[name])
+        if parts.variant is DoraLinearVariant:
+            parts.magnitude = layer.lora_magnitude_vector[name]
+        return parts
+
+    def hold(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+        """What the modules would be asked for."""
+        self._tensors, self._adapter = (weight, lora_a, lora_b), (lora_a, lora_b)
 
     def tensors(self) -> tuple[Any, Any, Any]:
         """The frozen weight as its layer holds it, A and B; asked of the modules once a call."""
@@ -115,7 +131,7 @@ class Plan:
         held = layer._modules["lora_A"]._modules
         wanted = layer.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
         self.names = [name for name in wanted if name in held]
-        self.parts = [Parts(layer, name) for name in self.names]
+        self.parts = [Parts.of(layer, name) for name in self.names]
 
     def route(self, adapter_names: Sequence[str], rows: int) -> None:
         """Gives each run of samples with one adapter its share of ``rows``."""
@@ -208,33 +224,50 @@ def plain_parts(layer: PeftLinear) -> tuple[str, Parts] | None:
     All is read anew at each call, in one piece. The rules, asked one by one, take a host as long as
     a layer's launches, and a call of siblings asks five times.
     """
-    active = layer.active_adapters
-    if len(active) != 1 or active[0] not in layer._modules["lora_A"]._modules:
+    if hooked_everywhere(layer):
         return None
-    name = active[0]
-    if (
-        "forward" in layer.__dict__
-        or hooked_everywhere(layer)
-        or layer.disable_adapters
-        or layer.merged
-        or name in layer.lora_variant
-    ):
+    found = _plain_layer(layer)
+    if found is None:
         return None
-    parts = Parts(layer, name)
-    base, a, b, dropout = parts.base, parts.a, parts.b, parts.dropout
+    name, base, a, b, dropout, scaling, *tensors = found
     if (
         (type(base) not in _BASES and not is_4bit(base))
         or type(a) is not nn.Linear
         or type(b) is not nn.Linear
         or not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p < 1.0))
-        or hooked(base)
-        or hooked(a)
-        or hooked(b)
-        or hooked(dropout)
-        or type(parts.scaling) not in (float, int)
+        or type(scaling) not in (float, int)
     ):
         return None
+    parts = Parts(base, a, b, dropout, scaling)
+    parts.hold(*tensors)
     return name, parts
+
+
+def _read_plain_layer(layer: PeftLinear) -> tuple[Any, ...] | None:
+    """(name, base layer, A, B, dropout, scaling, weight, A's, B's) of the one active adapter of a
+    layer that computes what its class does, or None: what the compiled module reads."""
+    active = layer.active_adapters
+    held = layer._modules["lora_A"]._modules
+    if (
+        "forward" in layer.__dict__
+        or len(active) != 1
+        or active[0] not in held
+        or layer.disable_adapters
+        or layer.merged
+        or active[0] in layer.lora_variant
+    ):
+        return None
+    parts = Parts.of(layer, active[0])
+    modules = (parts.base, parts.a, parts.b, parts.dropout)
+    if any(hooked(module) for module in modules):
+        return None
+    tensors = [None if "weight" in m.__dict__ else m._parameters.get("weight") for m in modules[:3]]
+    if any(tensor is None for tensor in tensors):
+        return None
+    return (active[0], *modules, parts.scaling, *tensors)
+
+
+_plain_layer = native.module().plain_layer if native.available() else _read_plain_layer
 
 
 def plain_plan(layer: PeftLinear, x: Any) -> Plan | None:

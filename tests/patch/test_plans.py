@@ -11,6 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from fastft import native
+from fastft.nn import plans
 from fastft.nn.lora import ADAPTER_RULES, CALL_RULES, LAYER_RULES, FusedLoraLinear
 from fastft.nn.plans import plain_plan
 
@@ -106,6 +108,17 @@ CHANGES: dict[str, list[Change]] = {
     "DoRA with lora_bias": [],
     "hooks on the magnitude": [],
 }
+
+
+@pytest.fixture(params=["compiled", "python"], autouse=True)
+def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reads a layer: the compiled module, and what stands in for it where there is none."""
+    if request.param == "python":
+        monkeypatch.setattr(plans, "_plain_layer", plans._read_plain_layer)
+    elif not native.available():
+        pytest.skip(f"no compiled module: {native.load_error()}")
+
+
 CASES = [(reason, i) for reason, changes in CHANGES.items() for i in range(len(changes))]
 
 
@@ -189,3 +202,13 @@ def test_a_tensor_in_a_parameter_s_place_is_the_one_read() -> None:
     layer.base_layer._parameters["weight"] = own
     layer.base_layer.__dict__["weight"] = view
     assert plain_plan(layer, X).weight() is view  # type: ignore[union-attr]
+
+
+def test_both_readers_read_the_same() -> None:
+    layer = _layer(lora_dropout=0.1)
+    assert plans._plain_layer(layer) == plans._read_plain_layer(layer)
+    for taken in ("base_layer", "lora_A", "lora_B"):
+        layer = _layer()
+        module = layer.base_layer if taken == "base_layer" else getattr(layer, taken)["default"]
+        module.__dict__["weight"] = module.weight.detach()
+        assert plans._plain_layer(layer) is None
