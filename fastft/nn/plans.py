@@ -261,7 +261,7 @@ def _read_plain_layer(layer: PeftLinear) -> tuple[Any, ...] | None:
     modules = (parts.base, parts.a, parts.b, parts.dropout)
     if any(hooked(module) for module in modules):
         return None
-    tensors = [None if "weight" in m.__dict__ else m._parameters.get("weight") for m in modules[:3]]
+    tensors = [m.__dict__.get("weight", m._parameters.get("weight")) for m in modules[:3]]
     if any(tensor is None for tensor in tensors):
         return None
     return (active[0], *modules, parts.scaling, *tensors)
