@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = ["KEPT", "Prepared", "cdiv"]
 
@@ -26,6 +27,24 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+class _Described:
+    """Tensors as tensor memory descriptors of one block: the first as Triton makes it, the others
+    as that one. Its checks, of addresses and strides, are the launchers' own."""
+
+    def __init__(self, block: list[int]) -> None:
+        self._block = block
+        self._first: dict[str, Any] = {}
+
+    def __call__(self, tensor: Tensor) -> TensorDescriptor:
+        if not self._first:
+            made = TensorDescriptor.from_tensor(tensor, self._block)
+            self._first = {**vars(made), "base": None}
+            return made
+        made = object.__new__(TensorDescriptor)
+        vars(made).update(self._first, base=tensor, shape=tensor.shape, strides=tensor.stride())
+        return made
+
+
 class Prepared:
     """One launch on one device, all of it known but its tensors.
 
@@ -33,21 +52,36 @@ class Prepared:
         kernel: a ``triton.jit`` function that takes tensors, then scalars, then constants.
         grid: up to three numbers of programs.
         places: for each of the kernel's tensors, which of a call's it is; several may be the same.
+            None: none, and the kernel never asks for it.
+        blocks: by the kernel's tensors, in order, the block of those that it takes as tensor memory
+            descriptors; these tensors' rows must be whole multiples of 16 bytes.
         scalars: its integers and floats, in order.
         constants: its ``tl.constexpr`` arguments and compiler options.
     """
 
-    __slots__ = ("_constants", "_grid", "_kernel", "_places", "_rest", "_runs", "_scalars")
+    __slots__ = (
+        "_blocks",
+        "_constants",
+        "_grid",
+        "_kernel",
+        "_places",
+        "_rest",
+        "_runs",
+        "_scalars",
+    )
 
     def __init__(
         self,
         kernel: Any,
         grid: tuple[int, ...],
-        places: Sequence[int],
+        places: Sequence[int | None],
         scalars: Sequence[float],
+        *,
+        blocks: dict[int, list[int]] | None = None,
         **constants: Any,
     ) -> None:
         self._kernel, self._grid = kernel, (*grid, 1, 1)[:3]
+        self._blocks = {at: _Described(block) for at, block in (blocks or {}).items()}
         self._places, self._scalars, self._constants = tuple(places), tuple(scalars), constants
         self._rest = (*scalars, *[constants[n] for n in kernel.arg_names if n in constants])
         self._runs: dict[tuple[torch.dtype, ...], Any] = {}
@@ -58,7 +92,10 @@ class Prepared:
         for tensor in tensors:
             dtypes.append(tensor.dtype)
             addresses |= tensor.data_ptr()
-        arguments = [tensors[i] for i in self._places]
+        arguments: list[Any] = [None if i is None else tensors[i] for i in self._places]
+        for at, described in self._blocks.items():
+            if arguments[at] is not None:
+                arguments[at] = described(arguments[at])
         if addresses % _ALIGNMENT:
             self._kernel[self._grid](*arguments, *self._scalars, **self._constants)
             return

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastft_kernels import config
-from fastft_kernels._launch import cdiv
+from fastft_kernels._launch import KEPT, Prepared, cdiv
 from fastft_kernels._lora_gemm_kernel import _lora_gemm_kernel
-from fastft_kernels._lora_reduce import padded
+from fastft_kernels._lora_reduce import padded, trio
 
-__all__ = ["fits", "product"]
+__all__ = ["fits", "product", "product_launch"]
 
 _ALIGNMENT = 16  # bytes, of what a tensor memory descriptor describes
 
@@ -49,22 +50,42 @@ def product(
 ) -> None:
     """y (M, N) = bias + sum_i x_i w_i + keep_i * scale_i * s_i l_i; w_i is (K_i, N) and l_i
     (r_i, N), or, if transposed, (N, K_i) and (N, r_i). Masks for all or for none."""
-    arch = config.for_device(y.device)
-    masked = masks[0] is not None
-    tile = arch.gemm[masked]  # type: ignore[index]
+    launch = product_launch(
+        y.device, *y.shape, tuple([x.shape[1] for x in xs]), tuple([s.shape[1] for s in ss]),
+        tuple([float(s) for s in scales]), masks[0] is not None, transposed, bias is not None,
+    )  # fmt: skip
+    drops = [mask for mask in masks if mask is not None]
+    launch(y, *xs, *weights, *ss, *matrices, *drops, *(() if bias is None else (bias,)))
+
+
+@functools.lru_cache(maxsize=KEPT)
+def product_launch(
+    device: torch.device,
+    tokens: int,
+    features: int,
+    depths: tuple[int, ...],
+    ranks: tuple[int, ...],
+    scales: tuple[float, ...],
+    masked: bool,
+    transposed: bool,
+    has_bias: bool,
+) -> Prepared:
+    """Of y, the xs, weights, ss, matrices, masks if it is masked, and the bias if there is one."""
+    tile = config.for_device(device).gemm[masked]  # type: ignore[index]
     block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
     wide = [block_n, block_k] if transposed else [block_k, block_n]
-    x_descs = [TensorDescriptor.from_tensor(x, [block_m, block_k]) for x in xs]
-    w_descs = [TensorDescriptor.from_tensor(w, wide) for w in weights]
-    tokens, features = y.shape
-    tiles = cdiv(tokens, block_m) * cdiv(features, block_n)
-    programs = min(tiles, config.processors(y.device))
-    _lora_gemm_kernel[(programs,)](
-        *padded(x_descs), *padded(w_descs), TensorDescriptor.from_tensor(y, [block_m, block_n]),
-        *padded(ss), *padded(matrices), *padded(masks if masked else [y]),
-        y if bias is None else bias, tokens, features, *padded([x.shape[1] for x in xs]),
-        *padded([s.shape[1] for s in ss]), *padded([float(s) for s in scales]), programs,
-        SIBLINGS=len(xs), TRANSPOSED=transposed, HAS_BIAS=bias is not None, MASKED=masked,
+    programs = min(cdiv(tokens, block_m) * cdiv(features, block_n), config.processors(device))
+    n, end = len(depths), 1 + (5 if masked else 4) * len(depths)
+    # To describe a tensor takes a driver as long as to launch: those that are not there are none.
+    missing = [None] * (config.MAX_SIBLINGS - n)
+    descriptors = (*range(1, 1 + n), *missing, *range(1 + n, 1 + 2 * n), *missing, 0)
+    pointers = (*trio(1 + 2 * n, n), *trio(1 + 3 * n, n), *trio(1 + 4 * n, n if masked else 0))
+    blocks = {at: [block_m, block_k] for at in range(3)} | dict.fromkeys(range(3, 6), wide)
+    return Prepared(
+        _lora_gemm_kernel, (programs,), (*descriptors, *pointers, end if has_bias else 0),
+        (tokens, features, *padded(depths), *padded(ranks), *padded(scales), programs),
+        blocks=blocks | {6: [block_m, block_n]},
+        SIBLINGS=n, TRANSPOSED=transposed, HAS_BIAS=has_bias, MASKED=masked,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=tile.block_r,
         GROUP_M=tile.group_m, **tile.launch.options(),
     )  # fmt: skip

@@ -187,6 +187,7 @@ def _routed(
 def _gemm(x: str, adapter: str, siblings: int, **flags: bool) -> Variant:
     """A variant of the persistent product, on the architectures that have one."""
     wide = "{BLOCK_N}, {BLOCK_K}" if flags["TRANSPOSED"] else "{BLOCK_K}, {BLOCK_N}"
+    absent = [f"{name}{i}_desc" for name in "xw" for i in range(siblings, config.MAX_SIBLINGS)]
     types = {
         **_numbered("x", f"tensordesc<{x}[{{BLOCK_M}}, {{BLOCK_K}}]>", "_desc"),
         **_numbered("w", f"tensordesc<{x}[{wide}]>", "_desc"),
@@ -196,10 +197,12 @@ def _gemm(x: str, adapter: str, siblings: int, **flags: bool) -> Variant:
         **_numbered("k", "i32"), **_numbered("r", "i32"), **_numbered("scale", "fp32"),
         "programs": "i32",
     }  # fmt: skip
+    types = {name: kind for name, kind in types.items() if name not in absent}
     text = "".join(f" {name.lower()}={value}" for name, value in flags.items())
     return Variant(
         "fastft_kernels._lora_gemm_kernel", "_lora_gemm_kernel",
-        f"x={x} ab={adapter} siblings={siblings}{text}", types, {"SIBLINGS": siblings, **flags},
+        f"x={x} ab={adapter} siblings={siblings}{text}", types,
+        {"SIBLINGS": siblings, **flags, **dict.fromkeys(absent)},
         "gemm", (DTYPES[x], 0, flags["MASKED"]), stack_limit=_GEMM_STACK,
     )  # fmt: skip
 

@@ -12,9 +12,10 @@ import pytest
 pytest.importorskip("triton", reason="no Triton for this platform")
 
 import torch
-from fastft_kernels import _launch, glu, lora_linear, rms_norm, rope, ways
+from fastft_kernels import _launch, border, glu, lora_linear, rms_norm, rope, ways
 from fastft_kernels._common import INTERPRETED
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.stand_in import Launch, Launches, stand_in
 
@@ -27,8 +28,9 @@ BF16 = torch.bfloat16
 class Given:
     """The tensors of calls, and a name for each."""
 
-    def __init__(self, siblings: int = 2, dropout: float = 0.0) -> None:
+    def __init__(self, siblings: int = 2, dropout: float = 0.0, biased: bool = False) -> None:
         n = siblings
+        self.biases = [torch.zeros(WIDTH, dtype=BF16) if biased else None for _ in range(n)]
         self.x, self.dx = self._wide(FEATURES), self._wide(FEATURES)
         self.ys, self.dys = ([self._wide(WIDTH) for _ in range(n)] for _ in range(2))
         self.weights = [torch.zeros(WIDTH, FEATURES, dtype=BF16) for _ in range(n)]
@@ -46,7 +48,7 @@ class Given:
 
     def forward(self) -> None:
         lora_linear.fwd(
-            self.ys, self.ss, self.x, self.weights, [None] * len(self.ys), self.a, self.b,
+            self.ys, self.ss, self.x, self.weights, self.biases, self.a, self.b,
             self.scalings, self.masks, self.ps, self.owners, self.spans,
         )  # fmt: skip
 
@@ -93,11 +95,20 @@ def plainly(launches: list[Launch]) -> list[tuple[Any, ...]]:
             launch.kernel,
             launch.hash,
             launch.grid,
-            [(t.dtype, t.shape, t.stride()) if isinstance(t, torch.Tensor) else (type(t), t)
-             for t in launch.arguments],
+            [_plainly(argument) for argument in launch.arguments],
         )
         for launch in launches
-    ]  # fmt: skip
+    ]
+
+
+def _plainly(argument: Any) -> tuple[Any, ...]:
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.shape, argument.stride()
+    if isinstance(argument, TensorDescriptor):
+        rest = {name: v for name, v in vars(argument).items() if name != "base"}
+        rest |= {"shape": list(argument.shape), "strides": list(argument.strides)}
+        return "descriptor", _plainly(argument.base), rest
+    return type(argument), argument
 
 
 def forget() -> None:
@@ -117,9 +128,10 @@ def device() -> Iterator[Launches]:
     forget()
 
 
-CALLS: dict[str, Callable[[], Callable[[], None]]] = {
+CALLS: dict[str, Callable[[], Any]] = {
     "forward": lambda: Given().forward,
     "forward of one": lambda: Given(1).forward,
+    "forward with biases": lambda: Given(1, biased=True).forward,
     "forward of three under dropout": lambda: Given(3, 0.1).forward,
     "backward": lambda: Given().backward,
     "backward of three under dropout": lambda: Given(3, 0.1).backward,
@@ -130,7 +142,7 @@ CALLS: dict[str, Callable[[], Callable[[], None]]] = {
 }
 
 
-@pytest.mark.parametrize("way", [None, "expand"])
+@pytest.mark.parametrize("way", [None, *ways.WAYS])
 @pytest.mark.parametrize("name", CALLS)
 def test_repeated_it_passes_what_triton_passes(
     name: str, way: str | None, device: Launches, monkeypatch: pytest.MonkeyPatch
@@ -145,6 +157,9 @@ def test_repeated_it_passes_what_triton_passes(
 
     monkeypatch.setattr(JITFunction, "run", run)
     call = CALLS[name]()
+    given: Given = call.__self__
+    held = border.make(given.weights, [R] * len(given.weights)) if way == "border" else None
+    given.weights = given.weights if held is None else held.weights
 
     def launched() -> list[tuple[Any, ...]]:
         device.kept.clear()
