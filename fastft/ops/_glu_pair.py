@@ -61,6 +61,21 @@ def _origin(tensor: Tensor) -> tuple[Any, int] | None:
     return (node, place) if getattr(node, "_forward_cls", None) is LoraLinear else None
 
 
+def _comes(node: Any) -> bool:
+    """Whether this backward goes on to the node's own. torch's answer is yes also where it ends at
+    the node's results, whose gradients are asked for: then none of what comes after it is run."""
+    will: Any = torch._C._will_engine_execute_node  # type: ignore[attr-defined]
+    if not will(node):
+        return False
+    for after, _ in node.next_functions:
+        try:
+            if after is not None and will(after):
+                return True
+        except RuntimeError:  # it does not answer for a leaf whose gradient is asked for
+            return True
+    return False
+
+
 def backward(
     found: Producer, d_out: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor] | None:
@@ -70,7 +85,7 @@ def backward(
     _, _, _, need_b, *_ = constants.split(node.needs_input_grad[3:])
     if not node.needs_input_grad[2] or not all(need_b):
         return None
-    if gate.numel() == 0 or not torch._C._will_engine_execute_node(node):  # type: ignore[attr-defined]
+    if gate.numel() == 0 or not _comes(node):
         return None
     saved = saved_of(node)
     x, tensors = saved

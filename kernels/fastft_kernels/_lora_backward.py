@@ -10,8 +10,15 @@ from torch import Tensor
 
 from fastft_kernels import _lora_gemm, _lora_plain
 from fastft_kernels._common import device_guard
-from fastft_kernels._lora_calls import at, by, choose_way, dense, plain, scales_kept
-from fastft_kernels._lora_glu import GluPair
+from fastft_kernels._lora_calls import (
+    GluPair,
+    at,
+    by,
+    choose_way,
+    dense,
+    plain,
+    scales_kept,
+)
 from fastft_kernels._lora_pair import PairParts, pair, pairs_well, reduce_pairs
 from fastft_kernels._lora_routed import Route, routes
 from fastft_kernels._lora_skinny import Copy, expand_add, outer, shrink
@@ -42,14 +49,13 @@ def bwd(
     lora_as, lora_bs = dense(lora_as), dense(lora_bs)
     keep_scales = scales_kept(masks, dropout_ps)
     whole = (0, x.shape[0])
-    every = (dx, *das, *dbs)
+    every = (dx, *das, *(dbs if made is None else ()))
     with device_guard(x):
         one_each = plain(len(dys), owners, spans, whole)
-        if one_each and weights and made is None and all(g is not None for g in every):
+        if one_each and weights and all(g is not None for g in every):
             gradients: Any = (dx, das, dbs)
-            if _lora_plain.backward(
-                *gradients, dys, x, ss, weights, lora_as, lora_bs, scalings, keep_scales, masks
-            ):
+            tensors = (dys, x, ss, weights, lora_as, lora_bs)
+            if _lora_plain.backward(*gradients, *tensors, scalings, keep_scales, masks, made):
                 return None
         d_ss: list[Tensor] = [torch.empty_like(s) for s in ss] if made is None else made.d_ss
         if not one_each and routes(owners, spans, x):

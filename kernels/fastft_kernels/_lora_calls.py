@@ -4,13 +4,28 @@ their rows, its scales."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from fastft_kernels import _lora_gemm, border, config, ways
 
-__all__ = ["at", "by", "choose_way", "dense", "plain", "scales_kept"]
+__all__ = ["POSSIBLE", "GluPair", "at", "by", "choose_way", "dense", "plain", "scales_kept"]
+
+
+@dataclass(frozen=True)
+class GluPair:
+    """What a gated unit's backward has made of the two layers before it, in their order.
+
+    dys: (M, N) each, columns of ``left`` where there is one: [dY_0 | dY_1 | dS_0 | dS_1], the
+    bordered operand of dx. d_ss: (M, r) each. dbs: (N, r) each.
+    """
+
+    dys: list[Tensor]
+    d_ss: list[Tensor]
+    dbs: list[Tensor]
+    left: Tensor | None
 
 
 def plain(
@@ -43,16 +58,16 @@ def choose_way(
         direction, tokens, features, tuple([w.shape[0] for w in weights]), max(ranks), bool(dropout)
     )
     arch = config.for_device(narrow.device)
-    possible = _POSSIBLE[held is not None, uniform and arch.gemm is not None]
+    possible = POSSIBLE[held is not None, uniform and arch.gemm is not None]
     way = ways.pick(arch.name, shape, possible)
     # What that kernel's tensors must be is asked where it is wanted: of each, it takes a while.
     if way == "gemm" and not _lora_gemm.fits([narrow, *wides, *weights]):
-        way = ways.pick(arch.name, shape, _POSSIBLE[held is not None, False])
+        way = ways.pick(arch.name, shape, POSSIBLE[held is not None, False])
     return way, held
 
 
 # By whether there is a border, and whether the persistent product may serve.
-_POSSIBLE = {
+POSSIBLE = {
     (False, False): ("expand",),
     (True, False): ("expand", "border"),
     (False, True): ("expand", "gemm"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,27 +11,13 @@ from torch import Tensor
 from fastft_kernels import config
 from fastft_kernels._common import INTERPRETED, device_guard
 from fastft_kernels._launch import KEPT, Prepared, cdiv
-from fastft_kernels._lora_calls import choose_way, dense
+from fastft_kernels._lora_calls import GluPair, choose_way, dense
 from fastft_kernels._lora_glu_kernels import _glu_pair_kernel
 from fastft_kernels._lora_pair import PairParts, pair_block, reduce_pairs
 from fastft_kernels._lora_reduce import split_rows
 from fastft_kernels.glu import CODES
 
-__all__ = ["GluPair", "glu_bwd"]
-
-
-@dataclass(frozen=True)
-class GluPair:
-    """What a gated unit's backward has made of the two layers before it, in their order.
-
-    dys: (M, N) each, columns of ``left`` where there is one: [dY_0 | dY_1 | dS_0 | dS_1], the
-    bordered operand of dx. d_ss: (M, r) each. dbs: (N, r) each.
-    """
-
-    dys: list[Tensor]
-    d_ss: list[Tensor]
-    dbs: list[Tensor]
-    left: Tensor | None
+__all__ = ["glu_bwd"]
 
 
 def glu_bwd(

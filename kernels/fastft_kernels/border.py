@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Border", "find", "make"]
+__all__ = ["Border", "find", "make", "operand", "pitch"]
 
 # Row pitch, in bytes: a line of the second-level cache, and enough for tensor memory descriptors.
 _PITCH = 128
@@ -35,9 +35,9 @@ def _round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-def _pitch(columns: int, like: Tensor) -> int:
-    """Elements from one row to the next of a matrix of this many columns."""
-    return _round_up(columns, _PITCH // like.element_size())
+def pitch(columns: int, size: int) -> int:
+    """Elements from one row to the next of a matrix of this many columns of so many bytes."""
+    return _round_up(columns, _PITCH // size)
 
 
 @dataclass(eq=False)
@@ -117,7 +117,9 @@ def make(weights: Sequence[Tensor], ranks: Sequence[int]) -> Border:
     """Copies the weights (N_i, K) of one dtype and device into a new buffer and registers it."""
     features, widths = weights[0].shape[1], tuple(w.shape[0] for w in weights)
     border = _round_up(sum(ranks), _UNIT)
-    buffer = weights[0].new_zeros(sum(widths) + border, _pitch(features + border, weights[0]))
+    buffer = weights[0].new_zeros(
+        sum(widths) + border, pitch(features + border, weights[0].element_size())
+    )
     made = Border(buffer, features, widths, tuple(ranks))
     for view, weight in zip(made.weights, weights, strict=True):
         view.copy_(weight)
@@ -135,4 +137,4 @@ def find(weights: Sequence[Tensor], ranks: Sequence[int]) -> Border | None:
 
 def operand(like: Tensor, rows: int, columns: int, border: int) -> Tensor:
     """Room for [x | S] or [dy | dS]: (rows, columns + border), rows padded as the buffer's are."""
-    return like.new_empty(rows, _pitch(columns + border, like))[:, : columns + border]
+    return like.new_empty(rows, pitch(columns + border, like.element_size()))[:, : columns + border]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastft_kernels import _lora_gemm, _lora_routed, border, config, ways
+from fastft_kernels import _lora_gemm, _lora_plain, _lora_routed, border, config, ways
 from fastft_kernels import lora_linear as launcher
 
 from tests.kernels.bounds import assert_as_accurate
@@ -100,6 +100,60 @@ def test_same_inputs_same_bits(way: str) -> None:
         first, second = _run(case), _run(case)
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
+
+
+@pytest.fixture
+def plainly(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[bool]]]:
+    """Has plain calls take a way, unless it is not possible; what says which of them were served
+    the short way."""
+    served: list[bool] = []
+
+    def forget() -> None:
+        _lora_plain._forward.cache_clear()
+        _lora_plain._backward.cache_clear()
+
+    def take(way: str) -> list[bool]:
+        forget()
+        pick = lambda _, __, possible: way if way in possible else "expand"  # noqa: E731
+        monkeypatch.setattr(ways, "pick", pick)
+        for name in ("forward", "backward"):
+            real = getattr(_lora_plain, name)
+            monkeypatch.setattr(
+                _lora_plain, name, lambda *args, real=real: served.append(real(*args)) or served[-1]
+            )
+        return served
+
+    yield take
+    forget()
+
+
+# Widths of whole vectors, as a model's: their backward has a short way, too.
+_WHOLE = (150, 72, (256, 80, 96), (8, 16, 5), BF16, F32)
+PLAIN = {
+    **{name: LORA_CASES[name] for name in ALIGNED},
+    "whole": LoraCase(*_WHOLE),
+    "whole-dropout": LoraCase(*_WHOLE, (0.1, 0.2, 0.1)),
+}
+
+
+@pytest.mark.parametrize("way", ways.WAYS)
+@pytest.mark.parametrize("name", sorted(PLAIN))
+def test_a_plain_call_has_the_bits_of_a_general_one(
+    name: str, way: str, plainly: Callable[[str], list[bool]]
+) -> None:
+    case = PLAIN[name].inputs()
+    if way == "border":
+        held = border.make(case.weights, [a.shape[0] for a in case.lora_as])
+        case.weights = held.weights
+    with ways.force(way):
+        general = _run(case)
+    served = plainly(way)
+    plain = _run(case)
+    for key, value in general.items():
+        assert torch.equal(value, plain[key]), key
+    assert len(served) == 2
+    if name.startswith("whole"):
+        assert served == [True, True]
 
 
 @pytest.mark.parametrize("way", ["border", "gemm"])
