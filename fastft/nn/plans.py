@@ -210,6 +210,8 @@ def _facts(names: Sequence[str], parts: Sequence[Parts]) -> list[Any]:
         held = (*p.tensors(), *biases, magnitude, p.scaling)
         found += [identity(t) if isinstance(t, Tensor) else t for t in held]
         found.append(p.dropout_p())
+        if type(p.base) not in _BASES:  # the values that 4 bits stand for
+            found += [id(getattr(held[0], "quant_state", None)), p.base.compute_dtype]
     return found
 
 
@@ -234,7 +236,8 @@ def plain_parts(layer: PeftLinear) -> tuple[str, Parts] | None:
         (type(base) not in _BASES and not is_4bit(base))
         or type(a) is not nn.Linear
         or type(b) is not nn.Linear
-        or not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p < 1.0))
+        or type(dropout) not in (nn.Identity, nn.Dropout)
+        or (type(dropout) is nn.Dropout and not 0.0 <= dropout.p < 1.0)
         or type(scaling) not in (float, int)
     ):
         return None
@@ -341,7 +344,7 @@ def _fits(x: Tensor, parts: Parts, dense: Dense | None) -> bool:
         and a.shape[1] == features
         and b.shape[1] == r
         and shape == (out_features, features)
-        and dtype in FLOATS
+        and all(kind in FLOATS for kind in (x.dtype, dtype, a.dtype))
         and parameter(parts.b, "bias") is None
         and abs(parts.scaling) < math.inf
         and (

@@ -212,6 +212,8 @@ def begin_forward(root: nn.Module, *_: Any) -> None:
     # Tensors of inference mode have no version: nothing is learnt from them.
     if root in _seen or torch.is_inference_mode_enabled():
         return
+    if torch._C._current_graph_task_id() != -1:  # a recompute, of a forward without the groups
+        return
     watch = _watches.get(root)
     if watch is not None and watch.mature():
         for run in watch.runs:

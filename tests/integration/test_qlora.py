@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from tests.patch.quantized import Two, assert_merged_as_peft
 bnb = pytest.importorskip("bitsandbytes")
 peft_bnb = pytest.importorskip("peft.tuners.lora.bnb")
 
-F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 FACTOR = 4.0
 
 
@@ -133,6 +134,27 @@ def test_no_values_of_a_weight_are_kept() -> None:
         assert not {(96, 64), (64, 96)} & kept
         y.sum().backward()
         assert x.grad is not None
+
+
+@pytest.mark.parametrize("change", ["dtype", "state"])
+def test_what_a_weight_stands_for_may_change_between_siblings(change: str) -> None:
+    how = {"quant_type": "nf4", "compress_statistics": False}
+    model = fastft.accelerate(adapted(F32, how))
+    x = torch.randn(3, 50, 64)
+    run(model, x, F32)
+    q, k = model.base_model.model.q, model.base_model.model.k
+    with torch.autocast("cpu", BF16) if change == "dtype" else contextlib.nullcontext():
+        if change == "dtype":
+            q.base_layer.compute_dtype = k.base_layer.compute_dtype = BF16
+        q(x)
+        if change == "dtype":
+            k.base_layer.compute_dtype = F16
+        else:
+            k.base_layer.weight.quant_state = copy.copy(k.base_layer.weight.quant_state)
+            k.base_layer.weight.quant_state.absmax = k.base_layer.weight.quant_state.absmax * 2
+        got = k(x)
+        want = k(x.clone())
+    assert torch.equal(got, want)
 
 
 def test_a_weight_made_again_must_be_frozen() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastft
@@ -176,6 +177,14 @@ def test_siblings_learnt_under_checkpointing_never_break_the_recompute(reentrant
     second = gradients(model)
     assert first[0] == second[0]
     assert all(torch.equal(first[1][n], second[1][n]) for n in first[1])
+
+
+def test_a_recompute_of_the_whole_model_learns_no_siblings() -> None:
+    model = get_peft_model(_Residual(changes=False), LoraConfig(r=4, target_modules=["a", "b"]))
+    fastft.accelerate(model)
+    for _ in range(3):
+        checkpoint(model, torch.randn(3, 16), use_reentrant=False).sum().backward()
+    assert fastft.explain(model).modules[0].siblings == 2
 
 
 def test_sibling_called_with_another_tensor_runs_alone() -> None:
@@ -460,15 +469,16 @@ def test_errors_survive_pickling() -> None:
 
 
 class _Residual(nn.Module):
-    """Two layers on one tensor object that changes in between."""
+    """Two layers on one tensor object that changes in between, or does not."""
 
-    def __init__(self) -> None:
+    def __init__(self, changes: bool = True) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.a, self.b, self.changes = nn.Linear(16, 16), nn.Linear(16, 16), changes
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x)
-        x.mul_(3)
+        if self.changes:
+            x.mul_(3)
         return y + self.b(x)
 
 

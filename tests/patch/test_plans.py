@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from fastft import native
+from fastft.errors import DtypeError
 from fastft.nn import plans
 from fastft.nn.lora import ADAPTER_RULES, CALL_RULES, LAYER_RULES, FusedLoraLinear
 from fastft.nn.plans import plain_plan
@@ -215,3 +216,28 @@ def test_both_readers_read_the_same() -> None:
         assert read is not None
         assert [t is own for t in read[-3:]].count(True) == 1
         assert list(map(id, read)) == list(map(id, plans._read_plain_layer(layer) or ()))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("place", ["x", "adapters"])
+def test_what_the_operation_refuses_under_autocast_is_not_vouched_for(
+    dtype: torch.dtype, place: str
+) -> None:
+    layer, x = _layer(), X
+    if place == "x":
+        x = X.to(dtype)
+    else:
+        for module in (layer.lora_A["default"], layer.lora_B["default"]):
+            module.weight = nn.Parameter(module.weight.data.to(dtype), requires_grad=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        plan = plain_plan(layer, x)
+        assert plan is not None
+        assert not plan.vouched
+        with pytest.raises(DtypeError):
+            layer.fused_call([plan], x)
+
+
+def test_a_dropout_that_is_no_probability_is_not_plain() -> None:
+    layer = _layer(lora_dropout=0.5)
+    layer.lora_dropout["default"].p = -0.1
+    assert plain_plan(layer, X) is None
