@@ -61,7 +61,8 @@ class Border:
         self.border = _round_up(sum(self.ranks), _UNIT)
         self._columns = self.buffer[:, :k]
         self._frozen = self._columns[:n]
-        self.weights = list(self._frozen.split(list(self.widths)))
+        # As .data: to write adapters beside the weights is no change of these to autograd.
+        self.weights = [w.data for w in self._frozen.split(list(self.widths))]
         self._held_at = [_place(weight) for weight in self.weights]
         ends = [sum(self.ranks[: i + 1]) for i in range(len(self.ranks))]
         places = [slice(end - r, end) for end, r in zip(ends, self.ranks)]

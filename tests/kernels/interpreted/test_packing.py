@@ -13,6 +13,7 @@ from torch import nn
 
 import fastft
 from fastft.nn import packing
+from fastft.ops.lora_linear import lay_out_weights, lora_linear_siblings
 
 
 class Block(nn.Module):
@@ -110,6 +111,20 @@ def test_adapters_that_change_are_the_ones_used() -> None:
                 q.mul_(1.5)
     with ways.force("border"):
         same(step(model), step(plain))
+
+
+def test_what_calls_write_beside_the_weights_is_no_change_of_them() -> None:
+    """Autograd, which counts changes in place, lets a graph be gone through twice, after others."""
+    x, w, a, b = (torch.randn(s) for s in ((5, 16), (8, 16), (4, 16), (8, 4)))
+    held = lay_out_weights([w], [4], torch.float32)
+    x.requires_grad_()
+    with ways.force("border"):
+        given: Any = (x, held.weights, [a], [b])
+        ys = [lora_linear_siblings(*given, scalings=[1.0], backend="triton")[0] for _ in range(2)]
+        found = [torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for y in (*ys, *ys)]
+    want = (w + b @ a).sum(0).expand(5, 16)
+    for got in found:
+        torch.testing.assert_close(got, want)
 
 
 def test_another_rank_takes_another_way() -> None:
