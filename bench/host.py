@@ -2,8 +2,8 @@
 
 On a GPU the host works ahead; where it is slower than the kernels, the GPU waits. No GPU is needed
 to see it: tensors are tiny and on the CPU, and fastft takes its way on GPUs with a driver that
-launches nothing (bench/stand_in.py). What the others compute themselves is in their time; what a
-driver takes for a launch is in nobody's.
+launches nothing (bench/stand_in.py). What is computed is in the time; what a driver takes for a
+launch is not, and ``launches`` says how many there would be, forward and backward.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .worker import run_worker
 NAME = "host"
 TIMEOUT = 600
 DROPOUTS = (0.0, 0.05)
+METRICS = (("forward_us", "us"), ("backward_us", "us"), ("launches", "launches"))
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,14 @@ def run(options: Options, emit: Callable[[Record], None]) -> list[Record]:
                     except RuntimeError as error:
                         reasons[impl.name] = f"failed: {error}"
         for impl in IMPLS:
-            for metric in ("forward_us", "backward_us"):
+            for metric, unit in METRICS:
                 reason = reasons[impl.name]
                 value = None
                 if reason is None:
                     value = statistics.median(times[metric] for times in found[impl.name])
                 case = f"a layer of Llama, r=16 all-linear, dropout {dropout:g}"
                 record = make(
-                    options, NAME, case, impl.name, metric, value, "us", False,
+                    options, NAME, case, impl.name, metric, value, unit, False,
                     dtype="bfloat16", reason=reason,
                 )  # fmt: skip
                 records.append(record)

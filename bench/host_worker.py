@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # A layer is what the deeper of two models takes more, by their difference: the loss is in neither.
 DEPTHS = (2, 10)
@@ -46,6 +47,32 @@ def load(job: dict[str, Any], layers: int) -> Any:
     ).train()
 
 
+# Operations of torch that make room only.
+_ROOM = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach"}
+
+
+class _Operations(TorchDispatchMode):
+    """Counts the operations that a GPU would be launched for: all but views and room."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        returns = function._schema.returns
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        if not views and function.__name__.partition(".")[0] not in _ROOM:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def count(forward: Callable[[], torch.Tensor]) -> int:
+    """Operations of torch in a step, forward and backward."""
+    with _Operations() as operations:
+        forward().backward()
+    return operations.count
+
+
 def time_steps(forward: Callable[[], torch.Tensor]) -> dict[str, float]:
     """Microseconds, forward and backward: the quarter of the fastest ends there."""
     times: dict[str, list[float]] = {"forward_us": [], "backward_us": []}
@@ -60,7 +87,7 @@ def time_steps(forward: Callable[[], torch.Tensor]) -> dict[str, float]:
 
 
 def run(job: dict[str, Any]) -> dict[str, float]:
-    """Microseconds of one layer."""
+    """Microseconds and launches of one layer."""
     torch.set_num_threads(1)
     shallow, deep = (run_model(job, layers) for layers in DEPTHS)
     layers = DEPTHS[1] - DEPTHS[0]
@@ -78,7 +105,7 @@ def run_model(job: dict[str, Any], layers: int) -> dict[str, float]:
     if not job["fused"]:
         for _ in range(3):
             forward().backward()
-        return time_steps(forward)
+        return time_steps(forward) | {"launches": count(forward)}
     return run_fused(model, forward)
 
 
@@ -114,7 +141,9 @@ def run_fused(model: Any, forward: Callable[[], torch.Tensor]) -> dict[str, floa
             found = time_steps(forward)
             if launches.count == 0 or calls.call_counts().fallback:
                 raise RuntimeError("not all of it ran fused")
-            return found
+            launches.count = 0
+            operations = count(forward)
+            return found | {"launches": operations + launches.count}
     finally:
         backends.select = select
 
