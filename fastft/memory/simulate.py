@@ -181,6 +181,7 @@ class Launchers:
 _OPTIONAL = {
     "fwd_values": ("cpu", "triton"),
     "fwd_adapters": ("cpu", "triton"),
+    "fwd_plain": (),  # the same work, sooner on its way
     "lay_out": (),
     "glu_bwd": (),
     "takes_scales": (),

@@ -13,6 +13,7 @@ from peft import PeftModel
 
 import fastft
 from fastft import ops
+from fastft.nn import lora
 from tests.integration import tiny
 from tests.integration.test_adapters import BATCH, NAMES, two_adapters
 from tests.integration.test_peft_api import fused_and_not
@@ -30,13 +31,18 @@ MODELS: dict[str, Callable[[], PeftModel]] = {
 def watch_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of layers of each fused call from here on."""
     calls: list[int] = []
-    fused = ops.lora_linear_siblings
 
-    def watched(x: torch.Tensor, weights: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append(len(weights))
-        return fused(x, weights, *args, **kwargs)
+    def watch(module: Any, name: str) -> None:
+        fused = getattr(module, name)
 
-    monkeypatch.setattr(ops, "lora_linear_siblings", watched)
+        def watched(x: torch.Tensor, weights: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(len(weights))
+            return fused(x, weights, *args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(ops, "lora_linear_siblings")
+    watch(lora, "vouched_siblings")
     return calls
 
 
