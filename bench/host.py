@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from .declare import Options
+from .e2e import Impl
 from .peers import missing
 from .records import Record, make
 from .worker import run_worker
@@ -21,21 +21,6 @@ NAME = "host"
 TIMEOUT = 600
 DROPOUTS = (0.0, 0.05)
 METRICS = (("forward_us", "us"), ("backward_us", "us"), ("launches", "launches"))
-
-
-@dataclass(frozen=True)
-class Impl:
-    """One way to train; the worker (bench/host_worker.py) reads these facts.
-
-    adapters: 'none' (frozen model), 'float32' (PEFT's default) or 'model' (the model's dtype).
-    """
-
-    name: str
-    adapters: str
-    fused: bool = False
-    package: str = "peft"
-
-
 IMPLS = (
     Impl("frozen", adapters="none", package="transformers"),
     Impl("peft", adapters="float32"),
@@ -53,12 +38,15 @@ def run(options: Options, emit: Callable[[Record], None]) -> list[Record]:
         reasons = {i.name: options.left_out(i.name) or missing(i.package) for i in IMPLS}
         for _ in range(options.rounds):
             for impl in IMPLS:
-                if reasons[impl.name] is None:
-                    job = {**vars(impl), "dropout": dropout, "device": "cpu"}
-                    try:
-                        found[impl.name].append(run_worker("host_worker", job, TIMEOUT))
-                    except RuntimeError as error:
-                        reasons[impl.name] = f"failed: {error}"
+                if reasons[impl.name] is not None:
+                    continue
+                job = {"adapters": impl.adapters, "fused": impl.fused, "dropout": dropout}
+                try:
+                    times = run_worker("host_worker", {**job, "device": "cpu"}, TIMEOUT)
+                except RuntimeError as error:
+                    reasons[impl.name] = f"failed: {error}"
+                else:
+                    found[impl.name].append(times)
         for impl in IMPLS:
             for metric, unit in METRICS:
                 reason = reasons[impl.name]
