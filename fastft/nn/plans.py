@@ -280,20 +280,16 @@ def plain_plan(layer: PeftLinear, x: Any) -> Plan | None:
     found = plain_parts(layer)
     if found is None:
         return None
-    parts = found[1]
-    dense = None if type(parts.base) in _BASES else _dense(parts.base)
-    if dense is None and type(parts.base) not in _BASES:
-        return None
+    parts, dense = found[1], None
+    if type(parts.base) not in _BASES:  # in 4 bits, whose values must be such as can be made
+        if state_refusal(parts.base) is not None:
+            return None
+        dense = Dense(parts.base)
     if not _suits(x, parts, dense):
         return None
     plan = Plan(layer, None, found)
     plan.dense, plan.vouched = dense, _fits(x, parts, dense)
     return plan
-
-
-def _dense(base: nn.Module) -> Dense | None:
-    """What makes the values of a 4-bit layer's weight, where they can be made as it stands."""
-    return Dense(base) if state_refusal(base) is None else None
 
 
 def plain_facts(layer: PeftLinear) -> list[Any] | None:

@@ -6,7 +6,6 @@ and the last of them need not run at all (``fastft.ops._saving``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from fastft_kernels._lora_calls import at, by, choose_way, dense, plain, scales_
 from fastft_kernels._lora_routed import Route, routes
 from fastft_kernels._lora_skinny import Copy, expand_add, shrink
 
-__all__ = ["fwd", "fwd_adapters", "fwd_plain", "fwd_values"]
+__all__ = ["fwd", "fwd_adapters", "fwd_values"]
 
 
 _NO_MASK = (None,)
@@ -57,13 +56,12 @@ def fwd(ys: list[Tensor], ss: list[Tensor], *call: Any) -> None:
     spans[j] of x: s_j = drop_j(x) A_j^T (rows, r_j). The arguments are those of both halves.
     Without weights the ys hold the frozen products already, and what they take is added."""
     c = _Call(*call)
+    one_each = c.one_each(len(ys))
+    if one_each and c.weights and _lora_plain.forward(
+        ys, ss, c.x, c.weights, c.biases, c.lora_as, c.lora_bs, c.scalings, c.masks, c.dropout_ps
+    ):  # fmt: skip
+        return
     with device_guard(c.x):
-        one_each = c.one_each(len(ys))
-        if one_each and c.weights and fwd_plain(
-            ys, ss, c.x, c.weights, c.biases, c.lora_as, c.lora_bs, c.scalings, c.masks,
-            c.dropout_ps,
-        ):  # fmt: skip
-            return
         way, held = c.way(ys, one_each)
         left = copy = None
         if way == "border" and held is not None:
@@ -72,27 +70,6 @@ def fwd(ys: list[Tensor], ss: list[Tensor], *call: Any) -> None:
             copy = Copy(wide, thin)
         _adapters(ss, c, copy)
         _values(ys, ss, c, way, held, left, one_each)
-
-
-def fwd_plain(
-    ys: Sequence[Tensor],
-    ss: Sequence[Tensor],
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    masks: Sequence[Tensor | None],
-    dropout_ps: Sequence[float],
-) -> bool:
-    """``fwd`` of layers with one adapter each over all rows, where there is a short way; False, and
-    nothing is written, where there is none."""
-    with device_guard(x):
-        return _lora_plain.forward(
-            ys, ss, x, weights, biases, dense(lora_as), dense(lora_bs), scalings,
-            scales_kept(masks, dropout_ps), masks,
-        )  # fmt: skip
 
 
 def fwd_adapters(ys: list[Tensor], ss: list[Tensor], *call: Any) -> None:
@@ -144,7 +121,7 @@ def _values(
 ) -> None:
     lora_bs = dense(c.lora_bs)
     if left is not None and held is not None:
-        _border(ys, c, lora_bs, held, left)
+        held.forward(ys, left, lora_bs, c.scalings, c.biases)
     elif way == "gemm":
         layers = zip(ys, c.weights, c.biases, ss, lora_bs, c.scalings, strict=True)
         for y, weight, bias, s, b, scaling in layers:
@@ -159,19 +136,6 @@ def _values(
                 expand_add(y, bias, [s], [b], [scaling], _NO_MASK, transposed=True)
         else:
             _expand(ys, ss, c, lora_bs)
-
-
-def _border(
-    ys: list[Tensor], c: _Call, lora_bs: list[Tensor], held: border.Border, left: Tensor
-) -> None:
-    """y_i = [x | S] [W_i | scaling_i B_i]^T + bias_i."""
-    for y, bias, right in zip(
-        ys, c.biases, held.forward_operands(lora_bs, c.scalings), strict=True
-    ):
-        if bias is None:
-            torch.mm(left, right, out=y)
-        else:
-            torch.addmm(bias, left, right, out=y)
 
 
 def _expand(ys: list[Tensor], ss: list[Tensor], c: _Call, lora_bs: list[Tensor]) -> None:

@@ -76,7 +76,7 @@ def product_launch(
     wide = [block_n, block_k] if transposed else [block_k, block_n]
     programs = min(cdiv(tokens, block_m) * cdiv(features, block_n), config.processors(device))
     n, end = len(depths), 1 + (5 if masked else 4) * len(depths)
-    # To describe a tensor takes a driver as long as to launch: those that are not there are none.
+    # A descriptor is encoded anew at every launch: of tensors that are not there, there are none.
     missing = [None] * (config.MAX_SIBLINGS - n)
     descriptors = (*range(1, 1 + n), *missing, *range(1 + n, 1 + 2 * n), *missing, 0)
     pointers = (*trio(1 + 2 * n, n), *trio(1 + 3 * n, n), *trio(1 + 4 * n, n if masked else 0))

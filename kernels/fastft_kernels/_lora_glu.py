@@ -13,7 +13,7 @@ from fastft_kernels._common import INTERPRETED, device_guard
 from fastft_kernels._launch import KEPT, Prepared, cdiv
 from fastft_kernels._lora_calls import GluPair, choose_way, dense
 from fastft_kernels._lora_glu_kernels import _glu_pair_kernel
-from fastft_kernels._lora_pair import PairParts, pair_block, reduce_pairs
+from fastft_kernels._lora_pair import PairParts, pair_block, pair_pays, reduce_pairs
 from fastft_kernels._lora_reduce import split_rows
 from fastft_kernels.glu import CODES
 
@@ -99,8 +99,6 @@ def _pays(gate: Tensor, lora_bs: Sequence[Tensor]) -> bool:
     """Whether the parts of dS, float32 and written and read once, are fewer bytes than a read of
     the gradients, and whole vectors make a row."""
     table, r = config.for_device(gate.device).glu_pair, lora_bs[0].shape[1]
-    if gate.element_size() != 2 or 0 in gate.shape or gate.shape[1] % 16:
+    if 0 in gate.shape or r != lora_bs[1].shape[1]:
         return False
-    if r != lora_bs[1].shape[1] or r > max(table):
-        return False
-    return 8 * r < gate.element_size() * table[pair_block(table, r)].block_n
+    return pair_pays(table, gate.element_size(), gate.shape[1], r)

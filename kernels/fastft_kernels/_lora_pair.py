@@ -32,16 +32,15 @@ def pairs_well(dy: Tensor, r: int) -> bool:
     The parts of dS, float32 and written and read once, are 8 r / block_n bytes for each element
     that is not read a second time. Rows of dY that are no whole vectors would spill.
     """
-    return pair_pays(config.for_device(dy.device), dy.element_size(), dy.shape[1], r) and bool(
-        dy.numel()
-    )
+    table = config.for_device(dy.device).pair
+    return 0 not in dy.shape and pair_pays(table, dy.element_size(), dy.shape[1], r)
 
 
-def pair_pays(arch: config.Arch, size: int, features: int, r: int) -> bool:
-    """The same of sizes; size: bytes of an element of dY."""
-    if size != 2 or r > max(arch.pair) or features % 16:
+def pair_pays(table: dict[int, config.TileConfig], size: int, features: int, r: int) -> bool:
+    """The same of sizes, by the tiles of rank blocks; size: bytes of an element of dY."""
+    if size != 2 or r > max(table) or features % 16:
         return False
-    return 8 * r < size * arch.pair[pair_block(arch.pair, r)].block_n
+    return 8 * r < size * table[pair_block(table, r)].block_n
 
 
 def pair_block(table: dict[int, config.TileConfig], r: int) -> int:

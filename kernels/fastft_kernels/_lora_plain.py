@@ -15,8 +15,9 @@ from fastft_kernels import _lora_gemm, border, config, ways
 from fastft_kernels import _lora_pair as pairs
 from fastft_kernels import _lora_reduce as sums
 from fastft_kernels import _lora_skinny as thin
+from fastft_kernels._common import device_guard
 from fastft_kernels._launch import KEPT, Prepared
-from fastft_kernels._lora_calls import POSSIBLE, GluPair
+from fastft_kernels._lora_calls import POSSIBLE, GluPair, dense, scales_kept
 
 __all__ = ["backward", "forward"]
 
@@ -122,10 +123,12 @@ def forward(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scalings: Sequence[float],
-    kept: Sequence[float],
     masks: Sequence[Tensor | None],
+    dropout_ps: Sequence[float],
 ) -> bool:
     """Writes the ys and ss; False, and nothing, where the call is not served here."""
+    lora_as, lora_bs = dense(lora_as), dense(lora_bs)
+    kept = scales_kept(masks, dropout_ps)
     found = _call_of(x, ys, weights, lora_as, scalings, kept, masks)
     if found is None:
         return False
@@ -136,29 +139,24 @@ def forward(
     way = program.way
     if way == "gemm" and not _lora_gemm.fits([x, *ys, *weights]):
         return False
-    read = sums.cast(lora_as, x.dtype) if program.casts else lora_as
-    if way == "border" and held is not None:
-        left = border.operand(x, *call.sizes, held.border)
-        if program.unused:
-            left[:, -program.unused :].zero_()
-        program.shrink(x, *read, *ss, *drops, left)
-        for y, bias, right in zip(
-            ys, biases, held.forward_operands(lora_bs, scalings), strict=True
-        ):
-            if bias is None:
-                torch.mm(left, right, out=y)
+    with device_guard(x):
+        read = sums.cast(lora_as, x.dtype) if program.casts else lora_as
+        if way == "border" and held is not None:
+            left = border.operand(x, *call.sizes, held.border)
+            if program.unused:
+                left[:, -program.unused :].zero_()
+            program.shrink(x, *read, *ss, *drops, left)
+            held.forward(ys, left, lora_bs, scalings, biases)
+            return True
+        program.shrink(x, *read, *ss, *drops)
+        for i, term in enumerate(program.terms):
+            y, bias = ys[i], biases[i]
+            own = () if bias is None else (bias,)
+            if way == "gemm":
+                term(y, x, weights[i], ss[i], lora_bs[i], *own)
             else:
-                torch.addmm(bias, left, right, out=y)
-        return True
-    program.shrink(x, *read, *ss, *drops)
-    for i, term in enumerate(program.terms):
-        y, bias = ys[i], biases[i]
-        own = () if bias is None else (bias,)
-        if way == "gemm":
-            term(y, x, weights[i], ss[i], lora_bs[i], *own)
-        else:
-            torch.mm(x, weights[i].t(), out=y)
-            term(y, *own, ss[i], lora_bs[i])
+                torch.mm(x, weights[i].t(), out=y)
+                term(y, *own, ss[i], lora_bs[i])
     return True
 
 
@@ -185,7 +183,7 @@ def _backward(call: _Call, way: str | None = None) -> _Backward | None:
     arch, size = config.for_device(device), dtypes[0].itemsize
     way = way or call.way("bwd", arch)
     layers = list(zip(widths, ranks, strict=True))
-    if way is None or not all(pairs.pair_pays(arch, size, n, r) for n, r in layers):
+    if way is None or not all(pairs.pair_pays(arch.pair, size, n, r) for n, r in layers):
         return None
     stride = None
     if way == "border" and columns is not None:

@@ -84,14 +84,23 @@ class Border:
             padding.zero_()
         return left, parts[: len(widths)], parts[len(widths) :]
 
-    def forward_operands(
-        self, lora_bs: Sequence[Tensor], scalings: Sequence[float]
-    ) -> list[Tensor]:
-        """[W_i | s B]^T, (K + R, N_i), of each layer, with these adapters written into the
-        border."""
+    def forward(
+        self,
+        ys: Sequence[Tensor],
+        left: Tensor,
+        lora_bs: Sequence[Tensor],
+        scalings: Sequence[float],
+        biases: Sequence[Tensor | None],
+    ) -> None:
+        """y_i = [x | S] [W_i | s B]^T + bias_i of each layer, these adapters written into the
+        border first; left: [x | S]."""
         for place, b, scaling in zip(self._bs, lora_bs, scalings, strict=True):
             torch.mul(b, scaling, out=place)
-        return self._rows
+        for y, right, bias in zip(ys, self._rows, biases, strict=True):
+            if bias is None:
+                torch.mm(left, right, out=y)
+            else:
+                torch.addmm(bias, left, right, out=y)
 
     def backward_operand(self, lora_as: Sequence[Tensor] | None) -> Tensor:
         """[W ; A], (N + R, K), with these adapters written into the border; W alone for None."""

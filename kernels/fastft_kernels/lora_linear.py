@@ -37,9 +37,10 @@ from fastft_kernels import border, config
 from fastft_kernels._common import device_guard, supports_device
 from fastft_kernels._launch import KEPT, Prepared, cdiv
 from fastft_kernels._lora_backward import bwd
-from fastft_kernels._lora_forward import fwd, fwd_adapters, fwd_plain, fwd_values
+from fastft_kernels._lora_forward import fwd, fwd_adapters, fwd_values
 from fastft_kernels._lora_glu import glu_bwd
 from fastft_kernels._lora_linear_kernels import _dropout_mask_kernel
+from fastft_kernels._lora_plain import forward as fwd_plain
 
 __all__ = [
     "bwd",
