@@ -12,6 +12,7 @@ from fastft_kernels import config
 from fastft_kernels._launch import KEPT, Prepared, cdiv
 from fastft_kernels._lora_gemm_kernel import _lora_gemm_kernel
 from fastft_kernels._lora_reduce import padded, trio
+from fastft_kernels._tiles import GEMM_RANKS
 
 __all__ = ["fits", "product", "product_launch"]
 
@@ -74,6 +75,7 @@ def product_launch(
     tile = config.for_device(device).gemm[masked]  # type: ignore[index]
     block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
     wide = [block_n, block_k] if transposed else [block_k, block_n]
+    early = tile.early and max(ranks) <= GEMM_RANKS[True]
     programs = min(cdiv(tokens, block_m) * cdiv(features, block_n), config.processors(device))
     n, end = len(depths), 1 + (5 if masked else 4) * len(depths)
     # A descriptor is encoded anew at every launch: of tensors that are not there, there are none.
@@ -84,8 +86,8 @@ def product_launch(
     return Prepared(
         _lora_gemm_kernel, (programs,), (*descriptors, *pointers, end if has_bias else 0),
         (tokens, features, *padded(depths), *padded(ranks), *padded(scales), programs),
-        blocks=blocks | {6: [block_m, block_n]},
-        SIBLINGS=n, TRANSPOSED=transposed, HAS_BIAS=has_bias, MASKED=masked,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=tile.block_r,
-        GROUP_M=tile.group_m, **tile.launch.options(),
+        blocks=blocks | {6: [block_m, tile.part]},
+        SIBLINGS=n, TRANSPOSED=transposed, HAS_BIAS=has_bias, MASKED=masked, EARLY=early,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=GEMM_RANKS[early],
+        PART=tile.part, GROUP_M=tile.group_m, **tile.launch.options(),
     )  # fmt: skip

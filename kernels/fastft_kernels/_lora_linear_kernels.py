@@ -9,12 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastft_kernels import _common
+
 __all__ = [
     "_dropout_mask_kernel",
     "_expand_add_kernel",
     "_outer_partial_kernel",
     "_shrink_kernel",
 ]
+
+INTERPRETED: tl.constexpr = tl.constexpr(_common.INTERPRETED)
 
 
 @triton.jit(do_not_specialize=["n_bytes", "threshold"])
@@ -25,10 +29,11 @@ def _dropout_mask_kernel(
     threshold,  # an element is dropped where its 16 random bits are below this
     BLOCK: tl.constexpr,
 ):
-    """out[m, j] = eight keep bits; Philox-4x32-10 with the byte's index as its counter."""
+    """out[m, j] = eight keep bits; Philox-4x32-7, the fewest rounds that pass BigCrush, with the
+    byte's index as its counter: a CPU's bits."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     seed = tl.load(seed_ptr)
-    w0, w1, w2, w3 = tl.randint4x(seed, index)
+    w0, w1, w2, w3 = tl.randint4x(seed, index, n_rounds=7)
     byte = tl.zeros((BLOCK,), tl.int32)
     # One Philox call makes eight 16-bit numbers: one for each bit of the byte.
     for bit in tl.static_range(8):
@@ -66,6 +71,46 @@ def _keep(packed, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _keep_words(bits0, bits1, bits2, SIBLINGS: tl.constexpr):
+    """Packed keep bits of siblings in one: byte i of a word is sibling i's, of eight columns."""
+    words = bits0.to(tl.int32)
+    if SIBLINGS > 1:
+        words |= bits1.to(tl.int32) << 8
+    if SIBLINGS > 2:
+        words |= bits2.to(tl.int32) << 16
+    return words
+
+
+@triton.jit
+def _keep_signs(words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keep bits for each element of a tile: bit 8 i + 7, the sign of a byte, is sibling i's."""
+    shifts = 7 - tl.arange(0, 8)
+    return tl.reshape(words[:, :, None] << shifts[None, None, :], (BLOCK_M, BLOCK_N))
+
+
+@triton.jit
+def _drop(x, signs, SIBLING: tl.constexpr):
+    """x where the sibling keeps it, else 0."""
+    kept = (signs & (128 << 8 * SIBLING)) != 0
+    if x.dtype.primitive_bitwidth != 16 or INTERPRETED:
+        return tl.where(kept, x, 0.0).to(x.dtype)
+    # Two instructions for two elements: of the signs of two bytes prmt makes the halves of a mask.
+    if SIBLING == 0:
+        return _and_signs(x, signs, "prmt.b32 keep, $2, $3, 0xCC88;")
+    if SIBLING == 1:
+        return _and_signs(x, signs, "prmt.b32 keep, $2, $3, 0xDD99;")
+    return _and_signs(x, signs, "prmt.b32 keep, $2, $3, 0xEEAA;")
+
+
+@triton.jit
+def _and_signs(x, signs, SELECT: tl.constexpr):
+    code: tl.constexpr = "{ .reg .b32 keep; " + SELECT + " and.b32 $0, $1, keep; }"
+    return tl.inline_asm_elementwise(
+        code, "=r,r,r,r", [x, signs], dtype=x.dtype, is_pure=True, pack=2
+    )
+
+
+@triton.jit
 def _keep_tile(mask_ptr, row, column, M, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Unpacks the keep bits of a (BLOCK_M, BLOCK_N) tile; each byte is loaded once."""
     return _keep(_keep_bytes(mask_ptr, row, column, M, K, BLOCK_M, BLOCK_N), BLOCK_M, BLOCK_N)
@@ -73,7 +118,7 @@ def _keep_tile(mask_ptr, row, column, M, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
 
 @triton.jit
 def _shrink_step(
-    acc, x, a_ptr, packed, k0, r0, K, r,
+    acc, x, a_ptr, signs, k0, r0, K, r, SIBLING: tl.constexpr,
     MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +132,7 @@ def _shrink_step(
         a_offset = rank[None, :] * K + k[:, None]
     a = tl.load(a_ptr + a_offset, mask=(k < K)[:, None] & (rank < r)[None, :], other=0.0)
     if MASKED:
-        x = tl.where(_keep(packed, BLOCK_M, BLOCK_K), x, 0.0).to(x.dtype)
+        x = _drop(x, signs, SIBLING)
     return tl.dot(x, a.to(x.dtype), acc, input_precision="ieee")
 
 
@@ -161,8 +206,10 @@ def _shrink_kernel(
         x = tl.load(
             x_tile + k[None, :], mask=(row + rows < M)[:, None] & (k < K)[None, :], other=0.0
         )
-        next0, next1, next2 = bits0, bits1, bits2
+        next0, next1, next2, signs = bits0, bits1, bits2, 0
         if MASKED:
+            words = _keep_words(bits0, bits1, bits2, SIBLINGS)
+            signs = _keep_signs(words, BLOCK_M, BLOCK_K)
             next0 = _keep_bytes(mask0_ptr, row, k0 + BLOCK_K, M, K, BLOCK_M, BLOCK_K)
             if SIBLINGS > 1:
                 next1 = _keep_bytes(mask1_ptr, row, k0 + BLOCK_K, M, K, BLOCK_M, BLOCK_K)
@@ -177,17 +224,17 @@ def _shrink_kernel(
                 # one buffer too few for products that run on in the background.
                 x = tl.where((row + rows < M)[:, None], x, 0.0).to(x.dtype)
         acc0 = _shrink_step(
-            acc0, x, a0_ptr, bits0, k0, rank, K, r0,
+            acc0, x, a0_ptr, signs, k0, rank, K, r0, 0,
             MASKED, TRANSPOSED, BLOCK_M, BLOCK_R, BLOCK_K,
         )  # fmt: skip
         if SIBLINGS > 1:
             acc1 = _shrink_step(
-                acc1, x, a1_ptr, bits1, k0, rank, K, r1,
+                acc1, x, a1_ptr, signs, k0, rank, K, r1, 1,
                 MASKED, TRANSPOSED, BLOCK_M, BLOCK_R, BLOCK_K,
             )  # fmt: skip
         if SIBLINGS > 2:
             acc2 = _shrink_step(
-                acc2, x, a2_ptr, bits2, k0, rank, K, r2,
+                acc2, x, a2_ptr, signs, k0, rank, K, r2, 2,
                 MASKED, TRANSPOSED, BLOCK_M, BLOCK_R, BLOCK_K,
             )  # fmt: skip
         bits0, bits1, bits2 = next0, next1, next2
@@ -209,11 +256,10 @@ def _shrink_kernel(
 
 @triton.jit
 def _expand_term(
-    s_ptr, w_ptr, packed, scale, row, column, M, N, r,
-    MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    s_ptr, w_ptr, scale, row, column, M, N, r, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """keep * scale * s w for one tile, in float32."""
+    """scale * s w for one tile, in float32."""
     rows = tl.arange(0, BLOCK_M)
     columns = column + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -230,10 +276,7 @@ def _expand_term(
             w_offset = rank[:, None] * N + columns[None, :]
         w = tl.load(w_ptr + w_offset, mask=(rank < r)[:, None] & (columns < N)[None, :], other=0.0)
         acc = tl.dot(s, w.to(s.dtype), acc, input_precision="ieee")
-    acc = acc * scale
-    if MASKED:
-        acc = tl.where(_keep(packed, BLOCK_M, BLOCK_N), acc, 0.0)
-    return acc
+    return acc * scale
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -275,19 +318,23 @@ def _expand_add_kernel(
         if SIBLINGS > 2:
             bits2 = _keep_bytes(mask2_ptr, row, column, M, N, BLOCK_M, BLOCK_N)
     acc = _expand_term(
-        s0_ptr, w0_ptr, bits0, scale0, row, column, M, N, r0,
-        MASKED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_R,
-    )  # fmt: skip
+        s0_ptr, w0_ptr, scale0, row, column, M, N, r0, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_R
+    )
+    signs = 0
+    if MASKED:
+        words = _keep_words(bits0, bits1, bits2, SIBLINGS)
+        signs = _keep_signs(words, BLOCK_M, BLOCK_N)
+        acc = _drop(acc, signs, 0)
     if SIBLINGS > 1:
-        acc += _expand_term(
-            s1_ptr, w1_ptr, bits1, scale1, row, column, M, N, r1,
-            MASKED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_R,
-        )  # fmt: skip
+        term = _expand_term(
+            s1_ptr, w1_ptr, scale1, row, column, M, N, r1, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_R
+        )
+        acc += _drop(term, signs, 1) if MASKED else term
     if SIBLINGS > 2:
-        acc += _expand_term(
-            s2_ptr, w2_ptr, bits2, scale2, row, column, M, N, r2,
-            MASKED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_R,
-        )  # fmt: skip
+        term = _expand_term(
+            s2_ptr, w2_ptr, scale2, row, column, M, N, r2, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_R
+        )
+        acc += _drop(term, signs, 2) if MASKED else term
     if HAS_BIAS:
         bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
@@ -296,7 +343,7 @@ def _expand_add_kernel(
 
 @triton.jit
 def _outer_step(
-    acc, x, d_ptr, packed, row, r0, end, r,
+    acc, x, d_ptr, signs, row, r0, end, r, SIBLING: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """acc + d^T drop(x) for one block of tokens."""
@@ -309,7 +356,7 @@ def _outer_step(
         other=0.0,
     )
     if MASKED:
-        x = tl.where(_keep(packed, BLOCK_M, BLOCK_K), x, 0.0).to(x.dtype)
+        x = _drop(x, signs, SIBLING)
     return tl.dot(d, x, acc, input_precision="ieee")
 
 
@@ -364,25 +411,27 @@ def _outer_partial_kernel(
             mask=(row + rows < end)[:, None] & (columns < K)[None, :],
             other=0.0,
         )
-        next0, next1, next2 = bits0, bits1, bits2
+        next0, next1, next2, signs = bits0, bits1, bits2, 0
         if MASKED:
+            words = _keep_words(bits0, bits1, bits2, SIBLINGS)
+            signs = _keep_signs(words, BLOCK_M, BLOCK_K)
             next0 = _keep_bytes(mask0_ptr, row + BLOCK_M, column, end, K, BLOCK_M, BLOCK_K)
             if SIBLINGS > 1:
                 next1 = _keep_bytes(mask1_ptr, row + BLOCK_M, column, end, K, BLOCK_M, BLOCK_K)
             if SIBLINGS > 2:
                 next2 = _keep_bytes(mask2_ptr, row + BLOCK_M, column, end, K, BLOCK_M, BLOCK_K)
         acc0 = _outer_step(
-            acc0, x, d0_ptr, bits0, row, rank, end, r0,
+            acc0, x, d0_ptr, signs, row, rank, end, r0, 0,
             MASKED, BLOCK_M, BLOCK_R, BLOCK_K,
         )  # fmt: skip
         if SIBLINGS > 1:
             acc1 = _outer_step(
-                acc1, x, d1_ptr, bits1, row, rank, end, r1,
+                acc1, x, d1_ptr, signs, row, rank, end, r1, 1,
                 MASKED, BLOCK_M, BLOCK_R, BLOCK_K,
             )  # fmt: skip
         if SIBLINGS > 2:
             acc2 = _outer_step(
-                acc2, x, d2_ptr, bits2, row, rank, end, r2,
+                acc2, x, d2_ptr, signs, row, rank, end, r2, 2,
                 MASKED, BLOCK_M, BLOCK_R, BLOCK_K,
             )  # fmt: skip
         bits0, bits1, bits2 = next0, next1, next2

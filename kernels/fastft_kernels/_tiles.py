@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FORMS", "GemmTile", "Launch", "TileConfig", "TileTable"]
+__all__ = ["FORMS", "GEMM_RANKS", "GemmTile", "Launch", "TileConfig", "TileTable"]
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,16 @@ TileTable = dict[tuple[int, int, str], TileConfig]
 
 @dataclass(frozen=True)
 class GemmTile:
-    """A tile of the persistent LoRA product; ``block_r``: ranks of its thin term at a time;
-    ``group_m``: rows of tiles that are walked together."""
+    """A tile of the persistent LoRA product; ``part``: columns that get their thin terms, and are
+    stored, at a time; ``early``: what few ranks read is asked for before the product; ``group_m``:
+    rows of tiles that are walked together."""
 
     block_m: int
     block_n: int
     block_k: int
-    block_r: int
+    part: int
     launch: Launch
+    early: bool = True
     group_m: int = 8
 
 
@@ -168,13 +170,19 @@ GLU_PAIR_SMALL = {16: TileConfig(16, 128, Launch(4, 2, registers=128), 3)}
 GLU_PAIR_LARGE = {16: TileConfig(16, 128, Launch(4, 2, registers=128), 4)}
 GLU_PAIR_SM90 = {16: TileConfig(16, 128, Launch(4, 3, registers=128), 4)}
 
+# Ranks of a thin term at a time, where it is asked for early and where not.
+GEMM_RANKS = {True: 16, False: 32}
 # The masked product holds its thin term apart from the accumulator until the mask has met it.
 GEMM_SM90 = {
-    False: GemmTile(128, 256, 64, 32, Launch(8, 3)),
-    True: GemmTile(128, 128, 64, 16, Launch(8, 4)),
+    False: GemmTile(128, 256, 64, 256, Launch(8, 3)),
+    True: GemmTile(128, 256, 64, 64, Launch(8, 3)),
 }
-GEMM_SM100 = {**GEMM_SM90, True: GemmTile(128, 64, 64, 16, Launch(8, 4))}
+# Terms in sight of each other are given tensor memory of their own (Triton 3.6, 3.7): too much.
+GEMM_SM100 = {
+    False: GemmTile(128, 256, 64, 256, Launch(8, 3), early=False),
+    True: GemmTile(128, 64, 64, 64, Launch(8, 4), early=False),
+}
 GEMM_SM120 = {
-    False: GemmTile(128, 64, 64, 32, Launch(8, 3)),
-    True: GemmTile(64, 128, 32, 32, Launch(8, 3)),
+    False: GemmTile(128, 64, 64, 64, Launch(8, 3)),
+    True: GemmTile(64, 128, 32, 128, Launch(8, 3)),
 }

@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 from fastft_kernels import config
+from fastft_kernels._tiles import GEMM_RANKS
 from fastft_kernels._variant import BOOLEANS, DTYPES, Variant
 
 __all__ = ["ALL_VARIANTS", "VARIANTS"]
@@ -20,8 +21,10 @@ _UNALIGNED_STACK = 80
 # exact GELU and its slope 96 (Triton 3.9, sm_90 and sm_100).
 _PAIR_STACK = 48
 _ERF_STACK = 96
-# Under Triton 3.8 a persistent product of sm_100 spills 16 registers, outside its loop over K.
+# A persistent product spills outside its loops over K alone: under Triton 3.8 64 bytes for sm_100,
+# and of three masked terms asked for early at most 160 for sm_90 (Triton 3.9), once a tile.
 _GEMM_STACK = 64
+_GEMM_MASKED_STACK = 192
 
 
 def _numbered(prefix: str, kind: str, suffix: str = "") -> dict[str, str]:
@@ -92,9 +95,10 @@ def _lora_variants() -> list[Variant]:
     for kernel in ("shrink", "expand", "outer"):
         variants += [_routed(kernel, "bf16", "fp32", 64, True), _routed(kernel, "fp32", "fp32", 16)]
     variants += [
-        _gemm("bf16", "fp32", 1, TRANSPOSED=True, HAS_BIAS=True, MASKED=False),
-        _gemm("bf16", "fp32", 3, TRANSPOSED=False, HAS_BIAS=False, MASKED=False),
-        _gemm("bf16", "fp32", 3, TRANSPOSED=False, HAS_BIAS=False, MASKED=True),
+        _gemm("bf16", "fp32", 1, False, TRANSPOSED=True, HAS_BIAS=True, MASKED=False),
+        _gemm("bf16", "fp32", 3, True, TRANSPOSED=False, HAS_BIAS=False, MASKED=False),
+        _gemm("bf16", "fp32", 3, True, TRANSPOSED=False, HAS_BIAS=False, MASKED=True),
+        _gemm("bf16", "fp32", 3, False, TRANSPOSED=False, HAS_BIAS=False, MASKED=True),
         _pair_reduce("bf16", True),
         _cast("bf16", "fp32"),
     ]
@@ -184,14 +188,14 @@ def _routed(
     )  # fmt: skip
 
 
-def _gemm(x: str, adapter: str, siblings: int, **flags: bool) -> Variant:
+def _gemm(x: str, adapter: str, siblings: int, early: bool, **flags: bool) -> Variant:
     """A variant of the persistent product, on the architectures that have one."""
     wide = "{BLOCK_N}, {BLOCK_K}" if flags["TRANSPOSED"] else "{BLOCK_K}, {BLOCK_N}"
     absent = [f"{name}{i}_desc" for name in "xw" for i in range(siblings, config.MAX_SIBLINGS)]
     types = {
         **_numbered("x", f"tensordesc<{x}[{{BLOCK_M}}, {{BLOCK_K}}]>", "_desc"),
         **_numbered("w", f"tensordesc<{x}[{wide}]>", "_desc"),
-        "y_desc": f"tensordesc<{x}[{{BLOCK_M}}, {{BLOCK_N}}]>",
+        "y_desc": f"tensordesc<{x}[{{BLOCK_M}}, {{PART}}]>",
         **_numbered("s", f"*{x}", "_ptr"), **_numbered("l", f"*{adapter}", "_ptr"),
         **_numbered("mask", "*u8", "_ptr"), "bias_ptr": f"*{x}", "M": "i32", "N": "i32",
         **_numbered("k", "i32"), **_numbered("r", "i32"), **_numbered("scale", "fp32"),
@@ -201,9 +205,13 @@ def _gemm(x: str, adapter: str, siblings: int, **flags: bool) -> Variant:
     text = "".join(f" {name.lower()}={value}" for name, value in flags.items())
     return Variant(
         "fastft_kernels._lora_gemm_kernel", "_lora_gemm_kernel",
-        f"x={x} ab={adapter} siblings={siblings}{text}", types,
-        {"SIBLINGS": siblings, **flags, **dict.fromkeys(absent)},
-        "gemm", (DTYPES[x], 0, flags["MASKED"]), stack_limit=_GEMM_STACK,
+        f"x={x} ab={adapter} siblings={siblings} early={early}{text}", types,
+        {
+            "SIBLINGS": siblings, "EARLY": early, "BLOCK_R": GEMM_RANKS[early], **flags,
+            **dict.fromkeys(absent),
+        },
+        "gemm", (DTYPES[x], 0, flags["MASKED"]),
+        stack_limit=_GEMM_MASKED_STACK if early and flags["MASKED"] else _GEMM_STACK,
     )  # fmt: skip
 
 
@@ -239,12 +247,13 @@ def _all_variants() -> list[Variant]:
                 variants.append(_lora("shrink", x, a, r, siblings, masked, SPLIT=split, **flags))
         flags = {"TRANSPOSED": True, "COPY": True}
         variants += [_lora("shrink", x, a, r, 1, False, SPLIT=s, **flags) for s in BOOLEANS]
-    for x, a in (both for both in pairs if DTYPES[both[0]] == 2):
+    narrow = [both for both in pairs if DTYPES[both[0]] == 2]
+    for (x, a), early in itertools.product(narrow, BOOLEANS):
         flags = {"TRANSPOSED": True, "MASKED": False}
-        variants += [_gemm(x, a, 1, HAS_BIAS=bias, **flags) for bias in BOOLEANS]
+        variants += [_gemm(x, a, 1, early, HAS_BIAS=bias, **flags) for bias in BOOLEANS]
         flags = {"TRANSPOSED": False, "HAS_BIAS": False}
         for siblings, masked in itertools.product((1, 2, 3), BOOLEANS):
-            variants.append(_gemm(x, a, siblings, MASKED=masked, **flags))
+            variants.append(_gemm(x, a, siblings, early, MASKED=masked, **flags))
     variants += [_pair_reduce(out, copy) for out in DTYPES for copy in BOOLEANS]
     variants += [_reduce(out, t) for out, t in itertools.product(DTYPES, BOOLEANS)]
     variants += [_cast("fp16", "fp32")]

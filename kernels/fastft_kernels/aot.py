@@ -47,6 +47,8 @@ class Report:
     errors: tuple[str, ...] = ()
 
 
+# Columns that a multiprocessor has, where it has tensor memory (sm_100).
+_TENSOR_MEMORY = 512
 # Tables by the rank block alone.
 _BY_RANK = ("pair", "pair_copy", "glu_pair")
 
@@ -59,8 +61,8 @@ def _blocks(variant: Variant, arch: config.Arch) -> tuple[dict[str, int], config
         return {"BLOCK_M": tile.block_m, wide: tile.block_n}, tile.launch
     if variant.table == "gemm":
         gemm = arch.gemm[variant.key[2]]  # type: ignore[index]
-        blocks = {f"BLOCK_{axis}": getattr(gemm, f"block_{axis.lower()}") for axis in "MNKR"}
-        return {**blocks, "GROUP_M": gemm.group_m}, gemm.launch
+        blocks = {f"BLOCK_{axis}": getattr(gemm, f"block_{axis.lower()}") for axis in "MNK"}
+        return {**blocks, "PART": gemm.part, "GROUP_M": gemm.group_m}, gemm.launch
     if variant.table in ("cross_entropy", "divergence"):
         rows: config.CrossEntropyConfig = getattr(arch, variant.table)
         return {"BLOCK_V": rows.block_v}, rows.launch
@@ -91,7 +93,8 @@ def _tile(variant: Variant, arch: config.Arch) -> config.TileConfig:
 def applies(variant: Variant, arch: config.Arch) -> bool:
     """Whether a launcher makes this variant on the architecture."""
     if variant.table == "gemm":
-        return arch.gemm is not None
+        tile = (arch.gemm or {}).get(variant.key[2])  # type: ignore[index]
+        return tile is not None and (tile.early or not variant.constants["EARLY"])
     if variant.table in _BY_RANK:
         return variant.key[1] in getattr(arch, variant.table)
     if variant.kernel == "_shrink_kernel" and variant.types["a0_ptr"] != variant.types["x_ptr"]:
@@ -134,6 +137,9 @@ def compile_variant(variant: Variant, capability: int) -> Report:
         errors.append(f"{stack} bytes of stack, limit {variant.stack_limit}")
     if shared > arch.shared_limit:
         errors.append(f"{shared} bytes of shared memory, limit {arch.shared_limit}")
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    if columns > _TENSOR_MEMORY:  # Triton then compiles a trap and nothing else
+        errors.append(f"{columns} columns of tensor memory, limit {_TENSOR_MEMORY}")
     if _overwritten(compiled.asm.get("ttgir", "")):
         errors.append("a product in the background reads a buffer that the next copies write")
     if variant.table in ("outer", *_BY_RANK) and variant.aligned:

@@ -74,7 +74,7 @@ def dropout_mask(out: Tensor, seed: Tensor, p: float) -> None:
     """Fills ``out``, uint8 (M, ceil(K / 8)), with keep bits of probability 1 - p.
 
     The bits are a function of ``seed`` (int64, one element, on the device: nothing waits for it),
-    p and the position: Philox-4x32-10, 16 bits for each element, so p is rounded to a multiple of
+    p and the position: Philox-4x32-7, 16 bits for each element, so p is rounded to a multiple of
     2^-16. Bits past column K of the last byte may be set; no reader looks at them.
     """
     if out.numel() == 0:

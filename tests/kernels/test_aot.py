@@ -67,7 +67,8 @@ def test_every_tile_of_the_tables_can_be_asked_for(arch: config.Arch) -> None:
             assert tile.block_n % 8 == 0, "the keep bits come in bytes"
             assert config.tile_for(table, size, block_r, "several")[0] == block_r
     for tile in (arch.gemm or {}).values():
-        assert tile.block_n % 8 == 0
+        assert tile.part % 8 == 0
+        assert tile.block_n // tile.part in (1, 2, 4)
     assert set(arch.pair) <= set(config.BLOCK_RS[2])
     assert arch.adamw.chunk % arch.adamw.block == 0
     assert config.block_r_for(1, 2) == 16
@@ -112,6 +113,9 @@ def test_a_kernel_over_its_limit_is_reported(
     report = aot.compile_variant(strict, 90)
     assert "shared memory" in " ".join(report.errors)
     assert "stack" in " ".join(report.errors)
+    monkeypatch.setattr(aot, "_TENSOR_MEMORY", 1)
+    product = next(v for v in aot.VARIANTS if v.table == "gemm")
+    assert "tensor memory" in " ".join(aot.compile_variant(product, 100).errors)
     broken = dataclasses.replace(variant, constants={**variant.constants, "HAS_BIAS": "fp32"})
     assert aot._guarded((dataclasses.replace(broken, types={}), 90)).errors
     monkeypatch.setattr(aot, "check", lambda *_: [report])

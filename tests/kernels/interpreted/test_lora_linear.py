@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import itertools
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from fastft_kernels import _lora_linear_kernels, config
 from fastft_kernels import lora_linear as launcher
 from torch import Tensor
 
-from fastft import ops
+from fastft import native, ops
+from fastft.cpu import lora_linear as cpu
 from fastft.ops import _lora_linear_call
 from fastft.reference import lora_linear as reference
 from tests.kernels.bounds import assert_as_accurate, poison
@@ -162,18 +168,20 @@ def test_adapters_that_are_views() -> None:
     assert torch.equal(dbs[0], expected["db0"])
 
 
-def _mask(seed: int, p: float, rows: int = 50, row_bytes: int = 100) -> Tensor:
+def _mask(
+    seed: int, p: float, rows: int = 50, row_bytes: int = 100, launcher: Any = launcher
+) -> Tensor:
     out = torch.full((rows, row_bytes), 0xA5, dtype=torch.uint8)
     launcher.dropout_mask(out, torch.tensor([seed]), p)
     return out
 
 
-def _philox(seed: int, counter: int) -> list[int]:
-    """Philox-4x32-10 (Salmon et al. 2011), in plain integers."""
+def _philox(seed: int, counter: int, rounds: int) -> list[int]:
+    """Philox-4x32 (Salmon et al. 2011), in plain integers."""
     low = 0xFFFFFFFF
     c = [counter & low, counter >> 32, 0, 0]
     k0, k1 = seed & low, seed >> 32
-    for _ in range(10):
+    for _ in range(rounds):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
         c = [(b >> 32) ^ c[1] ^ k0, b & low, (a >> 32) ^ c[3] ^ k1, a & low]
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
@@ -181,8 +189,8 @@ def _philox(seed: int, counter: int) -> list[int]:
 
 
 def test_philox_of_the_test_itself() -> None:
-    """The published known answer for counter 0, key 0."""
-    assert _philox(0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    """The published known answer for counter 0, key 0, ten rounds."""
+    assert _philox(0, 0, 10) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
@@ -190,9 +198,38 @@ def test_mask_is_philox(p: float) -> None:
     seed = 0x123456789ABCDEF
     mask = _mask(seed, p, 30, 40).flatten().tolist()
     for index in (0, 1, 39, 511, 512, 1199):
-        halves = [(word >> shift) & 0xFFFF for word in _philox(seed, index) for shift in (0, 16)]
+        words = _philox(seed, index, 7)
+        halves = [(word >> shift) & 0xFFFF for word in words for shift in (0, 16)]
         expected = sum((half >= round(p * 65536)) << bit for bit, half in enumerate(halves))
         assert mask[index] == expected, index
+
+
+@pytest.mark.skipif(not native.available(), reason="no native module")
+def test_mask_is_the_cpus() -> None:
+    assert torch.equal(_mask(2**45 + 7, 0.3), _mask(2**45 + 7, 0.3, launcher=cpu))
+
+
+def _prmt(a: int, b: int, selector: int) -> int:
+    """PTX's ``prmt.b32``: a byte of eight a nibble, or its sign where the nibble is 8 or more."""
+    source = [(word >> shift) & 0xFF for word in (a, b) for shift in (0, 8, 16, 24)]
+    found = 0
+    for place in range(4):
+        nibble = (selector >> 4 * place) & 0xF
+        byte = source[nibble & 7]
+        found |= ((0xFF if byte & 0x80 else 0) if nibble & 8 else byte) << 8 * place
+    return found
+
+
+def test_the_selectors_of_dropped_halves() -> None:
+    """What only a GPU runs: two 16-bit elements under the keep signs of one sibling."""
+    source = inspect.getsource(_lora_linear_kernels._drop.fn)
+    selectors = [int(text, 16) for text in re.findall(r"\$2, \$3, (0x\w{4})", source)]
+    assert len(selectors) == config.MAX_SIBLINGS
+    for sibling, selector in enumerate(selectors):
+        sign = 0x80 << 8 * sibling
+        for even, odd, others in itertools.product((0, sign), (0, sign), (0, 0xFFFFFFFF & ~sign)):
+            mask = _prmt(even | others, odd | others, selector)
+            assert mask == (0xFFFF if even else 0) | (0xFFFF0000 if odd else 0)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])

@@ -80,6 +80,16 @@ def test_gemm_walks_several_tiles_and_takes_bordered_weights() -> None:
         _check(case, _run(case))
 
 
+@pytest.mark.parametrize("ranks", [(16, 8, 5), (40, 16, 3), (16,)], ids=str)
+def test_gemm_masks_a_tile_in_parts(ranks: tuple[int, ...]) -> None:
+    """dx is wider than a tile and ends within a part of the next; ranks are a block or more."""
+    widths, ps = (64, 40, 24)[: len(ranks)], (0.25, 0.5, 0.1)[: len(ranks)]
+    tile = config.ARCHS[90].gemm[True]  # type: ignore[index]
+    case = LoraCase(150, tile.block_n + tile.part + 8, widths, ranks, BF16, F32, ps).inputs()
+    with ways.force("gemm"):
+        _check(case, _run(case))
+
+
 def test_what_the_persistent_product_refuses() -> None:
     x = torch.zeros(16, 64, dtype=BF16)
     assert _lora_gemm.fits([x, x, x])
