@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastft_kernels import _lora_gemm, border, config, ways
+from fastft_kernels import _lora_gemm, border, lora_config, ways
 
 __all__ = ["POSSIBLE", "GluPair", "at", "by", "choose_way", "dense", "plain", "scales_kept"]
 
@@ -57,7 +57,7 @@ def choose_way(
     shape = ways.Shape(
         direction, tokens, features, tuple([w.shape[0] for w in weights]), max(ranks), bool(dropout)
     )
-    arch = config.for_device(narrow.device)
+    arch = lora_config.for_device(narrow.device)
     possible = POSSIBLE[held is not None, uniform and arch.gemm is not None]
     way = ways.pick(arch.name, shape, possible)
     # What that kernel's tensors must be is asked where it is wanted: of each, it takes a while.

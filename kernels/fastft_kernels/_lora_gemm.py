@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastft_kernels import config
+from fastft_kernels import config, lora_config
 from fastft_kernels._launch import KEPT, Prepared, cdiv
 from fastft_kernels._lora_gemm_kernel import _lora_gemm_kernel
 from fastft_kernels._lora_reduce import padded, trio
@@ -28,11 +28,11 @@ def _describable(tensor: Tensor) -> bool:
 def fits(tensors: Sequence[Tensor]) -> bool:
     """Whether a product of these wide tensors can take this way: an architecture with tensor
     memory descriptors, 16-bit elements, at most three layers, rows of whole 16 bytes."""
-    arch = config.for_device(tensors[0].device)
+    arch = lora_config.for_device(tensors[0].device)
     return (
         arch.gemm is not None
         and tensors[0].element_size() == 2
-        and len(tensors) <= 2 * config.MAX_SIBLINGS + 1
+        and len(tensors) <= 2 * lora_config.MAX_SIBLINGS + 1
         and all(_describable(t) for t in tensors)
     )
 
@@ -72,14 +72,14 @@ def product_launch(
     has_bias: bool,
 ) -> Prepared:
     """Of y, the xs, weights, ss, matrices, masks if it is masked, and the bias if there is one."""
-    tile = config.for_device(device).gemm[masked]  # type: ignore[index]
+    tile = lora_config.for_device(device).gemm[masked]  # type: ignore[index]
     block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
     wide = [block_n, block_k] if transposed else [block_k, block_n]
     early = tile.early and max(ranks) <= GEMM_RANKS[True]
     programs = min(cdiv(tokens, block_m) * cdiv(features, block_n), config.processors(device))
     n, end = len(depths), 1 + (5 if masked else 4) * len(depths)
     # A descriptor is encoded anew at every launch: of tensors that are not there, there are none.
-    missing = [None] * (config.MAX_SIBLINGS - n)
+    missing = [None] * (lora_config.MAX_SIBLINGS - n)
     descriptors = (*range(1, 1 + n), *missing, *range(1 + n, 1 + 2 * n), *missing, 0)
     pointers = (*trio(1 + 2 * n, n), *trio(1 + 3 * n, n), *trio(1 + 4 * n, n if masked else 0))
     blocks = {at: [block_m, block_k] for at in range(3)} | dict.fromkeys(range(3, 6), wide)

@@ -5,12 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastft_kernels._lora_linear_kernels import (
-    _drop,
-    _keep_bytes,
-    _keep_signs,
-    _keep_words,
-)
+from fastft_kernels._lora_dropout_kernels import _drop, _keep_bytes, _keep_words
 
 __all__ = ["_lora_gemm_kernel"]
 
@@ -161,15 +156,13 @@ def _lora_gemm_kernel(
         for part in tl.static_range(PARTS):
             at = column + part * PART
             y = parts[part]
-            signs = 0
-            if MASKED:
-                if EARLY:
-                    words = early_words[part]
-                else:
-                    words = _load_words(
-                        mask0_ptr, mask1_ptr, mask2_ptr, row, at, M, N, SIBLINGS, BLOCK_M, PART
-                    )
-                signs = _keep_signs(words, BLOCK_M, PART)
+            words = 0
+            if MASKED and EARLY:
+                words = early_words[part]
+            elif MASKED:
+                words = _load_words(
+                    mask0_ptr, mask1_ptr, mask2_ptr, row, at, M, N, SIBLINGS, BLOCK_M, PART
+                )
             for i in tl.static_range(SIBLINGS):
                 term = tl.zeros((BLOCK_M, PART), tl.float32) if MASKED else y
                 if EARLY:
@@ -183,7 +176,7 @@ def _lora_gemm_kernel(
                         term, ss[i], ls[i], scales[i], row, at, M, N, ranks[i],
                         TRANSPOSED, BLOCK_M, PART, BLOCK_R,
                     )  # fmt: skip
-                y = y + _drop(term, signs, i) if MASKED else term
+                y = y + _drop(term, words, i, BLOCK_M, PART) if MASKED else term
             if HAS_BIAS:
                 columns = at + tl.arange(0, PART)
                 bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastft_kernels import config
+from fastft_kernels import lora_config
 from fastft_kernels._common import INTERPRETED, device_guard
 from fastft_kernels._launch import KEPT, Prepared, cdiv
 from fastft_kernels._lora_calls import GluPair, choose_way, dense
@@ -82,7 +82,7 @@ def _launch(
 ) -> tuple[Prepared, int, int]:
     """The launch, and the strips and splits of its parts. strides: of gate, up and their
     gradients."""
-    arch = config.for_device(device)
+    arch = lora_config.for_device(device)
     block_r = pair_block(arch.glu_pair, r)
     tile = arch.glu_pair[block_r]
     strips = cdiv(features, tile.block_n)
@@ -98,7 +98,7 @@ def _launch(
 def _pays(gate: Tensor, lora_bs: Sequence[Tensor]) -> bool:
     """Whether the parts of dS, float32 and written and read once, are fewer bytes than a read of
     the gradients, and whole vectors make a row."""
-    table, r = config.for_device(gate.device).glu_pair, lora_bs[0].shape[1]
+    table, r = lora_config.for_device(gate.device).glu_pair, lora_bs[0].shape[1]
     if 0 in gate.shape or r != lora_bs[1].shape[1]:
         return False
     return pair_pays(table, gate.element_size(), gate.shape[1], r)

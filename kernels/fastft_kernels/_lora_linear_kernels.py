@@ -1,4 +1,4 @@
-"""Triton kernels of ``lora_linear``: dropout mask, shrink, expand-add and the two-stage outer sum.
+"""Triton kernels of ``lora_linear``: shrink, expand-add and the two-stage outer sum.
 
 Each serves up to three siblings, which share the wide operand (x, or dx), in one pass over it.
 A wide row is addressed from an int64 base; inside a tile int32 offsets suffice.
@@ -9,116 +9,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastft_kernels import _common
+from fastft_kernels._lora_dropout_kernels import _drop, _keep_bytes, _keep_words
 
 __all__ = [
-    "_dropout_mask_kernel",
     "_expand_add_kernel",
     "_outer_partial_kernel",
     "_shrink_kernel",
 ]
 
-INTERPRETED: tl.constexpr = tl.constexpr(_common.INTERPRETED)
-
-
-@triton.jit(do_not_specialize=["n_bytes", "threshold"])
-def _dropout_mask_kernel(
-    out_ptr,  # uint8 (M, ceil(K / 8))
-    seed_ptr,  # int64 (1,)
-    n_bytes,
-    threshold,  # an element is dropped where its 16 random bits are below this
-    BLOCK: tl.constexpr,
-):
-    """out[m, j] = eight keep bits; Philox-4x32-7, the fewest rounds that pass BigCrush, with the
-    byte's index as its counter: a CPU's bits."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    seed = tl.load(seed_ptr)
-    w0, w1, w2, w3 = tl.randint4x(seed, index, n_rounds=7)
-    byte = tl.zeros((BLOCK,), tl.int32)
-    # One Philox call makes eight 16-bit numbers: one for each bit of the byte.
-    for bit in tl.static_range(8):
-        if bit < 2:
-            word = w0
-        elif bit < 4:
-            word = w1
-        elif bit < 6:
-            word = w2
-        else:
-            word = w3
-        half = ((word.to(tl.uint32, bitcast=True) >> (16 * (bit % 2))) & 0xFFFF).to(tl.int32)
-        byte = byte | ((half >= threshold).to(tl.int32) << bit)
-    tl.store(out_ptr + index, byte.to(tl.uint8), mask=index < n_bytes)
-
-
-@triton.jit
-def _keep_bytes(mask_ptr, row, column, end, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The packed keep bits of a (BLOCK_M, BLOCK_N) tile of rows below ``end``."""
-    row_bytes = (K + 7) // 8
-    rows = tl.arange(0, BLOCK_M)
-    bytes_ = column // 8 + tl.arange(0, BLOCK_N // 8)
-    return tl.load(
-        mask_ptr + tl.cast(row, tl.int64) * row_bytes + rows[:, None] * row_bytes + bytes_[None, :],
-        mask=(row + rows < end)[:, None] & (bytes_ < row_bytes)[None, :],
-        other=0,
-    )
-
-
-@triton.jit
-def _keep(packed, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Whether each element of the tile of these bytes is kept."""
-    bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :].to(tl.uint8)) & 1
-    return tl.reshape(bits, (BLOCK_M, BLOCK_N)) != 0
-
-
-@triton.jit
-def _keep_words(bits0, bits1, bits2, SIBLINGS: tl.constexpr):
-    """Packed keep bits of siblings in one: byte i of a word is sibling i's, of eight columns."""
-    words = bits0.to(tl.int32)
-    if SIBLINGS > 1:
-        words |= bits1.to(tl.int32) << 8
-    if SIBLINGS > 2:
-        words |= bits2.to(tl.int32) << 16
-    return words
-
-
-@triton.jit
-def _keep_signs(words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keep bits for each element of a tile: bit 8 i + 7, the sign of a byte, is sibling i's."""
-    shifts = 7 - tl.arange(0, 8)
-    return tl.reshape(words[:, :, None] << shifts[None, None, :], (BLOCK_M, BLOCK_N))
-
-
-@triton.jit
-def _drop(x, signs, SIBLING: tl.constexpr):
-    """x where the sibling keeps it, else 0."""
-    kept = (signs & (128 << 8 * SIBLING)) != 0
-    if x.dtype.primitive_bitwidth != 16 or INTERPRETED:
-        return tl.where(kept, x, 0.0).to(x.dtype)
-    # Two instructions for two elements: of the signs of two bytes prmt makes the halves of a mask.
-    if SIBLING == 0:
-        return _and_signs(x, signs, "prmt.b32 keep, $2, $3, 0xCC88;")
-    if SIBLING == 1:
-        return _and_signs(x, signs, "prmt.b32 keep, $2, $3, 0xDD99;")
-    return _and_signs(x, signs, "prmt.b32 keep, $2, $3, 0xEEAA;")
-
-
-@triton.jit
-def _and_signs(x, signs, SELECT: tl.constexpr):
-    code: tl.constexpr = "{ .reg .b32 keep; " + SELECT + " and.b32 $0, $1, keep; }"
-    return tl.inline_asm_elementwise(
-        code, "=r,r,r,r", [x, signs], dtype=x.dtype, is_pure=True, pack=2
-    )
-
-
-@triton.jit
-def _keep_tile(mask_ptr, row, column, M, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Unpacks the keep bits of a (BLOCK_M, BLOCK_N) tile; each byte is loaded once."""
-    return _keep(_keep_bytes(mask_ptr, row, column, M, K, BLOCK_M, BLOCK_N), BLOCK_M, BLOCK_N)
-
 
 @triton.jit
 def _shrink_step(
-    acc, x, a_ptr, signs, k0, r0, K, r, SIBLING: tl.constexpr,
+    acc, x, a_ptr, words, k0, r0, K, r, SIBLING: tl.constexpr,
     MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +34,7 @@ def _shrink_step(
         a_offset = rank[None, :] * K + k[:, None]
     a = tl.load(a_ptr + a_offset, mask=(k < K)[:, None] & (rank < r)[None, :], other=0.0)
     if MASKED:
-        x = _drop(x, signs, SIBLING)
+        x = _drop(x, words, SIBLING, BLOCK_M, BLOCK_K)
     return tl.dot(x, a.to(x.dtype), acc, input_precision="ieee")
 
 
@@ -206,10 +108,9 @@ def _shrink_kernel(
         x = tl.load(
             x_tile + k[None, :], mask=(row + rows < M)[:, None] & (k < K)[None, :], other=0.0
         )
-        next0, next1, next2, signs = bits0, bits1, bits2, 0
+        next0, next1, next2, words = bits0, bits1, bits2, 0
         if MASKED:
             words = _keep_words(bits0, bits1, bits2, SIBLINGS)
-            signs = _keep_signs(words, BLOCK_M, BLOCK_K)
             next0 = _keep_bytes(mask0_ptr, row, k0 + BLOCK_K, M, K, BLOCK_M, BLOCK_K)
             if SIBLINGS > 1:
                 next1 = _keep_bytes(mask1_ptr, row, k0 + BLOCK_K, M, K, BLOCK_M, BLOCK_K)
@@ -224,17 +125,17 @@ def _shrink_kernel(
                 # one buffer too few for products that run on in the background.
                 x = tl.where((row + rows < M)[:, None], x, 0.0).to(x.dtype)
         acc0 = _shrink_step(
-            acc0, x, a0_ptr, signs, k0, rank, K, r0, 0,
+            acc0, x, a0_ptr, words, k0, rank, K, r0, 0,
             MASKED, TRANSPOSED, BLOCK_M, BLOCK_R, BLOCK_K,
         )  # fmt: skip
         if SIBLINGS > 1:
             acc1 = _shrink_step(
-                acc1, x, a1_ptr, signs, k0, rank, K, r1, 1,
+                acc1, x, a1_ptr, words, k0, rank, K, r1, 1,
                 MASKED, TRANSPOSED, BLOCK_M, BLOCK_R, BLOCK_K,
             )  # fmt: skip
         if SIBLINGS > 2:
             acc2 = _shrink_step(
-                acc2, x, a2_ptr, signs, k0, rank, K, r2, 2,
+                acc2, x, a2_ptr, words, k0, rank, K, r2, 2,
                 MASKED, TRANSPOSED, BLOCK_M, BLOCK_R, BLOCK_K,
             )  # fmt: skip
         bits0, bits1, bits2 = next0, next1, next2
@@ -320,21 +221,20 @@ def _expand_add_kernel(
     acc = _expand_term(
         s0_ptr, w0_ptr, scale0, row, column, M, N, r0, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_R
     )
-    signs = 0
+    words = 0
     if MASKED:
         words = _keep_words(bits0, bits1, bits2, SIBLINGS)
-        signs = _keep_signs(words, BLOCK_M, BLOCK_N)
-        acc = _drop(acc, signs, 0)
+        acc = _drop(acc, words, 0, BLOCK_M, BLOCK_N)
     if SIBLINGS > 1:
         term = _expand_term(
             s1_ptr, w1_ptr, scale1, row, column, M, N, r1, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_R
         )
-        acc += _drop(term, signs, 1) if MASKED else term
+        acc += _drop(term, words, 1, BLOCK_M, BLOCK_N) if MASKED else term
     if SIBLINGS > 2:
         term = _expand_term(
             s2_ptr, w2_ptr, scale2, row, column, M, N, r2, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_R
         )
-        acc += _drop(term, signs, 2) if MASKED else term
+        acc += _drop(term, words, 2, BLOCK_M, BLOCK_N) if MASKED else term
     if HAS_BIAS:
         bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
@@ -343,7 +243,7 @@ def _expand_add_kernel(
 
 @triton.jit
 def _outer_step(
-    acc, x, d_ptr, signs, row, r0, end, r, SIBLING: tl.constexpr,
+    acc, x, d_ptr, words, row, r0, end, r, SIBLING: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """acc + d^T drop(x) for one block of tokens."""
@@ -356,7 +256,7 @@ def _outer_step(
         other=0.0,
     )
     if MASKED:
-        x = _drop(x, signs, SIBLING)
+        x = _drop(x, words, SIBLING, BLOCK_M, BLOCK_K)
     return tl.dot(d, x, acc, input_precision="ieee")
 
 
@@ -411,27 +311,26 @@ def _outer_partial_kernel(
             mask=(row + rows < end)[:, None] & (columns < K)[None, :],
             other=0.0,
         )
-        next0, next1, next2, signs = bits0, bits1, bits2, 0
+        next0, next1, next2, words = bits0, bits1, bits2, 0
         if MASKED:
             words = _keep_words(bits0, bits1, bits2, SIBLINGS)
-            signs = _keep_signs(words, BLOCK_M, BLOCK_K)
             next0 = _keep_bytes(mask0_ptr, row + BLOCK_M, column, end, K, BLOCK_M, BLOCK_K)
             if SIBLINGS > 1:
                 next1 = _keep_bytes(mask1_ptr, row + BLOCK_M, column, end, K, BLOCK_M, BLOCK_K)
             if SIBLINGS > 2:
                 next2 = _keep_bytes(mask2_ptr, row + BLOCK_M, column, end, K, BLOCK_M, BLOCK_K)
         acc0 = _outer_step(
-            acc0, x, d0_ptr, signs, row, rank, end, r0, 0,
+            acc0, x, d0_ptr, words, row, rank, end, r0, 0,
             MASKED, BLOCK_M, BLOCK_R, BLOCK_K,
         )  # fmt: skip
         if SIBLINGS > 1:
             acc1 = _outer_step(
-                acc1, x, d1_ptr, signs, row, rank, end, r1, 1,
+                acc1, x, d1_ptr, words, row, rank, end, r1, 1,
                 MASKED, BLOCK_M, BLOCK_R, BLOCK_K,
             )  # fmt: skip
         if SIBLINGS > 2:
             acc2 = _outer_step(
-                acc2, x, d2_ptr, signs, row, rank, end, r2, 2,
+                acc2, x, d2_ptr, words, row, rank, end, r2, 2,
                 MASKED, BLOCK_M, BLOCK_R, BLOCK_K,
             )  # fmt: skip
         bits0, bits1, bits2 = next0, next1, next2

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastft_kernels import config
+from fastft_kernels import lora_config
 from fastft_kernels._launch import KEPT, Prepared, cdiv
 from fastft_kernels._lora_pair_kernels import _pair_partial_kernel
 from fastft_kernels._lora_reduce import add_up, reduce_outers, split_rows
@@ -32,18 +32,18 @@ def pairs_well(dy: Tensor, r: int) -> bool:
     The parts of dS, float32 and written and read once, are 8 r / block_n bytes for each element
     that is not read a second time. Rows of dY that are no whole vectors would spill.
     """
-    table = config.for_device(dy.device).pair
+    table = lora_config.for_device(dy.device).pair
     return 0 not in dy.shape and pair_pays(table, dy.element_size(), dy.shape[1], r)
 
 
-def pair_pays(table: dict[int, config.TileConfig], size: int, features: int, r: int) -> bool:
+def pair_pays(table: dict[int, lora_config.TileConfig], size: int, features: int, r: int) -> bool:
     """The same of sizes, by the tiles of rank blocks; size: bytes of an element of dY."""
     if size != 2 or r > max(table) or features % 16:
         return False
     return 8 * r < size * table[pair_block(table, r)].block_n
 
 
-def pair_block(table: dict[int, config.TileConfig], r: int) -> int:
+def pair_block(table: dict[int, lora_config.TileConfig], r: int) -> int:
     """The least rank block that holds r."""
     return next(block for block in sorted(table) if r <= block)
 
@@ -81,7 +81,7 @@ def pair_launch(
     device: torch.device, tokens: int, features: int, r: int, stride: int | None
 ) -> tuple[Prepared, int, int]:
     """The launch, and the strips and splits of its parts. stride: of a copy, if there is one."""
-    arch, copies = config.for_device(device), stride is not None
+    arch, copies = lora_config.for_device(device), stride is not None
     block_r = pair_block(arch.pair, r)
     tile = (arch.pair_copy if copies else arch.pair)[block_r]
     strips = cdiv(features, tile.block_n)
@@ -98,8 +98,8 @@ def pair_launch(
 def reduce_pairs(pairs: Sequence[PairParts]) -> None:
     """The ds and dbs of layers over the same rows, three at a time; all leave a copy of ds in one
     bordered operand, or none does."""
-    for begin in range(0, len(pairs), config.MAX_SIBLINGS):
-        group = pairs[begin : begin + config.MAX_SIBLINGS]
+    for begin in range(0, len(pairs), lora_config.MAX_SIBLINGS):
+        group = pairs[begin : begin + lora_config.MAX_SIBLINGS]
         scales = [p.scale for p in group]
         thins = [p.thin for p in group if p.thin is not None]
         add_up([p.ds for p in group], thins or None, [p.ds_parts for p in group], scales)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastft_kernels import _lora_gemm, border, config, ways
+from fastft_kernels import _lora_gemm, border, lora_config, ways
 from fastft_kernels import _lora_pair as pairs
 from fastft_kernels import _lora_reduce as sums
 from fastft_kernels import _lora_skinny as thin
@@ -40,9 +40,9 @@ class _Call(NamedTuple):
     masked: bool
     border: int | None
 
-    def way(self, direction: str, arch: config.Arch) -> str | None:
+    def way(self, direction: str, arch: lora_config.LoraArch) -> str | None:
         """The way it takes; None: it is not served here."""
-        if 0 in self.sizes or 0 in self.widths or len(self.widths) > config.MAX_SIBLINGS:
+        if 0 in self.sizes or 0 in self.widths or len(self.widths) > lora_config.MAX_SIBLINGS:
             return None
         possible = POSSIBLE[self.border is not None, arch.gemm is not None]
         tokens, features = self.sizes
@@ -89,7 +89,7 @@ class _Forward(NamedTuple):
 @functools.lru_cache(maxsize=KEPT)
 def _forward(call: _Call, biased: tuple[bool, ...]) -> _Forward | None:
     device, dtypes, sizes, widths, ranks, scalings, kept, masked, columns = call
-    arch, size, tokens = config.for_device(device), dtypes[0].itemsize, sizes[0]
+    arch, size, tokens = lora_config.for_device(device), dtypes[0].itemsize, sizes[0]
     way = call.way("fwd", arch)
     if way is None:
         return None
@@ -101,7 +101,7 @@ def _forward(call: _Call, biased: tuple[bool, ...]) -> _Forward | None:
     shrink, parts = thin.shrink_launch(device, size, *sizes, ranks, kept, masked, False, place)
     if parts > 1:
         return None
-    block_r = config.block_r_for(max(ranks), size)
+    block_r = lora_config.block_r_for(max(ranks), size)
     casts = dtypes[1].itemsize > size and thin.casts(len(ranks), block_r, masked)
     terms = []
     for n, r, scaling, bias in zip(widths, ranks, scalings, biased, strict=True):
@@ -180,7 +180,7 @@ class _Backward(NamedTuple):
 def _backward(call: _Call, way: str | None = None) -> _Backward | None:
     """way: that of a call after a gated unit's."""
     device, dtypes, (tokens, features), widths, ranks, scalings, kept, masked, columns = call
-    arch, size = config.for_device(device), dtypes[0].itemsize
+    arch, size = lora_config.for_device(device), dtypes[0].itemsize
     way = way or call.way("bwd", arch)
     layers = list(zip(widths, ranks, strict=True))
     if way is None or not all(pairs.pair_pays(arch.pair, size, n, r) for n, r in layers):

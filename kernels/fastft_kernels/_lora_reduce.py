@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastft_kernels import config
+from fastft_kernels import lora_config
 from fastft_kernels._launch import KEPT, Prepared, cdiv
 from fastft_kernels._lora_reduce_kernels import (
     _cast_kernel,
@@ -34,20 +34,21 @@ _MAX_SPLITS = 1024
 
 def padded(values: Sequence) -> list:
     """Fills the kernel's three places; the kernel never touches the repeated ones."""
-    return [*values, *[values[0]] * (config.MAX_SIBLINGS - len(values))]
+    return [*values, *[values[0]] * (lora_config.MAX_SIBLINGS - len(values))]
 
 
 def trio(first: int, count: int) -> list[int]:
     """A kernel's three places for so many of a call's tensors from this one on; where there are
     none, for its first, which is never read there."""
-    return padded(range(first, first + count)) if count else [0] * config.MAX_SIBLINGS
+    return padded(range(first, first + count)) if count else [0] * lora_config.MAX_SIBLINGS
 
 
 def cast(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The matrices in this dtype."""
     made = [torch.empty_like(matrix, dtype=dtype) for matrix in matrices]
-    for begin in range(0, len(made), config.MAX_SIBLINGS):
-        outs, group = (values[begin : begin + config.MAX_SIBLINGS] for values in (made, matrices))
+    for begin in range(0, len(made), lora_config.MAX_SIBLINGS):
+        end = begin + lora_config.MAX_SIBLINGS
+        outs, group = made[begin:end], matrices[begin:end]
         launch = _cast_launch(outs[0].device, tuple([out.numel() for out in outs]))
         launch(*outs, *group)
     return made
@@ -55,7 +56,7 @@ def cast(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 @functools.lru_cache(maxsize=KEPT)
 def _cast_launch(device: torch.device, sizes: tuple[int, ...]) -> Prepared:
-    block, n = config.for_device(device).cast, len(sizes)
+    block, n = lora_config.for_device(device).cast, len(sizes)
     return Prepared(
         _cast_kernel, (cdiv(max(sizes), block.block), n), (*trio(0, n), *trio(n, n)), padded(sizes),
         BLOCK=block.block, **block.launch.options(),
@@ -101,7 +102,7 @@ def outers_launch(
     scales: tuple[float, ...],
     transposed: bool,
 ) -> Prepared:
-    block = config.for_device(device).reduce
+    block = lora_config.for_device(device).reduce
     splits, ranks, features = zip(*padded(shapes), strict=True)
     n, most = len(shapes), max([r * k for r, k in zip(ranks, features, strict=True)])
     return Prepared(
@@ -134,7 +135,7 @@ def add_up_launch(
     stride: int | None,
 ) -> Prepared:
     """stride: of the copies, where there are any."""
-    block = config.for_device(device).reduce
+    block = lora_config.for_device(device).reduce
     strips, rows, ranks = zip(*padded(shapes), strict=True)
     n, most = len(shapes), max([rows[0] * r for r in ranks])
     copies = trio(2 * n, 0 if stride is None else n)

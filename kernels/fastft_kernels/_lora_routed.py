@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft_kernels import config
+from fastft_kernels import lora_config
 from fastft_kernels._lora_routed_kernels import (
     _routed_expand_kernel,
     _routed_outer_kernel,
@@ -109,12 +109,14 @@ class Route:
         self.scales = to_device(scales, torch.float32, device)
         self.device, self.rank = device, max(t.shape[1] for t in thins)
         self.aligned = all(w.data_ptr() % 16 == 0 and w.shape[1] % 16 == 0 for w in wides)
-        self.arch = config.for_device(device)
+        self.arch = lora_config.for_device(device)
 
-    def _tile(self, table: config.TileTable) -> tuple[int, config.TileConfig]:
-        return config.tile_for(table, self.wides[0].element_size(), self.rank, "masked")
+    def _tile(self, table: lora_config.TileTable) -> tuple[int, lora_config.TileConfig]:
+        return lora_config.tile_for(table, self.wides[0].element_size(), self.rank, "masked")
 
-    def _constants(self, transposed: bool, block_r: int, tile: config.TileConfig) -> dict[str, Any]:
+    def _constants(
+        self, transposed: bool, block_r: int, tile: lora_config.TileConfig
+    ) -> dict[str, Any]:
         return {
             "WIDE": _TYPES[self.wides[0].dtype],
             "ADAPTER": _TYPES[self.matrices[0].dtype],

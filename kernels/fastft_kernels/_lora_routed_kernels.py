@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastft_kernels._lora_linear_kernels import _keep_tile
+from fastft_kernels._lora_dropout_kernels import _keep_tile
 
 __all__ = ["_routed_expand_kernel", "_routed_outer_kernel", "_routed_shrink_kernel"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastft_kernels import config
+from fastft_kernels import lora_config
 from fastft_kernels._launch import KEPT, Prepared, cdiv
 from fastft_kernels._lora_linear_kernels import (
     _expand_add_kernel,
@@ -60,7 +60,7 @@ def _groups(masked: tuple[bool, ...]) -> tuple[tuple[tuple[int, ...], bool], ...
     groups = []
     for kind in (False, True):
         members = tuple(i for i, own in enumerate(masked) if own == kind)
-        step = config.MAX_SIBLINGS
+        step = lora_config.MAX_SIBLINGS
         groups += [(members[i : i + step], kind) for i in range(0, len(members), step)]
     return tuple(groups)
 
@@ -93,7 +93,7 @@ def _as_read(
     size = x.element_size()
     if matrices[0].element_size() <= size:
         return matrices
-    if not casts(len(matrices), config.block_r_for(r, size), True in masked):
+    if not casts(len(matrices), lora_config.block_r_for(r, size), True in masked):
         return matrices
     return cast(matrices, x.dtype)
 
@@ -150,9 +150,9 @@ def shrink_launch(
 ) -> tuple[Prepared, int]:
     """The launch, and in how many parts it makes each result. place: of a copy, its stride and the
     first column of each result."""
-    arch, siblings = config.for_device(device), len(ranks)
-    form = config.form_of(siblings, masked)
-    block_r, tile = config.tile_for(arch.shrink, size, max(ranks), form)
+    arch, siblings = lora_config.for_device(device), len(ranks)
+    form = lora_config.form_of(siblings, masked)
+    block_r, tile = lora_config.tile_for(arch.shrink, size, max(ranks), form)
     grid = (cdiv(tokens, tile.block_m), cdiv(max(ranks), block_r))
     splits, k_per_split = _split_features(
         features, tile.block_n, grid[0] * grid[1], arch.multiprocessors
@@ -222,8 +222,8 @@ def expand_launch(
     has_bias: bool,
     fresh: bool,
 ) -> Prepared:
-    form = config.form_of(len(ranks), masked)
-    block_r, tile = config.tile_for(config.for_device(device).expand, size, max(ranks), form)
+    table, form = lora_config.for_device(device).expand, lora_config.form_of(len(ranks), masked)
+    block_r, tile = lora_config.tile_for(table, size, max(ranks), form)
     n, first = len(ranks), 1 + has_bias
     places = (0, int(has_bias), *trio(first, n), *trio(first + n, n))
     return Prepared(
@@ -270,8 +270,8 @@ def outer_launch(
     masked: bool,
 ) -> tuple[Prepared, int]:
     """The launch, and in how many parts it makes each result."""
-    arch, form = config.for_device(device), config.form_of(len(ranks), masked)
-    block_r, tile = config.tile_for(arch.outer, size, max(ranks), form)
+    arch, form = lora_config.for_device(device), lora_config.form_of(len(ranks), masked)
+    block_r, tile = lora_config.tile_for(arch.outer, size, max(ranks), form)
     blocks = (cdiv(features, tile.block_n), cdiv(max(ranks), block_r))
     slots = arch.multiprocessors * tile.resident
     splits, rows = split_rows(tokens, tile.block_m, blocks[0] * blocks[1], slots)

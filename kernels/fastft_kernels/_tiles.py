@@ -3,32 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-__all__ = ["FORMS", "GEMM_RANKS", "GemmTile", "Launch", "TileConfig", "TileTable"]
+from fastft_kernels.config import Launch
 
-
-@dataclass(frozen=True)
-class Launch:
-    """Compiler options of a launch."""
-
-    num_warps: int = 4
-    num_stages: int = 2
-    # Registers of a thread at most, where fewer let more programs run at a time.
-    registers: int | None = None
-
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of a launch and of ``triton.compile`` alike.
-
-        Fused multiply-add is named because its default differs between Triton versions, and with
-        it the last bit of results.
-        """
-        chosen: dict[str, Any] = {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "enable_fp_fusion": True,
-        }
-        return chosen if self.registers is None else {**chosen, "maxnreg": self.registers}
+__all__ = ["FORMS", "GEMM_RANKS", "GemmTile", "TileConfig", "TileTable"]
 
 
 @dataclass(frozen=True)

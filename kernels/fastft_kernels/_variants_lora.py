@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from fastft_kernels import config
+from fastft_kernels import lora_config
 from fastft_kernels._tiles import GEMM_RANKS
 from fastft_kernels._variant import BOOLEANS, DTYPES, Variant
 
 __all__ = ["ALL_VARIANTS", "VARIANTS"]
 
 _LORA = "fastft_kernels._lora_linear_kernels"
+_DROPOUT = "fastft_kernels._lora_dropout_kernels"
 _REDUCE = "fastft_kernels._lora_reduce_kernels"
 
 # Sizes that are no multiples of 16, which no model's are, load element by element: three masked
@@ -28,7 +29,7 @@ _GEMM_MASKED_STACK = 192
 
 
 def _numbered(prefix: str, kind: str, suffix: str = "") -> dict[str, str]:
-    return {f"{prefix}{i}{suffix}": kind for i in range(config.MAX_SIBLINGS)}
+    return {f"{prefix}{i}{suffix}": kind for i in range(lora_config.MAX_SIBLINGS)}
 
 
 def _lora(kernel: str, x: str, adapter: str, r: int, siblings: int, masked: bool, **flags: Any):
@@ -58,14 +59,14 @@ def _lora(kernel: str, x: str, adapter: str, r: int, siblings: int, masked: bool
             **masks, **shape, "rows_per_split": "i32",
         }  # fmt: skip
     names = {"shrink": "_shrink", "expand": "_expand_add", "outer": "_outer_partial"}
-    block_r = config.block_r_for(r, DTYPES[x])
+    block_r = lora_config.block_r_for(r, DTYPES[x])
     text = "".join(f" {name.lower()}={value}" for name, value in flags.items())
     return Variant(
         _LORA, f"{names[kernel]}_kernel",
         f"x={x} ab={adapter} r={r} siblings={siblings} masked={masked}{text}"
         + ("" if aligned else " unaligned"),
         types, {"SIBLINGS": siblings, "MASKED": masked, "BLOCK_R": block_r, **flags},
-        kernel, (DTYPES[x], block_r, config.form_of(siblings, masked)), aligned,
+        kernel, (DTYPES[x], block_r, lora_config.form_of(siblings, masked)), aligned,
         Variant.stack_limit if aligned else _UNALIGNED_STACK,
     )  # fmt: skip
 
@@ -103,7 +104,7 @@ def _lora_variants() -> list[Variant]:
         _cast("bf16", "fp32"),
     ]
     mask_types = {"out_ptr": "*u8", "seed_ptr": "*i64", "n_bytes": "i32", "threshold": "i32"}
-    variants.append(Variant(_LORA, "_dropout_mask_kernel", "", mask_types, {}, "mask"))
+    variants.append(Variant(_DROPOUT, "_dropout_mask_kernel", "", mask_types, {}, "mask"))
     return variants
 
 
@@ -175,7 +176,7 @@ def _routed(
 ) -> Variant:  # fmt: skip
     types = {"fields_ptr": "*i64", "scales_ptr": "*fp32", "programs_ptr": "*i32"}
     types |= {"expand": {"members_ptr": "*i32"}, "outer": {"outs_ptr": "*i64"}}.get(kernel, {})
-    block_r = config.block_r_for(r, DTYPES[x])
+    block_r = lora_config.block_r_for(r, DTYPES[x])
     constants = {
         "WIDE": x, "ADAPTER": adapter, "MASKED": masked, "TRANSPOSED": transposed,
         "ALIGNED": aligned, "BLOCK_R": block_r,
@@ -191,7 +192,7 @@ def _routed(
 def _gemm(x: str, adapter: str, siblings: int, early: bool, **flags: bool) -> Variant:
     """A variant of the persistent product, on the architectures that have one."""
     wide = "{BLOCK_N}, {BLOCK_K}" if flags["TRANSPOSED"] else "{BLOCK_K}, {BLOCK_N}"
-    absent = [f"{name}{i}_desc" for name in "xw" for i in range(siblings, config.MAX_SIBLINGS)]
+    absent = [f"{name}{i}_desc" for name in "xw" for i in range(siblings, lora_config.MAX_SIBLINGS)]
     types = {
         **_numbered("x", f"tensordesc<{x}[{{BLOCK_M}}, {{BLOCK_K}}]>", "_desc"),
         **_numbered("w", f"tensordesc<{x}[{wide}]>", "_desc"),

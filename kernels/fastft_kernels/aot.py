@@ -28,6 +28,7 @@ from pathlib import Path
 
 from fastft_kernels import config
 from fastft_kernels._lora_skinny import casts
+from fastft_kernels.lora_config import ARCHS, LoraArch, TileConfig
 from fastft_kernels.variants import ALL_VARIANTS, VARIANTS, Variant
 
 __all__ = ["ALL_VARIANTS", "VARIANTS", "Report", "Variant", "check", "compile_variant", "main"]
@@ -53,7 +54,7 @@ _TENSOR_MEMORY = 512
 _BY_RANK = ("pair", "pair_copy", "glu_pair")
 
 
-def _blocks(variant: Variant, arch: config.Arch) -> tuple[dict[str, int], config.Launch]:
+def _blocks(variant: Variant, arch: LoraArch) -> tuple[dict[str, int], config.Launch]:
     """Block sizes and launch options of a variant, from the architecture's table."""
     if variant.table in ("shrink", "expand", "outer", *_BY_RANK):
         tile = _tile(variant, arch)
@@ -83,14 +84,14 @@ def _blocks(variant: Variant, arch: config.Arch) -> tuple[dict[str, int], config
     return {"BLOCK": block.block}, block.launch
 
 
-def _tile(variant: Variant, arch: config.Arch) -> config.TileConfig:
+def _tile(variant: Variant, arch: LoraArch) -> TileConfig:
     by_rank = variant.table in _BY_RANK
     key = variant.key[1] if by_rank else variant.key
-    found: config.TileConfig = getattr(arch, variant.table)[key]
+    found: TileConfig = getattr(arch, variant.table)[key]
     return found
 
 
-def applies(variant: Variant, arch: config.Arch) -> bool:
+def applies(variant: Variant, arch: LoraArch) -> bool:
     """Whether a launcher makes this variant on the architecture."""
     if variant.table == "gemm":
         tile = (arch.gemm or {}).get(variant.key[2])  # type: ignore[index]
@@ -108,7 +109,7 @@ def compile_variant(variant: Variant, capability: int) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    arch = config.ARCHS[capability]
+    arch = ARCHS[capability]
     names = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
     kernel = getattr(importlib.import_module(variant.module), variant.kernel)
     blocks, launch = _blocks(variant, arch)
@@ -168,7 +169,7 @@ def _overwritten(ttgir: str) -> bool:
     return any(buffer.get(operand) in loaded for pair in products for operand in pair)
 
 
-def _resident(registers: int, shared: int, launch: config.Launch, arch: config.Arch) -> int:
+def _resident(registers: int, shared: int, launch: config.Launch, arch: LoraArch) -> int:
     """Programs that a multiprocessor runs at a time."""
     by_registers = 65536 // (-(-registers // 8) * 8 * 32 * launch.num_warps)
     return min(by_registers, (arch.shared_limit + 1024) // (shared + 1024))
@@ -194,12 +195,12 @@ def _guarded(job: tuple[Variant, int]) -> Report:
         return compile_variant(variant, capability)
     except Exception as error:  # a compiler error is a result: every other variant still runs
         text = f"{type(error).__name__}: {error}"
-        name = config.ARCHS[capability].name
+        name = ARCHS[capability].name
         return Report(name, variant.kernel, variant.label, errors=(text,))
 
 
 def check(
-    capabilities: Iterable[int] = tuple(config.ARCHS),
+    capabilities: Iterable[int] = tuple(ARCHS),
     variants: Sequence[Variant] = VARIANTS,
     jobs: int | None = None,
 ) -> list[Report]:
@@ -208,7 +209,7 @@ def check(
         (variant, capability)
         for capability in capabilities
         for variant in variants
-        if applies(variant, config.ARCHS[capability])
+        if applies(variant, ARCHS[capability])
     ]
     jobs = min(jobs or os.cpu_count() or 1, len(work))
     # Spawned, not forked: the caller may hold threads, and the interpreter must be off.
@@ -245,9 +246,7 @@ def _write_json(path: Path, reports: Sequence[Report]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fastft_kernels.aot", description=__doc__)
-    parser.add_argument(
-        "--arch", type=int, nargs="*", choices=config.ARCHS, default=[*config.ARCHS]
-    )
+    parser.add_argument("--arch", type=int, nargs="*", choices=ARCHS, default=[*ARCHS])
     parser.add_argument("--all", action="store_true", help="every combination, not the extremes")
     parser.add_argument("--jobs", type=int, default=None)
     parser.add_argument("--json", type=Path, default=None)

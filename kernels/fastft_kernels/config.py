@@ -1,7 +1,7 @@
 """Launch configurations: data, one table per GPU architecture, no autotuning.
 
-A configuration is chosen from the architecture, the element size and the rank block only, so the
-same call on the same kind of GPU always runs the same code and gives the same bits.
+A configuration is chosen from the architecture and the call's sizes only, so the same call on the
+same kind of GPU always runs the same code and gives the same bits. LoRA's are in ``lora_config``.
 ``fastft_kernels.aot`` compiles every entry and holds it under ``Arch.shared_limit``.
 """
 
@@ -9,59 +9,46 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from fastft_kernels import _tiles as tiles
-from fastft_kernels._tiles import FORMS, GemmTile, Launch, TileConfig, TileTable
-
 __all__ = [
     "ARCHS",
-    "BLOCK_RS",
-    "FORMS",
-    "MAX_SIBLINGS",
     "AdamWConfig",
     "Arch",
     "BlockConfig",
     "CrossEntropyConfig",
-    "GemmTile",
     "Launch",
     "NormConfig",
     "RopeConfig",
     "RowConfig",
-    "TileConfig",
-    "TileTable",
-    "block_r_for",
     "for_device",
-    "form_of",
     "processors",
-    "tile_for",
 ]
 
-# Siblings (q/k/v, gate/up) that one launch serves in one read of x; more are served in groups.
-MAX_SIBLINGS = 3
 
-# Rank blocks a kernel is built for, by the bytes of an element of x; a larger rank is walked in
-# blocks of the largest. Exact float32 products run on the ordinary cores, from registers: their
-# operands leave room for 32.
-BLOCK_RS: dict[int, tuple[int, ...]] = {2: (16, 32, 64), 4: (16, 32)}
+@dataclass(frozen=True)
+class Launch:
+    """Compiler options of a launch."""
 
+    num_warps: int = 4
+    num_stages: int = 2
+    # Registers of a thread at most, where fewer let more programs run at a time.
+    registers: int | None = None
 
-def block_r_for(r: int, element_size: int) -> int:
-    """The smallest rank block that holds ``r``, or the largest there is."""
-    blocks = BLOCK_RS[element_size]
-    return next((block for block in blocks if r <= block), blocks[-1])
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of a launch and of ``triton.compile`` alike.
 
-
-def tile_for(table: TileTable, element_size: int, r: int, form: str) -> tuple[int, TileConfig]:
-    """(rank block, tile) of a launch; form: one of ``FORMS``."""
-    block_r = block_r_for(r, element_size)
-    return block_r, table[element_size, block_r, form]
-
-
-def form_of(siblings: int, masked: bool) -> str:
-    """Which of ``FORMS`` a launch has."""
-    return "masked" if masked else ("several" if siblings > 1 else "one")
+        Fused multiply-add is named because its default differs between Triton versions, and with
+        it the last bit of results.
+        """
+        chosen: dict[str, Any] = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+        return chosen if self.registers is None else {**chosen, "maxnreg": self.registers}
 
 
 @dataclass(frozen=True)
@@ -134,34 +121,14 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class Arch:
-    """One GPU architecture and everything that is launched on it."""
+    """One GPU architecture and what is launched on it."""
 
     name: str
     capability: int
     # Shared memory that one block may use, in bytes.
     shared_limit: int
-    # Multiprocessors of the largest such part, for the split of sums over tokens.
+    # Of the largest such part, for the split of sums over tokens.
     multiprocessors: int
-    # s = x A^T and dS = scaling dY B: tokens by contracted features.
-    shrink: TileTable
-    # y += bias + s B^T and dx += dS A: tokens by output features.
-    expand: TileTable
-    # dA = dS^T x and dB = dY^T s: contracted tokens by features.
-    outer: TileTable
-    # dS and dB in one read of a 16-bit dY, by rank block: tokens by a strip of features; with a
-    # copy of dY.
-    pair: dict[int, TileConfig]
-    pair_copy: dict[int, TileConfig]
-    # The same of gate and up in the backward of their unit, which holds five such tiles.
-    glu_pair: dict[int, TileConfig]
-    # The persistent product, with dropout or without; None without tensor memory descriptors,
-    # where Triton walks them by hand and does not pipeline.
-    gemm: dict[bool, GemmTile] | None = None
-    # Dropout mask: bytes of eight elements; second stage of dA and dB: elements.
-    mask: BlockConfig = BlockConfig(512)
-    reduce: BlockConfig = BlockConfig(512)
-    # Adapters cast for a shrink: elements.
-    cast: BlockConfig = BlockConfig(1024)
     cross_entropy: CrossEntropyConfig = CrossEntropyConfig()
     divergence: CrossEntropyConfig = CrossEntropyConfig(block_v=2048)
     # A head's gradient times the loss's: columns of one row.
@@ -175,39 +142,17 @@ class Arch:
 
 _KIB = 1024
 
-# fmt: off
 ARCHS: dict[int, Arch] = {
     arch.capability: arch
     for arch in (
-        Arch(
-            "sm_80", 80, 163 * _KIB, 108, tiles.SHRINK_SM80, tiles.EXPAND_LARGE, tiles.OUTER_LARGE,
-            tiles.PAIR_SMALL, tiles.PAIR_SMALL, tiles.GLU_PAIR_LARGE,
-        ),
-        Arch(
-            "sm_86", 86, 99 * _KIB, 84, tiles.SHRINK_SMALL, tiles.EXPAND_SMALL, tiles.OUTER_SMALL,
-            tiles.PAIR_SMALL, tiles.PAIR_SMALL, tiles.GLU_PAIR_SMALL,
-        ),
-        Arch(
-            "sm_89", 89, 99 * _KIB, 128, tiles.SHRINK_SMALL, tiles.EXPAND_SMALL, tiles.OUTER_SMALL,
-            tiles.PAIR_SMALL, tiles.PAIR_SMALL, tiles.GLU_PAIR_SMALL,
-        ),
-        Arch(
-            "sm_90", 90, 227 * _KIB, 132, tiles.SHRINK_SM90, tiles.EXPAND_SM90, tiles.OUTER_SM90,
-            tiles.PAIR_SM90, tiles.PAIR_LARGE, tiles.GLU_PAIR_SM90, tiles.GEMM_SM90,
-        ),
-        Arch(
-            "sm_100", 100, 227 * _KIB, 148, tiles.SHRINK_LARGE, tiles.EXPAND_LARGE,
-            tiles.OUTER_LARGE, tiles.PAIR_LARGE, tiles.PAIR_LARGE, tiles.GLU_PAIR_LARGE,
-            tiles.GEMM_SM100,
-        ),
-        Arch(
-            "sm_120", 120, 99 * _KIB, 170, tiles.SHRINK_SMALL, tiles.EXPAND_SMALL,
-            tiles.OUTER_SMALL, tiles.PAIR_SMALL, tiles.PAIR_SMALL, tiles.GLU_PAIR_SMALL,
-            tiles.GEMM_SM120,
-        ),
+        Arch("sm_80", 80, 163 * _KIB, 108),
+        Arch("sm_86", 86, 99 * _KIB, 84),
+        Arch("sm_89", 89, 99 * _KIB, 128),
+        Arch("sm_90", 90, 227 * _KIB, 132),
+        Arch("sm_100", 100, 227 * _KIB, 148),
+        Arch("sm_120", 120, 99 * _KIB, 170),
     )
 }
-# fmt: on
 
 
 @functools.cache

@@ -33,13 +33,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastft_kernels import border, config
+from fastft_kernels import border, lora_config
 from fastft_kernels._common import device_guard, supports_device
 from fastft_kernels._launch import KEPT, Prepared, cdiv
 from fastft_kernels._lora_backward import bwd
+from fastft_kernels._lora_dropout_kernels import _dropout_mask_kernel
 from fastft_kernels._lora_forward import fwd, fwd_adapters, fwd_values
 from fastft_kernels._lora_glu import glu_bwd
-from fastft_kernels._lora_linear_kernels import _dropout_mask_kernel
 from fastft_kernels._lora_plain import forward as fwd_plain
 
 __all__ = [
@@ -86,7 +86,7 @@ def dropout_mask(out: Tensor, seed: Tensor, p: float) -> None:
 
 @functools.lru_cache(maxsize=KEPT)
 def _mask_launch(device: torch.device, size: int, p: float) -> Prepared:
-    block = config.for_device(device).mask
+    block = lora_config.for_device(device).mask
     return Prepared(
         _dropout_mask_kernel, (cdiv(size, block.block),), (0, 1), (size, round(p * 65536)),
         BLOCK=block.block, **block.launch.options(),

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="no Triton for this platform")
 
-from fastft_kernels import OPS, aot, config
+from fastft_kernels import OPS, aot, lora_config
 from fastft_kernels._lora_reduce import split_rows
 
 KERNELS = Path(aot.__file__).parent
@@ -22,7 +22,7 @@ KERNELS = Path(aot.__file__).parent
 @pytest.mark.slow
 def test_every_kernel_fits_every_architecture() -> None:
     reports = aot.check(jobs=2)
-    archs = config.ARCHS.values()
+    archs = lora_config.ARCHS.values()
     assert len(reports) == sum(aot.applies(v, arch) for v in aot.VARIANTS for arch in archs)
     assert all(any(aot.applies(v, arch) for arch in archs) for v in aot.VARIANTS)
     failed = [f"{r.arch} {r.kernel} {r.label}: {'; '.join(r.errors)}" for r in reports if r.errors]
@@ -47,33 +47,33 @@ def test_every_kernel_is_declared() -> None:
 @pytest.mark.parametrize("variant", aot.VARIANTS, ids=lambda v: f"{v.kernel}-{v.label}")
 def test_a_variant_names_every_argument(variant: aot.Variant) -> None:
     kernel = getattr(importlib.import_module(variant.module), variant.kernel)
-    arch = next(a for a in config.ARCHS.values() if aot.applies(variant, a))
+    arch = next(a for a in lora_config.ARCHS.values() if aot.applies(variant, a))
     blocks, _ = aot._blocks(variant, arch)
     given = {*variant.types, *variant.constants, *blocks}
     assert given == set(kernel.arg_names)
 
 
-@pytest.mark.parametrize("arch", config.ARCHS.values(), ids=lambda a: a.name)
-def test_every_tile_of_the_tables_can_be_asked_for(arch: config.Arch) -> None:
+@pytest.mark.parametrize("arch", lora_config.ARCHS.values(), ids=lambda a: a.name)
+def test_every_tile_of_the_tables_can_be_asked_for(arch: lora_config.LoraArch) -> None:
     expected = {
         (size, block, form)
-        for size, blocks in config.BLOCK_RS.items()
+        for size, blocks in lora_config.BLOCK_RS.items()
         for block in blocks
-        for form in config.FORMS
+        for form in lora_config.FORMS
     }
     for table in (arch.shrink, arch.expand, arch.outer):
         assert set(table) == expected
         for (size, block_r, _), tile in table.items():
             assert tile.block_n % 8 == 0, "the keep bits come in bytes"
-            assert config.tile_for(table, size, block_r, "several")[0] == block_r
+            assert lora_config.tile_for(table, size, block_r, "several")[0] == block_r
     for tile in (arch.gemm or {}).values():
         assert tile.part % 8 == 0
         assert tile.block_n // tile.part in (1, 2, 4)
-    assert set(arch.pair) <= set(config.BLOCK_RS[2])
+    assert set(arch.pair) <= set(lora_config.BLOCK_RS[2])
     assert arch.adamw.chunk % arch.adamw.block == 0
-    assert config.block_r_for(1, 2) == 16
-    assert config.block_r_for(500, 2) == 64
-    assert config.block_r_for(500, 4) == 32
+    assert lora_config.block_r_for(1, 2) == 16
+    assert lora_config.block_r_for(500, 2) == 64
+    assert lora_config.block_r_for(500, 4) == 32
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,9 @@ def test_a_kernel_over_its_limit_is_reported(
 ) -> None:
     """The gate closes: with a limit of one byte the same kernel is an error, and a status of 1."""
     variant = next(v for v in aot.VARIANTS if v.kernel == "_cross_entropy_kernel")
-    arch = config.ARCHS[90]
+    arch = lora_config.ARCHS[90]
     assert not aot.compile_variant(variant, 90).errors
-    monkeypatch.setitem(config.ARCHS, 90, dataclasses.replace(arch, shared_limit=1))
+    monkeypatch.setitem(lora_config.ARCHS, 90, dataclasses.replace(arch, shared_limit=1))
     strict = dataclasses.replace(variant, stack_limit=-1)
     report = aot.compile_variant(strict, 90)
     assert "shared memory" in " ".join(report.errors)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastft_kernels import _lora_linear_kernels, config
+from fastft_kernels import _lora_dropout_kernels, lora_config
 from fastft_kernels import lora_linear as launcher
 from torch import Tensor
 
@@ -205,8 +205,12 @@ def test_mask_is_philox(p: float) -> None:
 
 
 @pytest.mark.skipif(not native.available(), reason="no native module")
-def test_mask_is_the_cpus() -> None:
-    assert torch.equal(_mask(2**45 + 7, 0.3), _mask(2**45 + 7, 0.3, launcher=cpu))
+@pytest.mark.parametrize("threshold", [0, 1, 3277, 32767, 32768, 32769, 65535, 65536])
+def test_mask_is_the_cpus(threshold: int) -> None:
+    seed, p = 2**45 + 7, threshold / 65536
+    mask = _mask(seed, p)
+    assert torch.equal(mask, _mask(seed, p, launcher=cpu))
+    assert threshold < 65536 or not mask.any()
 
 
 def _prmt(a: int, b: int, selector: int) -> int:
@@ -222,9 +226,9 @@ def _prmt(a: int, b: int, selector: int) -> int:
 
 def test_the_selectors_of_dropped_halves() -> None:
     """What only a GPU runs: two 16-bit elements under the keep signs of one sibling."""
-    source = inspect.getsource(_lora_linear_kernels._drop.fn)
+    source = inspect.getsource(_lora_dropout_kernels._drop.fn)
     selectors = [int(text, 16) for text in re.findall(r"\$2, \$3, (0x\w{4})", source)]
-    assert len(selectors) == config.MAX_SIBLINGS
+    assert len(selectors) == lora_config.MAX_SIBLINGS
     for sibling, selector in enumerate(selectors):
         sign = 0x80 << 8 * sibling
         for even, odd, others in itertools.product((0, sign), (0, sign), (0, 0xFFFFFFFF & ~sign)):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastft_kernels import _lora_gemm, _lora_plain, _lora_routed, border, config, ways
+from fastft_kernels import _lora_gemm, _lora_plain, _lora_routed, border, config, lora_config, ways
 from fastft_kernels import lora_linear as launcher
 
 from tests.kernels.bounds import assert_as_accurate
@@ -73,7 +73,7 @@ def test_gemm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gemm_walks_several_tiles_and_takes_bordered_weights() -> None:
     case = LoraCase(300, 72, (520,), (16,), BF16, F32).inputs()
     case.weights = border.make(case.weights, [16]).weights
-    tile = config.ARCHS[90].gemm[False]  # type: ignore[index]
+    tile = lora_config.ARCHS[90].gemm[False]  # type: ignore[index]
     tiles = math.ceil(300 / tile.block_m) * math.ceil(520 / tile.block_n)
     assert tiles > config.processors(case.x.device)
     with ways.force("gemm"):
@@ -84,7 +84,7 @@ def test_gemm_walks_several_tiles_and_takes_bordered_weights() -> None:
 def test_gemm_masks_a_tile_in_parts(ranks: tuple[int, ...]) -> None:
     """dx is wider than a tile and ends within a part of the next; ranks are a block or more."""
     widths, ps = (64, 40, 24)[: len(ranks)], (0.25, 0.5, 0.1)[: len(ranks)]
-    tile = config.ARCHS[90].gemm[True]  # type: ignore[index]
+    tile = lora_config.ARCHS[90].gemm[True]  # type: ignore[index]
     case = LoraCase(150, tile.block_n + tile.part + 8, widths, ranks, BF16, F32, ps).inputs()
     with ways.force("gemm"):
         _check(case, _run(case))
@@ -313,5 +313,5 @@ def test_the_shipped_table_is_well_formed() -> None:
     keys = {"arch", "direction", "tokens", "features", "widths", "r", "dropout", "time_ms"}
     for row in json.loads(ways.TABLE.read_text()):
         assert keys | {"device", "date", "commit"} == set(row)
-        assert row["arch"] in {arch.name for arch in config.ARCHS.values()}
+        assert row["arch"] in {arch.name for arch in lora_config.ARCHS.values()}
         assert set(row["time_ms"]) <= set(ways.WAYS)
