@@ -117,6 +117,7 @@ const Kernels FASTFT_CONCAT(kernels_, FASTFT_ISA) = {
     product,
     deep_product_scratch,
     deep_product,
+    attention_prefixes,
     attention_scratch,
     attention_fused,
 };

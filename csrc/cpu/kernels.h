@@ -136,7 +136,8 @@ struct AttentionTensor {
 
 // Attention with its products inside; see attention_fused.inc. out: written, or with `backward`
 // read, as its gradient d_out is, and dq, dk, dv written. lse: float32 (batch, heads, queries).
-// mask: null, or bytes as an AttentionSlab's. width and value_width are even.
+// mask: null, or bytes as an AttentionSlab's. visible: null, or instead of a mask how many of the
+// first keys a query sees, addressed by the same strides. width and value_width are even.
 struct AttentionCall {
   AttentionTensor q, k, v, out, d_out, dq, dk, dv;
   float* lse;
@@ -144,7 +145,14 @@ struct AttentionCall {
   bool causal, backward;
   float scale;
   const uint8_t* mask;
+  const int32_t* visible;
   int64_t mask_batch, mask_head, mask_query;
+};
+
+// Rows of a mask, keys next to each other: their strides and numbers of batch, heads and queries.
+struct MaskRows {
+  const uint8_t* mask;
+  int64_t strides[3], sizes[3], keys;
 };
 
 struct Kernels {
@@ -232,6 +240,9 @@ struct Kernels {
   void (*product)(const ProductCall& call, uint32_t* scratch);
   int64_t (*deep_product_scratch)(const DeepProduct& call);  // words
   void (*deep_product)(const DeepProduct& call, uint32_t* scratch);
+  // How many keys each row sees, to visible (its sizes), if these are its first ones: 1, and 2 where
+  // no query sees a key behind it; else 0.
+  int (*attention_prefixes)(const MaskRows& rows, int32_t* visible);
   int64_t (*attention_scratch)(const AttentionCall& call);  // words
   void (*attention_fused)(const AttentionCall& call, float* scratch);
 };

@@ -53,7 +53,26 @@ def run(
     sizes = [batch, heads, key.shape[1], queries, key.shape[2], width, value.shape[3]]
     sizes.append(torch.get_num_threads())
     c, places = native.module(), [(t.data_ptr(), *t.stride()[:3]) for t in tensors]
+    at_mask, visible, strides = native.address(mask), 0, mask_strides(mask)
+    if mask is not None:
+        visible, strides, causal = _prefixes(mask, strides, causal)
+        at_mask = 0 if visible else at_mask
     room = scratch("attention", (c.attention_scratch(places, sizes, causal),), torch.float32)
-    at_mask = native.address(mask)
-    facts = (causal, scale, at_mask, mask_strides(mask))
+    facts = (causal, scale, at_mask, visible, strides)
     c.attention_fused(places, sizes, lse.data_ptr(), *facts, room.data_ptr())
+
+
+def _prefixes(mask: Tensor, strides: list[int], causal: bool) -> tuple[int, list[int], bool]:
+    """Of a mask by which each query sees keys up to some key (a batch padded on the right): where
+    that is written for each of its rows, those rows' strides, and whether it is causal besides. Of
+    another mask 0, its strides, and what was known."""
+    sizes = [size if stride else 1 for size, stride in zip(mask.shape[:2], strides, strict=False)]
+    rows = [*sizes, mask.shape[2]]
+    seen = scratch("attention_visible", tuple(rows), torch.int32)
+    kind = native.module().attention_prefixes(
+        mask.data_ptr(), strides, rows, mask.shape[3], seen.data_ptr()
+    )
+    if kind == 0:
+        return 0, strides, causal
+    apart = [stride if size > 1 else 0 for size, stride in zip(sizes, seen.stride(), strict=False)]
+    return seen.data_ptr(), [*apart, 1], causal or kind == 2

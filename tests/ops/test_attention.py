@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -189,8 +190,8 @@ FUSED += [
 
 @pytest.mark.parametrize("case", FUSED, ids=str)
 def test_the_kernel_with_its_products_of_every_instruction_set(case: Case) -> None:
-    """Against float64, on poisoned memory, any thread count with the same bits, and no write past
-    the end of what it is given."""
+    """Against float64, on poisoned memory, any thread count with the same bits, whether a mask is
+    read or what it lets each query see, and no write past the end of what it is given."""
     leaves, mask, dy = inputs(case, BF16)
     wide = [t.detach().double().requires_grad_() for t in leaves]
     y, lse = reference.attention(*wide, mask, case.width**-0.5, case.causal)
@@ -209,18 +210,30 @@ def test_the_kernel_with_its_products_of_every_instruction_set(case: Case) -> No
         at_mask = mask.data_ptr()
         pairs = zip(mask.shape[:3], mask.stride()[:3], strict=True)
         strides = [0 if size == 1 else stride for size, stride in pairs]
-    facts = (case.causal, case.width**-0.5, at_mask, strides)
     c = native.module()
     for isa in native.build_info()["instruction_sets_usable"]:
+        ways = [(case.causal, at_mask, 0, strides)]
+        if mask is not None:
+            pairs = zip(mask.shape, strides[:2], strict=False)
+            rows = [1 if stride == 0 else n for n, stride in pairs]
+            visible = torch.full((*rows, mask.shape[2]), -7, dtype=torch.int32)
+            facts = (strides, [*visible.shape], mask.shape[3], visible.data_ptr())
+            kind = c.attention_prefixes(at_mask, *facts, isa=isa)
+            assert kind == {"padding": 1 if case.causal else 2}.get(case.mask, 0)
+            if kind:
+                pairs = zip(rows, visible.stride(), strict=False)
+                own = [0 if n == 1 else stride for n, stride in pairs]
+                ways.append((True, 0, visible.data_ptr(), [*own, 1]))
         found = []
-        for threads in (1, 2, 3):
+        for threads, (causal, *sight) in itertools.product((1, 2, 3), ways):
             shapes = [(t.transpose(1, 2).shape, BF16) for t in (y, q, k, v)]
             held = [_guarded(*shape) for shape in (*shapes, (lse.shape, F32))]
             out, *gradients = [t.transpose(1, 2) for _, t in held[:4]]
             got_lse = held[4][1]
+            facts = (causal, case.width**-0.5, *sight)
             for tensors in ([q, k, v, out], [q, k, v, out, dy, *gradients]):
                 places = [(t.data_ptr(), *t.stride()[:3]) for t in tensors]
-                words = c.attention_scratch(places, [*sizes, threads], case.causal, isa=isa)
+                words = c.attention_scratch(places, [*sizes, threads], causal, isa=isa)
                 room = torch.full((words + 8,), float("nan"))
                 room[-8:] = 7
                 call = (places, [*sizes, threads], got_lse.data_ptr(), *facts, room.data_ptr())
@@ -235,6 +248,51 @@ def test_the_kernel_with_its_products_of_every_instruction_set(case: Case) -> No
         for other in found[1:]:
             assert all(map(torch.equal, found[0], other)), isa
         assert_as_good_as_torch(["y", "dq", "dk", "dv"], found[0], plain, truth, BF16)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 2), (2, 3)], ids=str)
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_what_a_mask_lets_each_query_see(shape: tuple[int, int], kind: int) -> None:
+    queries, keys = 21, 37
+    torch.manual_seed(kind)
+    seen = torch.randint(0, keys + 1, (*shape, queries), dtype=torch.int32)
+    seen[0, 0, 5] = 9 if kind == 1 else 0
+    if kind == 2:
+        seen = seen.minimum(torch.arange(1, queries + 1, dtype=torch.int32))
+    # Rows with room between them.
+    mask = torch.zeros(*shape, queries, keys + 3, dtype=torch.bool)[..., :keys]
+    mask.copy_(torch.arange(keys) < seen[..., None])
+    if kind == 0:
+        mask[-1, -1, -1] = torch.arange(keys) > 2
+    strides = fused.mask_strides(mask)
+    for isa in native.build_info()["instruction_sets_usable"]:
+        found = torch.full((*shape, queries), -7, dtype=torch.int32)
+        got = native.module().attention_prefixes(
+            mask.data_ptr(), strides, [*shape, queries], keys, found.data_ptr(), isa=isa
+        )
+        assert got == kind
+        assert kind == 0 or torch.equal(found, seen)
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_prefix_mask_gives_the_bits_of_its_mask(
+    before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding on the right, of encoders too, and prefixes that all see: with and without the mask
+    being read key by key."""
+    monkeypatch.setattr(fused, "vectors_multiply", lambda: True)
+    monkeypatch.setattr(launcher, "native_bfloat16", lambda: True)
+    leaves, _, dy = inputs(Case(3, 4, 2, 140, 140, 8), BF16)
+    lengths = torch.tensor([140, 77, 1])[:, None, None, None]
+    seen = torch.arange(140) < torch.arange(1, 141)[:, None].clamp(min=before * 20)
+    mask = (seen if before else torch.tensor(True)) & (torch.arange(140) < lengths)
+    mask = mask.expand(3, 1, 140, 140)
+    found = []
+    for _ in range(2):
+        out = ops.scaled_dot_product_attention(*leaves, mask)
+        found.append(outputs(out, leaves, dy))
+        monkeypatch.setattr(fused, "_prefixes", lambda mask, strides, causal: (0, strides, causal))
+    assert all(map(torch.equal, *found))
 
 
 def _guarded(shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
