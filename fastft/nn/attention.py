@@ -1,4 +1,5 @@
-"""Attention of Transformers' models through their own attention interface, fused on the CPU.
+"""Attention of Transformers' models through their own attention interface, fused on the CPU; on
+GPUs torch's, of each sequence by itself where a batch has several in a row.
 
 A fused module shows its code a configuration that names fastft's attention where the real one says
 "sdpa"; the configuration itself, which models may share, is not touched, and masks stay sdpa's.
@@ -6,10 +7,12 @@ A fused module shows its code a configuration that names fastft's attention wher
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -18,7 +21,7 @@ from fastft.nn.calls import count
 from fastft.nn.swap import Swapped, call_refusal
 from fastft.ops._checks import autocast_dtype
 
-__all__ = ["NAME", "FusedAttention", "attention_forward"]
+__all__ = ["NAME", "FusedAttention", "attention_forward", "librarys"]
 
 NAME = "fastft"
 
@@ -84,19 +87,22 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     ends = _sequences(query, key, attention_mask, bool(causal), dropout, kwargs)
     if ends is not None:
+        if librarys(query.device):
+            count(module, None)
         parts = zip(query.split(ends, 2), key.split(ends, 2), value.split(ends, 2), strict=True)
         found = [
             attention_forward(module, q, k, v, None, 0.0, scaling, True)[0] for q, k, v in parts
         ]
         return torch.cat(found, 1), None
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
-    decoding = query.shape[2] == 1  # one query is a product of a vector: there is nothing to fuse
+    # One query is a product of a vector: there is nothing to fuse.
+    plain = query.shape[2] == 1 or librarys(query.device)
     reason = None
-    if not decoding:
+    if not plain:
         reason = _refusal(query, key, value, attention_mask, dropout, causal, kwargs)
         if not torch.compiler.is_compiling():
             count(module, reason)
-    if decoding or reason is not None:
+    if plain or reason is not None:
         return sdpa_attention_forward(
             module,
             query,
@@ -132,15 +138,41 @@ def _sequences(
     special = ("sliding_window", *_UNSUPPORTED, "output_attentions")
     if not whole or any(kwargs.get(name) not in (None, False) for name in special):
         return None
-    lengths: list[int] = ends.diff().tolist()
+    lengths: list[int] = _once(ends, lambda: ends.diff().tolist())
     if sum(lengths) != query.shape[2] or min(lengths, default=0) < 1:
         return None
-    if mask is not None:
-        seen = sum(n * (n + 1) // 2 for n in lengths)
-        if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
-            return None
-        return lengths if int(mask.sum()) == seen else None
-    return lengths
+    if librarys(query.device) and query.shape[2] < _SHORT * len(lengths):
+        return None
+    if mask is None:
+        return lengths
+    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
+        return None
+    pairs = sum(n * (n + 1) // 2 for n in lengths)
+    return lengths if _once(mask, lambda: int(mask.sum())) == pairs else None
+
+
+# On a GPU sequences that are shorter on average stay in one call, under a mask: by count, a launch
+# each way takes its host as long as the masked part takes the GPU.
+_SHORT = 256
+# What was read of a tensor, and the version it had: a GPU is waited for once a batch, not in every
+# layer.
+_read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _once(tensor: Tensor, read: Callable[[], Any]) -> Any:
+    """read(), which reads this tensor alone, unless that is known."""
+    if tensor.is_inference():  # it has no version
+        return read()
+    version, value = _read.get(tensor, (None, None))
+    if version != tensor._version:
+        value = read()
+        _read[tensor] = (tensor._version, value)
+    return value
+
+
+def librarys(device: torch.device) -> bool:
+    """Whether torch's own attention is the best there is."""
+    return device.type == "cuda"
 
 
 def _refusal(

@@ -72,8 +72,9 @@ def accelerate(
         norm: fuse RMS and layer norms, whose convention is found by running them
             (:func:`fastft.ops.rms_norm`, :func:`fastft.ops.layer_norm`).
         glu: fuse gated MLPs between their projections (:func:`fastft.ops.glu`).
-        attention: on the CPU, in Transformers models that use sdpa, fuse attention
-            (:func:`fastft.ops.scaled_dot_product_attention`).
+        attention: in Transformers models that use sdpa, fuse attention on the CPU
+            (:func:`fastft.ops.scaled_dot_product_attention`), and on GPUs run torch's for each
+            sequence by itself where a batch without padding has several.
         rope: fuse the rotary embedding of queries and keys (:func:`fastft.ops.rope`), whose
             convention is found by running it.
         embedding: fuse LoRA layers over embeddings, and embeddings that are trained themselves

@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from fastft import backends
-from fastft.nn.attention import FusedAttention
+from fastft.nn import attention
 from fastft.nn.conv import FUSED_CONVS, conv_refusal
 from fastft.nn.embedding import (
     FusedEmbedding,
@@ -317,27 +317,35 @@ def _glu_backend(module: Any) -> str:
 
 
 def _attention_sites(model: nn.Module) -> Iterator[Site]:
-    """Modules that call Transformers' attention interface, where fastft has an attention; elsewhere
-    torch's own is the best there is and nothing is said."""
+    """Modules that call Transformers' attention interface, where fastft has one, or where torch's
+    own is the best there is, of one sequence at a time; elsewhere nothing is said."""
     for name, module in model.named_modules():
         config = module.__dict__.get("config")
         code = getattr(inspect.unwrap(original_of(module).forward), "__code__", None)
         if config is None or "ALL_ATTENTION_FUNCTIONS" not in getattr(code, "co_names", ()):
             continue
         weight = proofs.float_parameter(module)
-        if weight is None or site_refusal("attention", weight) is not None:
+        if weight is None:
             continue
         implementation = getattr(config, "_attn_implementation", None)
+        if attention.librarys(weight.device):
+            if implementation == "sdpa":
+                yield _swapped_site(name, module, attention.FusedAttention, (), None)
+            continue
+        if site_refusal("attention", weight) is not None:
+            continue
         refusal = None
         if implementation != "sdpa":
             refusal = f"attention implementation is {implementation}, not sdpa"
         elif code is not None and "position_bias" in code.co_varnames:  # T5's, in every call
             refusal = "position_bias in attention"
-        yield _swapped_site(name, module, FusedAttention, (), refusal)
+        yield _swapped_site(name, module, attention.FusedAttention, (), refusal)
 
 
 def _attention_backend(module: Any) -> str:
     weight = proofs.float_parameter(module)
+    if weight is not None and attention.librarys(weight.device):
+        return "torch"
     return "reference" if weight is None else _select("attention", weight)
 
 

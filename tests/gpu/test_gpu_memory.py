@@ -54,6 +54,33 @@ def test_policies_change_no_bit_and_keep_less(dropout, device):
     assert peaks["offload"] < peaks["attention"]
 
 
+def test_sequences_in_a_row_see_only_themselves(device):
+    """A batch without padding, each sequence by itself, against the model's own mask."""
+    import fastft
+
+    model = llama(dtype=torch.bfloat16, fused=False, **SHAPE).cuda()
+    torch.manual_seed(1)
+    lengths = (700, 1100, 248)
+    ids = torch.randint(VOCABULARY, (1, sum(lengths)), device="cuda")
+    ends = torch.tensor([0, *lengths], dtype=torch.int32, device="cuda").cumsum(0).int()
+    positions = torch.cat([torch.arange(n, device="cuda") for n in lengths])[None]
+    rest = {"input_ids": ids, "labels": ids, "position_ids": positions, "use_cache": False}
+
+    def trained(**kwargs):
+        model.zero_grad(set_to_none=True)
+        loss = model(**rest, **kwargs).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    expected = trained()
+    fastft.accelerate(model)
+    got = trained(cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+    calls = [m.fused_calls for m in fastft.explain(model).modules if m.kind == "attention"]
+    assert calls == [1] * SHAPE["num_hidden_layers"]
+    for a, b in zip(got, expected, strict=True):
+        assert (a.double() - b.double()).norm() <= 0.03 * b.double().norm()
+
+
 def test_late_copies_and_poisoned_memory(device):
     """The side stream sleeps before each copy, and memory that is let go is overwritten at once."""
 

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import fastft
+from fastft.nn import attention
 from fastft.nn.attention import attention_forward
 
 LENGTHS = (5, 1, 7)
@@ -62,3 +65,86 @@ def test_lengths_that_do_not_fit_are_ignored() -> None:
     wrong = torch.tensor([0, 5, 6], dtype=torch.int32)
     for a, b in zip(run(mask, cu_seq_lens_q=wrong), run(mask), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """As on a GPU, where torch's own attention is the best there is: the tokens of its calls."""
+    taken: list[int] = []
+    sdpa = attention.sdpa_attention_forward
+
+    def counted(module: Any, query: Tensor, *arguments: Any, **kwargs: Any) -> Any:
+        taken.append(query.shape[2])
+        return sdpa(module, query, *arguments, **kwargs)
+
+    monkeypatch.setattr(attention, "librarys", lambda device: True)
+    monkeypatch.setattr(attention, "sdpa_attention_forward", counted)
+    return taken
+
+
+@pytest.mark.parametrize(("short", "calls"), [(4, [*LENGTHS]), (5, [TOKENS])])
+def test_the_library_takes_long_sequences_one_by_one(
+    short: int, calls: list[int], library: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(packed_mask())
+    library.clear()
+    monkeypatch.setattr(attention, "_SHORT", short)
+    got = run(packed_mask(), cu_seq_lens_q=ENDS)
+    assert library == calls
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_a_tensor_says_is_read_once_a_version() -> None:
+    tensor, reads = torch.zeros(3), []
+
+    def read() -> int:
+        reads.append(int(tensor.sum()))
+        return reads[-1]
+
+    assert [attention._once(tensor, read) for _ in range(3)] == [0, 0, 0]
+    tensor += 1
+    assert [attention._once(tensor, read) for _ in range(2)] == [3, 3]
+    assert reads == [0, 3]
+    with torch.inference_mode():
+        assert attention._once(torch.ones(2), read) == 3
+
+
+def test_a_model_whose_attention_is_the_librarys(
+    library: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_SHORT", 4)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    ids = torch.randint(64, (1, TOKENS))
+    batch = {
+        "input_ids": ids, "labels": ids, "use_cache": False, "cu_seq_lens_q": ENDS,
+        "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None],
+    }  # fmt: skip
+
+    def step() -> list[Tensor]:
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    expected = step()
+    fastft.accelerate(model, strict=True)
+    library.clear()
+    for a, b in zip(step(), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert library == [*LENGTHS] * 2
+    reports = [m for m in fastft.explain(model).modules if m.kind == "attention"]
+    assert [(m.fused, m.backend, m.fused_calls) for m in reports] == [(True, "torch", 1)] * 2
+    del batch["cu_seq_lens_q"], batch["position_ids"]
+    library.clear()
+    step()
+    assert library == [TOKENS] * 2, "and a batch of one sequence a row is one call, not a fallback"
+    fastft.restore(model)
+    assert type(model.model.layers[0].self_attn) is type(
+        LlamaForCausalLM(config).model.layers[0].self_attn
+    )
