@@ -11,7 +11,7 @@ from torch import nn
 from fastft import memory, native
 from fastft.errors import ArgumentError, DtypeError, VerificationError, nearest
 from fastft.nn import head as head_module
-from fastft.nn import packing, siblings
+from fastft.nn import packing, positions, siblings
 from fastft.nn.calls import strict_modules
 from fastft.nn.experts import FusedLoraExperts, InnerLoraExperts, experts_of
 from fastft.nn.head import FusedHead, FusedLoraHead
@@ -30,6 +30,8 @@ _HOOKS = (
     siblings.end_forward,
     head_module.begin_forward,
     head_module.end_forward,
+    positions.begin_forward,
+    positions.end_forward,
 )
 
 
@@ -171,6 +173,9 @@ def accelerate(
         packing.wanted.add(model)
     model.register_forward_pre_hook(siblings.begin_forward, prepend=True)
     model.register_forward_hook(siblings.end_forward, always_call=True)
+    positions.install()
+    model.register_forward_pre_hook(positions.begin_forward, with_kwargs=True)
+    model.register_forward_hook(positions.end_forward, always_call=True)
     if native.available() and any(p.device.type == "cpu" for p in model.parameters()):
         native.module().keep_heap()
         _room.use_pool(True)

@@ -366,7 +366,7 @@ def collator(cfg: TrainConfig, tokenizer: Any, most: int | None = None) -> Any:
     tokenizer = copy.copy(tokenizer)
     tokenizer.padding_side = "right"
     fixed = cfg.padding == "max_length"
-    return DataCollatorForSeq2Seq(
+    pad = DataCollatorForSeq2Seq(
         tokenizer,
         padding="max_length" if fixed else "longest",
         max_length=cfg.max_length if fixed else None,
@@ -375,3 +375,13 @@ def collator(cfg: TrainConfig, tokenizer: Any, most: int | None = None) -> Any:
         pad_to_multiple_of=None if fixed or (most or 0) % 8 else 8,
         label_pad_token_id=IGNORE_INDEX,
     )
+
+    def collate(examples: list[dict[str, Any]]) -> Any:
+        batch = pad(examples)
+        # A mask that masks nothing is none; where the batch is, asking takes a GPU's wait.
+        mask = batch.get("attention_mask")
+        if mask is not None and bool(mask.all()):
+            del batch["attention_mask"]
+        return batch
+
+    return collate

@@ -315,6 +315,8 @@ def _forward_backward(
 
     length = max(part.batch["input_ids"].shape[1] for part in parts)
     fill = {"input_ids": trainer.processing_class.pad_token_id or 0, "labels": -100}
+    for part in parts:  # what has no padding has no mask
+        part.batch.setdefault("attention_mask", torch.ones_like(part.batch["input_ids"]))
     names = ("input_ids", "attention_mask", "labels")
     inputs = {
         name: torch.cat(

@@ -336,3 +336,6 @@ class TestLoad:
             assert batch["attention_mask"][i].tolist() == [1] * n + [0] * (width - n)
             assert batch["labels"][i].tolist() == row["labels"] + [IGNORE_INDEX] * (width - n)
             assert batch["input_ids"][i, n:].eq(tokenizer.pad_token_id).all()
+        whole = [{"input_ids": [5] * width, "labels": [5] * width}] * 2
+        batch = collator(cfg, tokenizer)(whole)
+        assert sorted(batch) == ["input_ids", "labels"], "what has no padding has no mask"

@@ -86,6 +86,19 @@ def test_losses_and_adapters_are_those_of_separate_runs(cfgs, tmp_path):
     assert all(m["fused_calls"] >= 9 for m in modules)
 
 
+def test_batches_without_padding_and_with(cfgs, tmp_path):
+    """What has no padding has no mask; beside a longer batch it is padded, and needs one."""
+    lengths = (40, 48)
+    pair = [c.replace(max_length=n, max_steps=3) for c, n in zip(cfgs, lengths)]
+    together = []
+    train_together(pair, report=together.append)
+    for i, cfg in enumerate(pair):
+        events = []
+        train(cfg.replace(output_dir=str(tmp_path / f"alone{i}")), report=events.append)
+        for event, both in zip(events, together):
+            assert both.losses[i] == pytest.approx(event.loss, rel=2e-4)
+
+
 def test_an_adapter_loads_in_peft_by_itself(cfgs):
     result = train_together(cfgs[:2])[1]
     assert sorted(p.name for p in Path(cfgs[1].output_dir).iterdir()) == [
