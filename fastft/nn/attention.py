@@ -145,10 +145,10 @@ def _sequences(
     lengths: list[int] = _once(ends, lambda: ends.diff().tolist())
     if sum(lengths) != query.shape[2] or min(lengths, default=0) < 1:
         return None
+    if mask is None:  # nothing else keeps them apart, however short they are
+        return lengths
     if librarys(query.device) and query.shape[2] < _SHORT * len(lengths):
         return None
-    if mask is None:
-        return lengths
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
         return None
     pairs = sum(n * (n + 1) // 2 for n in lengths)

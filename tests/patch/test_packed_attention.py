@@ -96,6 +96,18 @@ def test_the_library_takes_long_sequences_one_by_one(
         torch.testing.assert_close(a, b)
 
 
+def test_the_library_takes_short_sequences_one_by_one_where_no_mask_parts_them(
+    library: list[int],
+) -> None:
+    """A model makes none where it also has a cache, or a mask of ones."""
+    expected = run(packed_mask())
+    library.clear()
+    got = run(None, cu_seq_lens_q=ENDS)
+    assert library == [*LENGTHS]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_what_a_tensor_says_is_read_once_a_version() -> None:
     tensor, reads = torch.zeros(3), []
 
