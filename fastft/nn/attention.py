@@ -140,7 +140,8 @@ def _sequences(
         return None
     whole = query.shape[0] == 1 and query.shape[2] == key.shape[2]
     special = ("sliding_window", *_UNSUPPORTED, "output_attentions")
-    if not whole or any(kwargs.get(name) not in (None, False) for name in special):
+    given = [kwargs.get(name) for name in special]  # tensors among them: no look at what is in them
+    if not whole or any(value is not None and value is not False for value in given):
         return None
     lengths: list[int] = _once(ends, lambda: ends.diff().tolist())
     if sum(lengths) != query.shape[2] or min(lengths, default=0) < 1:

@@ -108,6 +108,15 @@ def test_the_library_takes_short_sequences_one_by_one_where_no_mask_parts_them(
         torch.testing.assert_close(a, b)
 
 
+def test_a_position_bias_is_the_librarys(library: list[int]) -> None:
+    """T5's decoder has one; on a CPU the module is not fused at all."""
+    bias = torch.randn(1, 4, TOKENS, TOKENS)
+    found = [run(None, position_bias=bias, **more) for more in ({}, {"cu_seq_lens_q": ENDS})]
+    assert library == [TOKENS] * 2
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_what_a_tensor_says_is_read_once_a_version() -> None:
     tensor, reads = torch.zeros(3), []
 
