@@ -7,6 +7,10 @@ A fused module shows its code a configuration that names fastft's attention wher
 
 from __future__ import annotations
 
+import dis
+import functools
+import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +25,7 @@ from fastft.nn.calls import count
 from fastft.nn.swap import Swapped, call_refusal
 from fastft.ops._checks import autocast_dtype
 
-__all__ = ["NAME", "FusedAttention", "attention_forward", "librarys"]
+__all__ = ["NAME", "FusedAttention", "asks_for_sdpa", "attention_forward", "librarys"]
 
 NAME = "fastft"
 
@@ -136,15 +140,16 @@ def _sequences(
         return None
     whole = query.shape[0] == 1 and query.shape[2] == key.shape[2]
     special = ("sliding_window", *_UNSUPPORTED, "output_attentions")
-    if not whole or any(kwargs.get(name) not in (None, False) for name in special):
+    given = [kwargs.get(name) for name in special]  # tensors among them: no look at what is in them
+    if not whole or any(value is not None and value is not False for value in given):
         return None
     lengths: list[int] = _once(ends, lambda: ends.diff().tolist())
     if sum(lengths) != query.shape[2] or min(lengths, default=0) < 1:
         return None
+    if mask is None:  # nothing else keeps them apart, however short they are
+        return lengths
     if librarys(query.device) and query.shape[2] < _SHORT * len(lengths):
         return None
-    if mask is None:
-        return lengths
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
         return None
     pairs = sum(n * (n + 1) // 2 for n in lengths)
@@ -168,6 +173,29 @@ def _once(tensor: Tensor, read: Callable[[], Any]) -> Any:
         value = read()
         _read[tensor] = (tensor._version, value)
     return value
+
+
+@functools.cache
+def asks_for_sdpa(cls: Any) -> bool:
+    """Whether the class's own code compares something with the name "sdpa": what it then does for
+    sdpa, a mask of the keys an indexer chose, would not be done for fastft's name."""
+    parents = cls.__mro__[: cls.__mro__.index(torch.nn.Module)]
+    codes = [
+        getattr(inspect.unwrap(f), "__code__", None)
+        for parent in parents
+        for f in vars(parent).values()
+        if inspect.isfunction(f)
+    ]
+    return any(
+        name in ("COMPARE_OP", "CONTAINS_OP") and _names_sdpa(constant.argval)
+        for code in codes
+        if code is not None
+        for constant, (name, *_) in itertools.pairwise(dis.get_instructions(code))
+    )
+
+
+def _names_sdpa(value: Any) -> bool:
+    return value == "sdpa" or (isinstance(value, tuple | frozenset) and "sdpa" in value)
 
 
 def librarys(device: torch.device) -> bool:

@@ -321,15 +321,17 @@ def _attention_sites(model: nn.Module) -> Iterator[Site]:
     own is the best there is, of one sequence at a time; elsewhere nothing is said."""
     for name, module in model.named_modules():
         config = module.__dict__.get("config")
-        code = getattr(inspect.unwrap(original_of(module).forward), "__code__", None)
+        original: Any = original_of(module)
+        code = getattr(inspect.unwrap(original.forward), "__code__", None)
         if config is None or "ALL_ATTENTION_FUNCTIONS" not in getattr(code, "co_names", ()):
             continue
         weight = proofs.float_parameter(module)
         if weight is None:
             continue
         implementation = getattr(config, "_attn_implementation", None)
+        asks = attention.asks_for_sdpa(original)
         if attention.librarys(weight.device):
-            if implementation == "sdpa":
+            if implementation == "sdpa" and not asks:
                 yield _swapped_site(name, module, attention.FusedAttention, (), None)
             continue
         if site_refusal("attention", weight) is not None:
@@ -339,6 +341,8 @@ def _attention_sites(model: nn.Module) -> Iterator[Site]:
             refusal = f"attention implementation is {implementation}, not sdpa"
         elif code is not None and "position_bias" in code.co_varnames:  # T5's, in every call
             refusal = "position_bias in attention"
+        elif asks:
+            refusal = "its code asks whether attention is sdpa"
         yield _swapped_site(name, module, attention.FusedAttention, (), refusal)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -95,6 +96,27 @@ def test_the_library_takes_long_sequences_one_by_one(
         torch.testing.assert_close(a, b)
 
 
+def test_the_library_takes_short_sequences_one_by_one_where_no_mask_parts_them(
+    library: list[int],
+) -> None:
+    """A model makes none where it also has a cache, or a mask of ones."""
+    expected = run(packed_mask())
+    library.clear()
+    got = run(None, cu_seq_lens_q=ENDS)
+    assert library == [*LENGTHS]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_position_bias_is_the_librarys(library: list[int]) -> None:
+    """T5's decoder has one; on a CPU the module is not fused at all."""
+    bias = torch.randn(1, 4, TOKENS, TOKENS)
+    found = [run(None, position_bias=bias, **more) for more in ({}, {"cu_seq_lens_q": ENDS})]
+    assert library == [TOKENS] * 2
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_what_a_tensor_says_is_read_once_a_version() -> None:
     tensor, reads = torch.zeros(3), []
 
@@ -148,3 +170,45 @@ def test_a_model_whose_attention_is_the_librarys(
     assert type(model.model.layers[0].self_attn) is type(
         LlamaForCausalLM(config).model.layers[0].self_attn
     )
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_attention_that_does_something_else_for_sdpa_is_left_alone(
+    gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSeek's narrows its mask to the keys an indexer chose, where the name is sdpa."""
+    if not hasattr(transformers, "DeepseekV32Config"):
+        pytest.skip("a Transformers without DeepSeek-V3.2")
+    if gpu:
+        monkeypatch.setattr(attention, "librarys", lambda device: True)
+    torch.manual_seed(0)
+    config = transformers.DeepseekV32Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, n_group=1,
+        num_attention_heads=4, num_key_value_heads=4, first_k_dense_replace=1, topk_group=1,
+        q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
+        index_topk=4, index_n_heads=2, index_head_dim=16,
+    )  # fmt: skip
+    model = transformers.DeepseekV32ForCausalLM(config).eval()
+    ids = torch.randint(64, (1, 24))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        fastft.accelerate(model)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+    reports = [m for m in fastft.explain(model).modules if m.kind == "attention"]
+    reasons = [] if gpu else ["its code asks whether attention is sdpa"]
+    assert [m.reason for m in reports] == reasons
+
+
+def test_which_code_asks_for_sdpa() -> None:
+    class Asks(nn.Module):
+        def mask(self, name: str) -> bool:
+            return name in ("eager", "sdpa")
+
+    class Inherits(Asks):
+        pass
+
+    class Names(nn.Module):
+        def forward(self, functions: dict[str, Any]) -> Any:
+            return functions["sdpa"]
+
+    assert [attention.asks_for_sdpa(c) for c in (Asks, Inherits, Names)] == [True, True, False]
