@@ -7,10 +7,8 @@ A fused module shows its code a configuration that names fastft's attention wher
 
 from __future__ import annotations
 
-import dis
 import functools
 import inspect
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -136,8 +134,8 @@ def _sequences(
     collator gave them (``cu_seq_lens_q``); None for any other batch, or where the mask does not say
     that each sees only itself and its past."""
     ends = kwargs.get("cu_seq_lens_q")
-    if ends is None or torch.compiler.is_compiling() or not causal or dropout:
-        return None
+    if type(ends) is not Tensor or torch.compiler.is_compiling() or not causal or dropout:
+        return None  # a fake tensor has no contents
     whole = query.shape[0] == 1 and query.shape[2] == key.shape[2]
     special = ("sliding_window", *_UNSUPPORTED, "output_attentions")
     given = [kwargs.get(name) for name in special]  # tensors among them: no look at what is in them
@@ -177,21 +175,12 @@ def _once(tensor: Tensor, read: Callable[[], Any]) -> Any:
 
 @functools.cache
 def asks_for_sdpa(cls: Any) -> bool:
-    """Whether the class's own code compares something with the name "sdpa": what it then does for
-    sdpa, a mask of the keys an indexer chose, would not be done for fastft's name."""
+    """Whether the class's own code has the name "sdpa": what it does where that is the attention's
+    name, such as a mask of the keys an indexer chose, would not be done for fastft's name."""
     parents = cls.__mro__[: cls.__mro__.index(torch.nn.Module)]
-    codes = [
-        getattr(inspect.unwrap(f), "__code__", None)
-        for parent in parents
-        for f in vars(parent).values()
-        if inspect.isfunction(f)
-    ]
-    return any(
-        name in ("COMPARE_OP", "CONTAINS_OP") and _names_sdpa(constant.argval)
-        for code in codes
-        if code is not None
-        for constant, (name, *_) in itertools.pairwise(dis.get_instructions(code))
-    )
+    functions = [f for parent in parents for f in vars(parent).values() if inspect.isfunction(f)]
+    codes = [getattr(inspect.unwrap(f), "__code__", None) for f in functions]
+    return any(_names_sdpa(value) for code in codes if code for value in code.co_consts)
 
 
 def _names_sdpa(value: Any) -> bool:

@@ -342,7 +342,7 @@ def _attention_sites(model: nn.Module) -> Iterator[Site]:
         elif code is not None and "position_bias" in code.co_varnames:  # T5's, in every call
             refusal = "position_bias in attention"
         elif asks:
-            refusal = "its code asks whether attention is sdpa"
+            refusal = "its code has a way of its own for sdpa"
         yield _swapped_site(name, module, attention.FusedAttention, (), refusal)
 
 

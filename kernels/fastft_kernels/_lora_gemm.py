@@ -75,7 +75,7 @@ def product_launch(
     tile = lora_config.for_device(device).gemm[masked]  # type: ignore[index]
     block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
     wide = [block_n, block_k] if transposed else [block_k, block_n]
-    early = tile.early and max(ranks) <= GEMM_RANKS[True]
+    few = max(ranks) <= GEMM_RANKS[True]
     programs = min(cdiv(tokens, block_m) * cdiv(features, block_n), config.processors(device))
     n, end = len(depths), 1 + (5 if masked else 4) * len(depths)
     # A descriptor is encoded anew at every launch: of tensors that are not there, there are none.
@@ -87,7 +87,7 @@ def product_launch(
         _lora_gemm_kernel, (programs,), (*descriptors, *pointers, end if has_bias else 0),
         (tokens, features, *padded(depths), *padded(ranks), *padded(scales), programs),
         blocks=blocks | {6: [block_m, tile.part]},
-        SIBLINGS=n, TRANSPOSED=transposed, HAS_BIAS=has_bias, MASKED=masked, EARLY=early,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=GEMM_RANKS[early],
-        PART=tile.part, GROUP_M=tile.group_m, **tile.launch.options(),
+        SIBLINGS=n, TRANSPOSED=transposed, HAS_BIAS=has_bias, MASKED=masked,
+        EARLY=few and tile.early, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        BLOCK_R=GEMM_RANKS[few], PART=tile.part, GROUP_M=tile.group_m, **tile.launch.options(),
     )  # fmt: skip

@@ -148,7 +148,7 @@ GLU_PAIR_SMALL = {16: TileConfig(16, 128, Launch(4, 2, registers=128), 3)}
 GLU_PAIR_LARGE = {16: TileConfig(16, 128, Launch(4, 2, registers=128), 4)}
 GLU_PAIR_SM90 = {16: TileConfig(16, 128, Launch(4, 3, registers=128), 4)}
 
-# Ranks of a thin term at a time, where it is asked for early and where not.
+# Ranks of a thin term at a time: of few ranks, which are one block, and of more.
 GEMM_RANKS = {True: 16, False: 32}
 # The masked product holds its thin term apart from the accumulator until the mask has met it.
 GEMM_SM90 = {

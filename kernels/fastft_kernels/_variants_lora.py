@@ -189,7 +189,7 @@ def _routed(
     )  # fmt: skip
 
 
-def _gemm(x: str, adapter: str, siblings: int, early: bool, **flags: bool) -> Variant:
+def _gemm(x: str, adapter: str, siblings: int, few: bool, **flags: bool) -> Variant:
     """A variant of the persistent product, on the architectures that have one."""
     wide = "{BLOCK_N}, {BLOCK_K}" if flags["TRANSPOSED"] else "{BLOCK_K}, {BLOCK_N}"
     absent = [f"{name}{i}_desc" for name in "xw" for i in range(siblings, lora_config.MAX_SIBLINGS)]
@@ -206,13 +206,13 @@ def _gemm(x: str, adapter: str, siblings: int, early: bool, **flags: bool) -> Va
     text = "".join(f" {name.lower()}={value}" for name, value in flags.items())
     return Variant(
         "fastft_kernels._lora_gemm_kernel", "_lora_gemm_kernel",
-        f"x={x} ab={adapter} siblings={siblings} early={early}{text}", types,
+        f"x={x} ab={adapter} siblings={siblings} few={few}{text}", types,
         {
-            "SIBLINGS": siblings, "EARLY": early, "BLOCK_R": GEMM_RANKS[early], **flags,
+            "SIBLINGS": siblings, "BLOCK_R": GEMM_RANKS[few], **flags,
             **dict.fromkeys(absent),
         },
         "gemm", (DTYPES[x], 0, flags["MASKED"]),
-        stack_limit=_GEMM_MASKED_STACK if early and flags["MASKED"] else _GEMM_STACK,
+        stack_limit=_GEMM_MASKED_STACK if few and flags["MASKED"] else _GEMM_STACK,
     )  # fmt: skip
 
 
@@ -249,12 +249,12 @@ def _all_variants() -> list[Variant]:
         flags = {"TRANSPOSED": True, "COPY": True}
         variants += [_lora("shrink", x, a, r, 1, False, SPLIT=s, **flags) for s in BOOLEANS]
     narrow = [both for both in pairs if DTYPES[both[0]] == 2]
-    for (x, a), early in itertools.product(narrow, BOOLEANS):
+    for (x, a), few in itertools.product(narrow, BOOLEANS):
         flags = {"TRANSPOSED": True, "MASKED": False}
-        variants += [_gemm(x, a, 1, early, HAS_BIAS=bias, **flags) for bias in BOOLEANS]
+        variants += [_gemm(x, a, 1, few, HAS_BIAS=bias, **flags) for bias in BOOLEANS]
         flags = {"TRANSPOSED": False, "HAS_BIAS": False}
         for siblings, masked in itertools.product((1, 2, 3), BOOLEANS):
-            variants.append(_gemm(x, a, siblings, early, MASKED=masked, **flags))
+            variants.append(_gemm(x, a, siblings, few, MASKED=masked, **flags))
     variants += [_pair_reduce(out, copy) for out in DTYPES for copy in BOOLEANS]
     variants += [_reduce(out, t) for out, t in itertools.product(DTYPES, BOOLEANS)]
     variants += [_cast("fp16", "fp32")]

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from fastft_kernels import config
 from fastft_kernels._lora_skinny import casts
+from fastft_kernels._tiles import GEMM_RANKS
 from fastft_kernels.lora_config import ARCHS, LoraArch, TileConfig
 from fastft_kernels.variants import ALL_VARIANTS, VARIANTS, Variant
 
@@ -63,7 +64,9 @@ def _blocks(variant: Variant, arch: LoraArch) -> tuple[dict[str, int], config.La
     if variant.table == "gemm":
         gemm = arch.gemm[variant.key[2]]  # type: ignore[index]
         blocks = {f"BLOCK_{axis}": getattr(gemm, f"block_{axis.lower()}") for axis in "MNK"}
-        return {**blocks, "PART": gemm.part, "GROUP_M": gemm.group_m}, gemm.launch
+        early = gemm.early and variant.constants["BLOCK_R"] == GEMM_RANKS[True]
+        blocks.update(PART=gemm.part, GROUP_M=gemm.group_m, EARLY=early)
+        return blocks, gemm.launch
     if variant.table in ("cross_entropy", "divergence"):
         rows: config.CrossEntropyConfig = getattr(arch, variant.table)
         return {"BLOCK_V": rows.block_v}, rows.launch
@@ -94,8 +97,7 @@ def _tile(variant: Variant, arch: LoraArch) -> TileConfig:
 def applies(variant: Variant, arch: LoraArch) -> bool:
     """Whether a launcher makes this variant on the architecture."""
     if variant.table == "gemm":
-        tile = (arch.gemm or {}).get(variant.key[2])  # type: ignore[index]
-        return tile is not None and (tile.early or not variant.constants["EARLY"])
+        return arch.gemm is not None
     if variant.table in _BY_RANK:
         return variant.key[1] in getattr(arch, variant.table)
     if variant.kernel == "_shrink_kernel" and variant.types["a0_ptr"] != variant.types["x_ptr"]:
