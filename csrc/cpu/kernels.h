@@ -240,8 +240,8 @@ struct Kernels {
   void (*product)(const ProductCall& call, uint32_t* scratch);
   int64_t (*deep_product_scratch)(const DeepProduct& call);  // words
   void (*deep_product)(const DeepProduct& call, uint32_t* scratch);
-  // How many keys each row sees, to visible (its sizes), if these are its first ones: 1, and 2 where
-  // no query sees a key behind it; else 0.
+  // How many keys each row sees, to visible (its sizes), if these are its first ones: 1, and 2
+  // where no query sees a key behind it; else 0.
   int (*attention_prefixes)(const MaskRows& rows, int32_t* visible);
   int64_t (*attention_scratch)(const AttentionCall& call);  // words
   void (*attention_fused)(const AttentionCall& call, float* scratch);
