@@ -158,7 +158,7 @@ def _sequences(
 # each way takes its host as long as the masked part takes the GPU.
 _SHORT = 256
 # What was read of a tensor, and the version it had: a GPU is waited for once a batch, not in every
-# layer.
+# layer that shares it.
 _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
