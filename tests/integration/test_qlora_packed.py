@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+pytest.importorskip("bitsandbytes")
+
 import fastft
 from fastft.nn import quantized
 from fastft.nn.quantized import Dense
