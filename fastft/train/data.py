@@ -354,6 +354,21 @@ def positions(model: Any) -> int | None:
     return most if most and any(most <= t.num_embeddings <= most + 8 for t in tables) else None
 
 
+class _Padded:
+    """Batches of a collator that pads, without the mask where it masks nothing: where the batch is
+    later, asking takes a GPU's wait."""
+
+    def __init__(self, pad: Any) -> None:
+        self._pad = pad
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        batch = self._pad(examples)
+        mask = batch.get("attention_mask")
+        if mask is not None and bool(mask.all()):
+            del batch["attention_mask"]
+        return batch
+
+
 def collator(cfg: TrainConfig, tokenizer: Any, most: int | None = None) -> Any:
     """Pads a batch: ids with the pad token, the attention mask with 0, labels with -100; or, with
     ``padding: none``, puts its examples one after another, with positions that begin anew.
@@ -375,13 +390,4 @@ def collator(cfg: TrainConfig, tokenizer: Any, most: int | None = None) -> Any:
         pad_to_multiple_of=None if fixed or (most or 0) % 8 else 8,
         label_pad_token_id=IGNORE_INDEX,
     )
-
-    def collate(examples: list[dict[str, Any]]) -> Any:
-        batch = pad(examples)
-        # A mask that masks nothing is none; where the batch is, asking takes a GPU's wait.
-        mask = batch.get("attention_mask")
-        if mask is not None and bool(mask.all()):
-            del batch["attention_mask"]
-        return batch
-
-    return collate
+    return _Padded(pad)
