@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fastft_kernels import _common
 
-__all__ = ["_drop", "_dropout_mask_kernel", "_keep_bytes", "_keep_tile", "_keep_words"]
+__all__ = ["_drop", "_dropout_mask_kernel", "_keep_bytes", "_keep_words"]
 
 INTERPRETED: tl.constexpr = tl.constexpr(_common.INTERPRETED)
 
@@ -72,13 +72,6 @@ def _keep_bytes(mask_ptr, row, column, end, K, BLOCK_M: tl.constexpr, BLOCK_N: t
 
 
 @triton.jit
-def _keep(packed, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Whether each element of the tile of these bytes is kept."""
-    bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :].to(tl.uint8)) & 1
-    return tl.reshape(bits, (BLOCK_M, BLOCK_N)) != 0
-
-
-@triton.jit
 def _keep_words(bits0, bits1, bits2, SIBLINGS: tl.constexpr):
     """Packed keep bits of siblings in one: byte i of a word is sibling i's, of eight columns."""
     words = bits0.to(tl.int32)
@@ -112,9 +105,3 @@ def _and_signs(x, signs, SELECT: tl.constexpr):
     return tl.inline_asm_elementwise(
         code, "=r,r,r,r", [x, signs], dtype=x.dtype, is_pure=True, pack=2
     )
-
-
-@triton.jit
-def _keep_tile(mask_ptr, row, column, M, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Unpacks the keep bits of a (BLOCK_M, BLOCK_N) tile; each byte is loaded once."""
-    return _keep(_keep_bytes(mask_ptr, row, column, M, K, BLOCK_M, BLOCK_N), BLOCK_M, BLOCK_N)

@@ -115,8 +115,8 @@ def _lora_gemm_kernel(
 
     Persistent: ``programs`` of them walk all tiles, GROUP_M rows of tiles at a time, so that the
     operands of neighbours meet in the second-level cache. EARLY: what the thin terms read is asked
-    for before a tile's product. A masked term is a sum apart until its mask has
-    met it, and registers hold one beside the accumulator only a part of a tile at a time.
+    for before a tile's product. A masked term is a sum apart until its mask has met it, and
+    registers hold one beside the accumulator only a part of a tile at a time.
     """
     PARTS: tl.constexpr = BLOCK_N // PART
     xs, ws = (x0_desc, x1_desc, x2_desc), (w0_desc, w1_desc, w2_desc)
@@ -168,6 +168,8 @@ def _lora_gemm_kernel(
                 if EARLY:
                     s, low = early_s[i], early_l[part * SIBLINGS + i]
                     if not MASKED:
+                        # Changes nothing but when: what is made here goes to shared memory behind
+                        # the product, what was loaded would at once, and be waited for.
                         s = tl.where(tl.arange(0, BLOCK_R)[None, :] < ranks[i], s, 0.0).to(s.dtype)
                         low = _scaled(low, scales[i], s)
                     term = tl.dot(s, low, term)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastft_kernels._lora_dropout_kernels import _keep_tile
+from fastft_kernels._lora_dropout_kernels import _drop, _keep_bytes
 
 __all__ = ["_routed_expand_kernel", "_routed_outer_kernel", "_routed_shrink_kernel"]
 
@@ -50,17 +50,18 @@ def _wide_tile(
         other=0.0,
     )
     if MASKED:
-        x = tl.where(_keep(mask_address, row, column, count, K, BLOCK_M, BLOCK_K), x, 0.0)
+        words = _words(mask_address, row, column, count, K, BLOCK_M, BLOCK_K)
+        x = _drop(x, words, 0, BLOCK_M, BLOCK_K)
     return x.to(WIDE)
 
 
 @triton.jit
-def _keep(mask_address, row, column, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The keep bits of a tile; all of it where the adapter has no mask."""
+def _words(mask_address, row, column, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The packed keep bits of a tile; all of it where the adapter has no mask."""
     mask = mask_address.to(tl.pointer_type(tl.uint8))
     limit = tl.where(mask_address == 0, 0, rows)  # nothing is loaded through a null pointer
-    keep = _keep_tile(mask, row, column, limit, columns, BLOCK_M, BLOCK_N)
-    return keep | (mask_address == 0)
+    bits = _keep_bytes(mask, row, column, limit, columns, BLOCK_M, BLOCK_N).to(tl.int32)
+    return tl.where(mask_address == 0, 255, bits)
 
 
 @triton.jit
@@ -156,8 +157,8 @@ def _routed_expand_kernel(
         term *= tl.load(scales_ptr + adapter)
         if MASKED:
             mask_address = tl.load(field + 4)
-            keep = _keep(mask_address, row, column, count, N, BLOCK_M, BLOCK_N)
-            term = tl.where(keep, term, 0.0)
+            words = _words(mask_address, row, column, count, N, BLOCK_M, BLOCK_N)
+            term = _drop(term, words, 0, BLOCK_M, BLOCK_N)
         acc += term
     inside = (rows < count)[:, None] & (columns < N)[None, :]
     tile = y_ptr + (begin + rows)[:, None] * N + columns[None, :]
