@@ -19,7 +19,7 @@ from fastft.nn.rules import hooked, hooked_everywhere, parameter
 from fastft.ops._checks import FLOATS, autocast_dtype
 from fastft.ops._differentiable import transform
 
-__all__ = ["Parts", "Plan", "identity", "plain_facts", "plain_plan"]
+__all__ = ["Parts", "Plan", "fits", "identity", "plain_facts", "plain_parts", "plain_plan", "suits"]
 
 
 class Parts:
@@ -285,10 +285,10 @@ def plain_plan(layer: PeftLinear, x: Any) -> Plan | None:
         if state_refusal(parts.base) is not None:
             return None
         dense = Dense(parts.base)
-    if not _suits(x, parts, dense):
+    if not suits(x, parts, dense):
         return None
     plan = Plan(layer, None, found)
-    plan.dense, plan.vouched = dense, _fits(x, parts, dense)
+    plan.dense, plan.vouched = dense, fits(x, parts, dense, x.shape[-1])
     return plan
 
 
@@ -298,7 +298,7 @@ def plain_facts(layer: PeftLinear) -> list[Any] | None:
     return None if found is None else _facts([found[0]], [found[1]])
 
 
-def _suits(x: Tensor, parts: Parts, dense: Dense | None) -> bool:
+def suits(x: Tensor, parts: Parts, dense: Dense | None) -> bool:
     """Whether the tensors are what the operation takes. dense: of a weight in 4 bits."""
     weight, a, b = parts.tensors()
     kinds = type(a) in _TENSORS and type(b) in _TENSORS
@@ -326,10 +326,11 @@ def _suits(x: Tensor, parts: Parts, dense: Dense | None) -> bool:
     return x.dtype == wide and dtype in (x.dtype, torch.float32)
 
 
-def _fits(x: Tensor, parts: Parts, dense: Dense | None) -> bool:
-    """Whether what suits has the shapes and values that the operation asks for, too."""
+def fits(x: Tensor, parts: Parts, dense: Dense | None, features: int) -> bool:
+    """Whether what suits has the shapes and values that the operation asks for, too, of inputs with
+    this many features."""
     (weight, a, b), base = parts.tensors(), parts.base
-    bias, features = parameter(base, "bias"), x.shape[-1]
+    bias = parameter(base, "bias")
     r, out_features = a.shape[0], b.shape[0]
     shape, dtype = weight.shape, weight.dtype
     if dense is not None:

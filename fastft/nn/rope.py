@@ -22,7 +22,15 @@ from fastft.nn.calls import count
 from fastft.nn.swap import Swapped, call_refusal
 from fastft.ops._checks import autocast_dtype
 
-__all__ = ["FusedRope", "RopeFacts", "facts_of", "fused_rope", "rope_facts", "rotary_function"]
+__all__ = [
+    "FusedRope",
+    "RopeFacts",
+    "current_facts",
+    "facts_of",
+    "fused_rope",
+    "rope_facts",
+    "rotary_function",
+]
 
 _PARAMETERS = ["q", "k", "cos", "sin"]
 _TRIAL = (2, 3, 5, 8)  # batch, heads, tokens, width
@@ -88,17 +96,26 @@ def _current(forward: Any, facts: RopeFacts) -> Callable[..., Any] | None:
     """The fused code with what its module's names mean now: others may have patched one since.
     None when the rotary function itself is another than the one that was tried, or cannot be
     reached any more."""
-    found = _rebound(forward, facts)
+    found = _unpatched(forward, facts)
     if found is None:
         return None
-    code, names, own, original = found
+    code, names, own, _ = found
     live = own.__globals__
-    if live.get(facts.name) is not original:
-        return None
     for name in own.__code__.co_names:
         if name != facts.name and name in live:
             names[name] = live[name]
     return code
+
+
+def current_facts(cls: Any) -> RopeFacts | None:
+    """What the rotary function of a fused class does, while it is the one that was tried."""
+    found = _unpatched(cls.fastft_original.forward, cls.fastft_rope)
+    return None if found is None else cls.fastft_rope  # type: ignore[no-any-return]
+
+
+def _unpatched(forward: Any, facts: RopeFacts) -> _Fused | None:
+    found = _rebound(forward, facts)
+    return found if found and found.own.__globals__.get(facts.name) is found.original else None
 
 
 @functools.cache

@@ -20,6 +20,7 @@ __all__ = [
     "differentiable_backward",
     "gradients",
     "gradients_of",
+    "plain_products",
     "with_terms",
 ]
 
@@ -151,16 +152,29 @@ def differentiable_backward(
 
 def _again(constants: Constants, x: Tensor, *tensors: Any) -> list[Tensor]:
     """The results as torch operations."""
-    weights, biases, lora_as, lora_bs, masks, scales, *_ = constants.split(tensors)
-    ys = [
-        torch.nn.functional.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        for w, bias in zip(weights, biases, strict=True)
-    ]
-    ys = with_terms(constants, ys, x, lora_as, lora_bs, masks)
+    *operands, scales, _, _ = constants.split(tensors)
+    ys = plain_products(constants, x, *operands)
     for i, scale in enumerate(scales):
         if scale is not None:
             ys[i] = (ys[i] * scale).to(x.dtype)
     return ys
+
+
+def plain_products(
+    constants: Constants,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """The results without scales, as torch operations."""
+    ys = [
+        torch.nn.functional.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        for w, bias in zip(weights, biases, strict=True)
+    ]
+    return with_terms(constants, ys, x, lora_as, lora_bs, masks)
 
 
 def with_terms(

@@ -20,6 +20,7 @@ from fastft.nn.quantized import unpack_all
 from fastft.nn.swap import Swapped, become, combined_class, original_of
 from fastft.nn.unmerged import UNMERGED
 from fastft.ops import _room
+from fastft.patch.decoders import fuse_layers
 from fastft.patch.proofs import difference, site_key, tolerance, verifiable
 from fastft.patch.rules import RULES, Rule, Site, language_model_of
 
@@ -56,6 +57,7 @@ def accelerate(
     attention: bool = True,
     rope: bool = True,
     embedding: bool = True,
+    layer: bool = True,
     *,
     pack_weights: bool = False,
     strict: bool = False,
@@ -169,6 +171,8 @@ def accelerate(
                     become(wrapper, InnerLoraExperts)
         if issubclass(site.fused, (FusedHead, FusedLoraHead)):
             _attach_head(language_model_of(model))
+    if layer:
+        fuse_layers(model)
     if pack_weights:
         packing.wanted.add(model)
     model.register_forward_pre_hook(siblings.begin_forward, prepend=True)

@@ -1,0 +1,314 @@
+"""Decoder layers whose parts are all fused, run as one node of autograd.
+
+A layer is taken for ``x + attention(norm(x))`` and an MLP after it in the same way, with LoRA on
+all seven projections, if its parts are there and nothing else; whether it computes that is tried
+before it gets this forward (``fastft.patch.decoders``). A call in which anything is out of the
+ordinary runs the layer's own code, whose parts are fused one by one.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastft import backends
+from fastft.nn import siblings
+from fastft.nn.attention import FusedAttention
+from fastft.nn.calls import count
+from fastft.nn.lora import FusedLoraLinear
+from fastft.nn.mixed import adapter_names_of
+from fastft.nn.mlp import TILE, FusedGatedMLP, activation_of
+from fastft.nn.norm import FusedRMSNorm, epsilon
+from fastft.nn.plans import Parts, fits, plain_parts, suits
+from fastft.nn.rope import FusedRope, current_facts
+from fastft.nn.rules import hooked, hooked_everywhere, parameter
+from fastft.nn.swap import Swapped
+from fastft.ops._checks import autocast_dtype
+from fastft.ops._decoder_layer import GROUPS, Facts, Launchers, Norm, decoder_layer
+from fastft.ops._differentiable import transform
+from fastft.ops._lora_linear_call import Constants
+from fastft.ops._saving import noted, registered, saves_first
+
+__all__ = ["FusedDecoderLayer", "Members", "members_of", "run"]
+
+_CHILDREN = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+# Arguments that the layer only passes on, to an attention that reads tables of positions.
+_PASSED_ON = frozenset({"position_ids", "cache_position"})
+_READ = frozenset({"attention_mask", "position_embeddings"})
+_PLAIN = (Tensor, nn.Parameter)
+# Whose results o and down read: the heads of q, and the unit's.
+_READS = {3: 0, 6: 5}
+
+
+class Members(NamedTuple):
+    """The parts of a decoder layer; projections: q, k, v, o, gate, up, down."""
+
+    norm: Any
+    attention: Any
+    norm_2: Any
+    mlp: Any
+    projections: tuple[Any, ...]
+
+
+def members_of(layer: nn.Module) -> Members | None:
+    """The parts of a layer that has these and no others, each of a fused class."""
+    children = layer._modules
+    if layer._parameters or layer._buffers or children.keys() != set(_CHILDREN):
+        return None
+    norm, attention, norm_2, mlp = (children[name] for name in _CHILDREN)
+    rotary = isinstance(attention, FusedRope) and isinstance(attention, FusedAttention)
+    if not (isinstance(norm, FusedRMSNorm) and isinstance(norm_2, FusedRMSNorm) and rotary):
+        return None
+    if not isinstance(mlp, FusedGatedMLP) or attention._parameters or attention._buffers:
+        return None
+    layout = mlp.fastft_layout
+    if layout.up is None or layout.dropout or attention._modules.keys() != set(_PROJECTIONS):
+        return None
+    if norm.fastft_centred or norm_2.fastft_centred:
+        return None
+    projections = [attention._modules[name] for name in _PROJECTIONS]
+    projections += [mlp._modules[name] for name in (layout.gate, layout.up, layout.down)]
+    if not all(isinstance(projection, FusedLoraLinear) for projection in projections):
+        return None
+    return Members(norm, attention, norm_2, mlp, tuple(projections))
+
+
+class FusedDecoderLayer(Swapped):
+    """The forward of a decoder layer in one operation, where a call allows it."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """:func:`fastft.ops._decoder_layer.decoder_layer`, or the layer's own code."""
+        y = None if torch.compiler.is_compiling() else run(self, args, kwargs)
+        return super().forward(*args, **kwargs) if y is None else y  # type: ignore[misc]
+
+
+def run(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, learnt: bool = True
+) -> Tensor | None:
+    """The layer's result in one operation; None where this call needs its own code.
+
+    learnt: only once the layers that share an input run together, so that one forward and its
+    recompute are of one kind.
+    """
+    call = _call_of(args, kwargs)
+    if call is None:
+        return None
+    x, tables, mask = call
+    members = members_of(layer)
+    if members is None or (learnt and not _learnt(members)) or _looked_at(members):
+        return None
+    facts = _facts(members, x, tables, mask)
+    if facts is None:
+        return None
+    y = decoder_layer(*facts)
+    _count(members)
+    return y
+
+
+def _call_of(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None] | None:
+    """Hidden states, tables and mask of a call with nothing else in it, that records gradients and
+    whose saved tensors nobody asks for."""
+    x = args[0] if len(args) == 1 else None
+    if type(x) is not Tensor or not torch.is_grad_enabled() or x.dim() != 3:
+        return None
+    for name, value in kwargs.items():
+        if name not in _READ and name not in _PASSED_ON and value not in (None, False):
+            return None
+    if transform() is not None or autocast_dtype(x.device.type) is not None:
+        return None
+    # A policy of activations, or a checkpoint, keeps and makes again what the parts save.
+    if noted() or saves_first() or registered():
+        return None
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return None
+    tables, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
+    if not isinstance(tables, tuple) or len(tables) != 2 or not x.is_contiguous():
+        return None
+    batch, tokens, _ = x.shape
+    if batch == 0 or tokens < 2 or not all(_is_table(t, x) for t in tables):
+        return None
+    if tables[0].shape != tables[1].shape or tables[0].stride() != tables[1].stride():
+        return None
+    if mask is not None and not _is_mask(mask, x):
+        return None
+    return x, tables, mask
+
+
+def _is_table(table: Any, x: Tensor) -> bool:
+    return (
+        type(table) is Tensor
+        and table.dim() == 3
+        and table.shape[0] in (1, x.shape[0])
+        and table.shape[1] == x.shape[1]
+        and table.stride(2) == 1
+        and table.device == x.device
+        and table.dtype in (x.dtype, torch.float32)
+        and not table.requires_grad
+    )
+
+
+def _is_mask(mask: Any, x: Tensor) -> bool:
+    batch, tokens, _ = x.shape
+    return (
+        type(mask) is Tensor
+        and mask.dtype == torch.bool
+        and mask.device == x.device
+        and mask.dim() == 4
+        and mask.shape[0] in (1, batch)
+        and mask.shape[1] == 1
+        and mask.shape[2:] == (tokens, tokens)
+        and mask.stride(3) == 1
+    )
+
+
+def _learnt(members: Members) -> bool:
+    """Whether q, k and v run together by now, and gate and up."""
+    for of in (GROUPS[0], GROUPS[2]):
+        layers = members.projections[of]
+        group = siblings.group_of(layers[0])
+        if group is None or group.layers() != list(layers):
+            return False
+    return True
+
+
+def _looked_at(members: Members) -> bool:
+    """Whether anything looks at a part that one operation does not call."""
+    norm, attention, norm_2, mlp, projections = members
+    if hooked_everywhere(norm) or TILE in mlp.__dict__:
+        return True
+    if any(hooked(m) for m in (norm, attention, norm_2, mlp, *projections)):
+        return True
+    return any(adapter_names_of(m, {}) is not None for m in projections)
+
+
+def _facts(
+    members: Members, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None
+) -> tuple[Any, ...] | None:
+    """The arguments of the operation, held against the rules of its parts; None where one of them
+    applies."""
+    attention, mlp = members.attention, members.mlp
+    width, own = attention.__dict__.get("head_dim"), attention.__dict__
+    scale, causal = own.get("scaling"), own.get("is_causal", True)
+    if type(width) is not int or type(scale) is not float or type(causal) is not bool:
+        return None
+    if own["config"]._attn_implementation != "sdpa" or "attention_dropout" not in own:
+        return None
+    if attention.training and own["attention_dropout"]:
+        return None
+    turn = current_facts(type(attention))
+    if turn is None or not (turn.narrow or tables[0].dtype == x.dtype):
+        return None
+    if turn.tables == "first half":
+        tables = tuple(t[..., : t.shape[-1] // 2] for t in tables)  # type: ignore[assignment]
+    half = turn.tables != "whole"
+    rotary = tables[0].shape[-1] * (2 if half else 1)
+    if rotary > width or rotary % 2 or (rotary < width and not turn.partial):
+        return None
+    activation = activation_of(mlp, mlp.fastft_layout)
+    norms = _norms(members, x)
+    operands = _operands(members.projections, x, width)
+    if activation is None or norms is None or operands is None:
+        return None
+    parts, biases = operands
+    products, launchers = _calls(parts, x)
+    if launchers is None:
+        return None
+    facts = Facts(
+        norms[0], products, width, scale, causal and mask is None, turn.interleaved, half,
+        activation, launchers,
+    )  # fmt: skip
+    tensors = [p.tensors() for p in parts]
+    weights, lora_as, lora_bs = zip(*tensors, strict=True)
+    return facts, x, *tables, mask, norms[1], weights, biases, lora_as, lora_bs
+
+
+def _norms(members: Members, x: Tensor) -> tuple[tuple[Norm, Norm], list[Tensor]] | None:
+    constants, weights = [], []
+    for norm in (members.norm, members.norm_2):
+        weight = parameter(norm, "weight")
+        fits = type(weight) in _PLAIN and weight.dtype == x.dtype and weight.device == x.device
+        if not fits or weight.requires_grad or weight.shape != x.shape[2:]:
+            return None
+        weights.append(weight)
+        constants.append(Norm(epsilon(norm) or 0.0, norm.fastft_offset, norm.fastft_round_first))
+    return (constants[0], constants[1]), weights
+
+
+def _operands(
+    projections: Sequence[Any], x: Tensor, width: int
+) -> tuple[list[Parts], list[Tensor | None]] | None:
+    """The parts and biases of the projections, which fit each other."""
+    found: list[Parts] = []
+    biases = []
+    for i, projection in enumerate(projections):
+        plain = plain_parts(projection)
+        if plain is None:
+            return None
+        parts = plain[1]
+        weight = parts.tensors()[0]
+        if type(parts.base) is not nn.Linear or not suits(x, parts, None):
+            return None
+        read = _READS.get(i)
+        features = x.shape[-1] if read is None else found[read].tensors()[0].shape[0]
+        bias = parameter(parts.base, "bias")
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            return None
+        if not fits(x, parts, None, features):
+            return None
+        found.append(parts)
+        biases.append(bias)
+    if len({p.adapter()[0].dtype for p in found}) > 1:
+        return None
+    sizes = [p.tensors()[0].shape[0] for p in found]
+    q, k, v, o, gate, up, down = sizes
+    heads_fit = k > 0 and k == v and q % k == 0 and k % width == 0
+    if not heads_fit or o != x.shape[-1] or down != o or gate != up:
+        return None
+    return found, biases
+
+
+def _calls(
+    parts: Sequence[Parts], x: Tensor
+) -> tuple[tuple[Constants, ...], Launchers | None]:
+    rows = x.shape[0] * x.shape[1]
+    dtype = parts[0].adapter()[0].dtype
+    calls = []
+    for of in GROUPS:
+        some = parts[of]
+        ranks = max(p.adapter()[0].shape[0] for p in some)
+        name, launcher = backends.select(
+            "lora_linear", device_type=x.device.type, dtype=x.dtype, adapter_dtype=dtype, r=ranks
+        )
+        calls.append(
+            Constants(
+                len(some), [float(p.scaling) for p in some], [p.dropout_p() for p in some],
+                list(range(len(some))), [0, rows] * len(some), name, launcher=launcher,
+            )  # fmt: skip
+        )
+    return tuple(calls), _launchers(x.device.type, x.dtype)
+
+
+@functools.cache
+def _launchers(device_type: str, dtype: torch.dtype) -> Launchers | None:
+    """Of the operations between the projections, none of which is the reference's."""
+    ops = ("rms_norm", "rope", "attention", "glu")
+    chosen = [backends.select(op, device_type=device_type, dtype=dtype) for op in ops]
+    if any(name == "reference" for name, _ in chosen):
+        return None
+    return Launchers(*(launcher for _, launcher in chosen))
+
+
+def _count(members: Members) -> None:
+    """The calls of the parts, as if each had been made."""
+    for module in (members.norm, members.attention, members.norm_2, *members.projections):
+        count(module, None)
+    count(members.attention, None, "rope")
+    count(members.mlp, None)

@@ -1,0 +1,120 @@
+"""Decoder layers that run as one operation: found by their parts, proved by trying each.
+
+What a layer computes is its code's matter (a scale of the residual, a norm after the attention), so
+every layer is tried: once through its own code, whose parts are fused, and once as one operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fastft.nn import decoder
+from fastft.nn.attention import librarys
+from fastft.nn.calls import uncounted
+from fastft.nn.decoder import FusedDecoderLayer, Members, members_of
+from fastft.nn.rules import unhooked
+from fastft.nn.swap import become, original_of, swapped_class
+from fastft.patch.proofs import tolerance, verifiable
+
+__all__ = ["fuse_layers"]
+
+_BATCH, _TOKENS = 2, 12
+
+
+def fuse_layers(model: nn.Module) -> None:
+    """Gives the decoder layers in ``model``, whose parts are fused, their forward in one."""
+    for module in list(model.modules()):
+        members = members_of(module)
+        if members is None or "forward" in vars(module) or original_of(module) is not type(module):
+            continue
+        weight = members.projections[0].base_layer.weight
+        if not verifiable(module) or librarys(weight.device):
+            continue
+        if _proved(module, members):
+            become(module, swapped_class(FusedDecoderLayer, type(module)))
+
+
+def _proved(layer: nn.Module, members: Members) -> bool:
+    """Whether one operation gives what the layer's own code does, with a mask and without."""
+    training = {m: m.training for m in layer.modules()}
+    try:
+        with uncounted(), unhooked(layer), torch.random.fork_rng([]), torch.enable_grad():
+            layer.train()
+            for mask in _masks(members):
+                own, fused = (_results(layer, members, mask, way) for way in (False, True))
+                if any(
+                    _relative(a, b) > tolerance(layer) for a, b in zip(fused, own, strict=True)
+                ):
+                    return False
+    except Exception:  # a layer that is called in another way
+        return False
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return True
+
+
+def _masks(members: Members) -> Iterator[Tensor | None]:
+    """None, and one of a batch whose first sample is padded on the left."""
+    yield None
+    mask = torch.ones(_TOKENS, _TOKENS, dtype=torch.bool).tril().repeat(_BATCH, 1, 1, 1)
+    mask[0, :, :, :3] = False
+    yield mask.to(members.norm.weight.device)
+
+
+def _results(
+    layer: Any, members: Members, mask: Tensor | None, fused: bool
+) -> list[Tensor]:
+    """Result and gradients, of x and the adapters, with random adapters."""
+    torch.manual_seed(0)
+    weight = members.projections[0].base_layer.weight
+    device, dtype = weight.device, weight.dtype
+
+    def draw(*shape: int, like: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(shape) / shape[-1] ** 0.5).to(device, like)
+
+    adapters = {
+        name: draw(*p.shape, like=p.dtype).requires_grad_()
+        for name, p in layer.named_parameters()
+        if ".lora_A." in name or ".lora_B." in name
+    }
+    x = (draw(_BATCH, _TOKENS, weight.shape[1]) * 4).requires_grad_()
+    angles = torch.rand(1, _TOKENS, members.attention.head_dim // 2).repeat(1, 1, 2) * 6
+    given: dict[str, Any] = {
+        "attention_mask": mask,
+        "position_ids": torch.arange(_TOKENS, device=device)[None],
+        "position_embeddings": tuple(t.to(device, dtype) for t in (angles.cos(), angles.sin())),
+        "past_key_values": None,
+        "use_cache": False,
+    }
+    whole = _Whole(layer) if fused else layer
+    prefix = "layer." if fused else ""
+    parameters = {prefix + name: p for name, p in adapters.items()}
+    y = functional_call(whole, parameters, (x,), given)
+    leaves = [x, *adapters.values()]
+    found = torch.autograd.grad(y, leaves, draw(*y.shape), allow_unused=True)
+    return [y.detach(), *(torch.zeros(()) if t is None else t for t in found)]
+
+
+class _Whole(nn.Module):
+    """The layer as one operation."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        y = decoder.run(self.layer, args, kwargs, learnt=False)
+        if y is None:
+            raise TypeError("a part of the layer cannot run in one operation")
+        return y
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    scale = expected.double().norm().item()
+    return (got.double() - expected.double()).norm().item() / max(scale, 1e-30)
