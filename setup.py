@@ -130,7 +130,8 @@ class BuildExt(build_ext):
         ext.extra_link_args += [str(runtime), "-lpthread", "-ldl", "-lrt"]
 
 
-sources = ["csrc/bind.cpp", *(f"csrc/cpu/{n}.cpp" for n in ("dispatch", "lora_layers", "pool"))]
+_SOURCES = ("decoder_layer", "dispatch", "lora_layers", "pool")
+sources = ["csrc/bind.cpp", *(f"csrc/cpu/{name}.cpp" for name in _SOURCES)]
 depends = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")]
 extension = Pybind11Extension("fastft._C", sources, cxx_std=17, depends=depends)
 if __name__ == "__main__":

@@ -11,11 +11,13 @@
 #endif
 
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "cpu/decoder_layer.h"
 #include "cpu/dispatch.h"
 #include "cpu/lora_layers.h"
 #include "cpu/pool.h"
@@ -121,6 +123,7 @@ int64_t max_threads() {
 #include "bind_lora.inc"
 #include "bind_optimizers.inc"
 #include "bind_pool.inc"
+#include "bind_decoder.inc"
 #include "bind_layer.inc"
 
 PYBIND11_MODULE(_C, m) {
@@ -194,15 +197,16 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "glu_backward",
       [](int64_t d_gate, int64_t d_up, int64_t dy, int64_t gate, int64_t up, int64_t rows,
-         int64_t cols, int64_t gate_stride, int64_t up_stride, int act, int dtype,
+         int64_t cols, int64_t gate_stride, int64_t up_stride, int act, int dtype, int64_t product,
          const std::string& isa) {
         kernels(isa).glu_backward({rows, cols, gate_stride, up_stride}, at<void>(d_gate),
                                   at<void>(d_up), at<const void>(dy), at<const void>(gate),
-                                  at<const void>(up), act, dtype);
+                                  at<const void>(up), at<void>(product), act, dtype);
       },
       py::arg("d_gate"), py::arg("d_up"), py::arg("dy"), py::arg("gate"), py::arg("up"),
       py::arg("rows"), py::arg("cols"), py::arg("gate_stride"), py::arg("up_stride"),
-      py::arg("activation"), py::arg("dtype"), py::arg("isa") = "", free_gil);
+      py::arg("activation"), py::arg("dtype"), py::arg("product") = 0, py::arg("isa") = "",
+      free_gil);
   m.def(
       "rms_norm_forward",
       [](int64_t y, int64_t rstd, int64_t x, int64_t weight, int64_t residual, int64_t sum,
@@ -324,5 +328,6 @@ PYBIND11_MODULE(_C, m) {
   bind_lora(m);
   bind_optimizers(m);
   bind_pool(m);
+  bind_decoder(m);
   bind_layer(m);
 }

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(_OPENMP)
 #include <omp.h>
 #endif

@@ -105,12 +105,14 @@ struct ProductTerm {
 constexpr int64_t kProductParts = 8, kProductTerms = 16;
 
 // out (rows, cols) = scale (parts and terms) + bias, bfloat16; see product.inc. scale: null, or
-// float32 (cols,), and then there is no bias; bias: null, or bfloat16 (cols,).
+// float32 (cols,), and then there is no bias; bias: null, or bfloat16 (cols,). residual: null, or
+// (rows, cols), contiguous, added to the rounded result.
 struct ProductCall {
   void* out;
   int64_t out_pitch, rows, cols;
   const void* bias;
   const float* scale;
+  const void* residual;
   ProductPart parts[kProductParts];
   int64_t part_count;
   ProductTerm terms[kProductTerms];
@@ -183,14 +185,16 @@ struct Kernels {
   // out = activation(gate) * up; act: an Activation code of glu.h.
   void (*glu_forward)(const GluRows& rows, void* out, const void* gate, const void* up, int act,
                       int dtype);
-  // Strides are those of gate and up; all else is contiguous.
+  // Strides are those of gate and up; all else is contiguous. product: null, or the forward's out,
+  // written once more. d_gate or d_up may be dy.
   void (*glu_backward)(const GluRows& rows, void* d_gate, void* d_up, const void* dy,
-                       const void* gate, const void* up, int act, int dtype);
+                       const void* gate, const void* up, void* product, int act, int dtype);
   // y = x rstd (weight + offset); round_first: x rstd is rounded to the dtype before the weight.
   // residual: null, or added to x first, the sum going to `sum`.
   void (*rms_norm_forward)(const NormRows& rows, void* y, float* rstd, const void* x,
                            const void* weight, const void* residual, void* sum, int dtype);
-  // more: null, or added to dx: the gradient of the sum from elsewhere.
+  // more: null, or added to dx: the gradient of the sum from elsewhere. round_first: to the dx that
+  // is rounded, as two gradients are added up.
   void (*rms_norm_backward)(const NormRows& rows, void* dx, float* dw, const void* dy,
                             const void* x, const void* weight, const float* rstd, const void* more,
                             int dtype);

@@ -1,37 +1,12 @@
 #include "lora_layers.h"
 
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 
 #include "fastft/numeric.h"
+#include "room.h"
 
 namespace fastft {
 namespace {
-
-// Memory of this thread, kept between calls and grown where more is asked for.
-class Room {
- public:
-  uint32_t* words(int64_t count) {
-    if (count > size_) {
-      const size_t bytes = (static_cast<size_t>(count) * sizeof(uint32_t) + 63) / 64 * 64;
-      held_.reset();
-      size_ = 0;
-      held_.reset(static_cast<uint32_t*>(std::aligned_alloc(64, bytes)));
-      if (held_ == nullptr) throw std::bad_alloc();
-      size_ = count;
-    }
-    return held_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(void* at) const { std::free(at); }
-  };
-  std::unique_ptr<uint32_t, Free> held_;
-  int64_t size_ = 0;
-};
 
 struct Rooms {
   Room packed, thin, s, a, b, da, partial;
@@ -162,6 +137,7 @@ void lora_layers_forward(const LoraLayers& call, const Kernels& kernels) {
     product.threads = call.threads;
     product.bias = layer.bias;
     product.scale = layer.scale;
+    product.residual = layer.residual;
     product.parts[product.part_count++] = {call.x,       call.depth, call.depth,
                                            layer.weight, true,       nullptr};
     for (const LoraAdapter& adapter : call.adapters)
@@ -210,6 +186,10 @@ void lora_layers_backward(const LoraLayers& call, const Kernels& kernels) {
                                              layer.weight, false,       layer.scale};
     run(kernels, product);
   }
+  if (const LoraUnit* unit = call.unit; unit != nullptr)
+    kernels.glu_backward({call.rows, call.depth, call.depth, call.depth}, unit->d_gate, unit->d_up,
+                         call.dx, unit->gate, unit->up, call.x, unit->act,
+                         static_cast<int>(DType::kBFloat16));
   for (size_t i = 0; i < groups.size(); ++i) {
     const Group& group = groups[i];
     const LoraAdapter& first = group.first();

@@ -11,6 +11,7 @@ namespace fastft {
 // y (rows, cols) of the forward, or its gradient in the backward, rows `pitch` elements apart;
 // weight (cols, depth); bias (cols) or null. scale: DoRA's, float32 (cols), or null, and then there
 // is no bias; of the backward out, the forward's y, and d_scale (null: not wanted), contiguous.
+// residual: of the forward, as a product's.
 struct LoraLayer {
   void* y;
   int64_t pitch, cols;
@@ -18,6 +19,7 @@ struct LoraLayer {
   const float* scale;
   const void* out;
   float* d_scale;
+  const void* residual;
 };
 
 // s (rows, r), a (r, depth), b (cols of its layer, r); a and b, and their gradients da and db, in
@@ -33,11 +35,21 @@ struct LoraAdapter {
   float kept, scaling;
 };
 
-// x (rows, depth), dx the same or null; bfloat16, contiguous.
+// A gated unit whose product activation(gate) * up is a backward's x: all (rows, depth), contiguous;
+// act: an Activation code of glu.h. d_up may be dx.
+struct LoraUnit {
+  const void *gate, *up;
+  void *d_gate, *d_up;
+  int act;
+};
+
+// x (rows, depth), dx the same or null; bfloat16, contiguous. unit: null, or in a backward what
+// makes x on the way, and goes back through it with dx.
 struct LoraLayers {
   int64_t rows, depth, threads;
-  const void* x;
+  void* x;
   void* dx;
+  const LoraUnit* unit;
   std::vector<LoraLayer> layers;
   std::vector<LoraAdapter> adapters;
 };

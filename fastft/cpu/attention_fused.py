@@ -12,7 +12,7 @@ from fastft import native
 from fastft.cpu.product import vectors_multiply
 from fastft.cpu.products import scratch
 
-__all__ = ["mask_strides", "run", "serves"]
+__all__ = ["mask_strides", "run", "serves", "visible"]
 
 # Keys up to which the sums of dK and dV, float32 for a dozen stretches of queries, are no burden.
 _MAX_KEYS = 32768
@@ -53,13 +53,20 @@ def run(
     sizes = [batch, heads, key.shape[1], queries, key.shape[2], width, value.shape[3]]
     sizes.append(torch.get_num_threads())
     c, places = native.module(), [(t.data_ptr(), *t.stride()[:3]) for t in tensors]
-    at_mask, visible, strides = native.address(mask), 0, mask_strides(mask)
-    if mask is not None:
-        visible, strides, causal = _prefixes(mask, strides, causal)
-        at_mask = 0 if visible else at_mask
+    at_mask, seen, strides, causal = visible(mask, causal)
     room = scratch("attention", (c.attention_scratch(places, sizes, causal),), torch.float32)
-    facts = (causal, scale, at_mask, visible, strides)
+    facts = (causal, scale, at_mask, seen, strides)
     c.attention_fused(places, sizes, lse.data_ptr(), *facts, room.data_ptr())
+
+
+def visible(mask: Tensor | None, causal: bool) -> tuple[int, int, list[int], bool]:
+    """Where the mask is, or how many keys each query sees of one by which it sees the first ones,
+    their strides, and whether attention is causal besides; good until the next call."""
+    strides = mask_strides(mask)
+    if mask is None:
+        return 0, 0, strides, causal
+    seen, strides, causal = _prefixes(mask, strides, causal)
+    return 0 if seen else mask.data_ptr(), seen, strides, causal
 
 
 def _prefixes(mask: Tensor, strides: list[int], causal: bool) -> tuple[int, list[int], bool]:

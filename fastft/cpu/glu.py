@@ -8,7 +8,7 @@ from fastft import native
 from fastft.cpu._supports import supports as supports
 
 # The codes of csrc/include/fastft/glu.h.
-_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 # Whoever needs the result in the backward keeps gate and up, and makes it again: a pass is a
 # hundredth of the three products around it, and the result is as large as all else a layer of that
 # width keeps.
@@ -17,7 +17,7 @@ MAKES_AGAIN = True
 
 def _rows(gate: Tensor, up: Tensor, activation: str) -> tuple[int, ...]:
     strides = (gate.stride(0), up.stride(0))
-    return (*gate.shape, *strides, _CODES[activation], native.DTYPE_CODES[gate.dtype])
+    return (*gate.shape, *strides, CODES[activation], native.DTYPE_CODES[gate.dtype])
 
 
 def fwd(out: Tensor, gate: Tensor, up: Tensor, *, activation: str) -> None:

@@ -16,6 +16,7 @@ from fastft import native
 from fastft.cpu.products import scratch
 
 __all__ = [
+    "MIN_ROWS",
     "Part",
     "Term",
     "deep_product",
@@ -32,7 +33,7 @@ Part = tuple[Tensor, Tensor, bool]
 Term = tuple[Tensor, Tensor, bool, Tensor | None, float]
 
 # Fewer rows do not pay for packing the right sides again in every call.
-_MIN_ROWS = 512
+MIN_ROWS = 512
 # Of a term: lines of its right side are packed one by one.
 _MAX_RANK = 64
 
@@ -53,7 +54,7 @@ def serves(
     rows: int, lefts: list[Tensor], rights: list[Tensor], bias: Tensor | None = None
 ) -> bool:
     """Whether a product of these parts is taken, and pays."""
-    if rows < _MIN_ROWS or not vectors_multiply() or len(lefts) > native.module().PRODUCT_PARTS:
+    if rows < MIN_ROWS or not vectors_multiply() or len(lefts) > native.module().PRODUCT_PARTS:
         return False
     if lefts[0].dtype != torch.bfloat16:
         return False

@@ -9,7 +9,6 @@ ordinary runs the layer's own code, whose parts are fused one by one.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,25 +24,26 @@ from fastft.nn.mixed import adapter_names_of
 from fastft.nn.mlp import TILE, FusedGatedMLP, activation_of
 from fastft.nn.norm import FusedRMSNorm, epsilon
 from fastft.nn.plans import Parts, fits, plain_parts, suits
-from fastft.nn.rope import FusedRope, current_facts
+from fastft.nn.rope import FusedRope, RopeFacts, current_facts
 from fastft.nn.rules import hooked, hooked_everywhere, parameter
 from fastft.nn.swap import Swapped
 from fastft.ops._checks import autocast_dtype
-from fastft.ops._decoder_layer import GROUPS, Facts, Launchers, Norm, decoder_layer
+from fastft.ops._decoder_layer import GROUPS, Facts, Norm, decoder_layer
 from fastft.ops._differentiable import transform
-from fastft.ops._lora_linear_call import Constants
 from fastft.ops._saving import noted, registered, saves_first
 
-__all__ = ["FusedDecoderLayer", "Members", "members_of", "run"]
+__all__ = ["ATTENTION_CHILDREN", "CHILDREN", "FusedDecoderLayer", "Members", "launcher_of", "members_of", "run"]
 
-_CHILDREN = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+CHILDREN = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+ATTENTION_CHILDREN = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Arguments that the layer only passes on, to an attention that reads tables of positions.
 _PASSED_ON = frozenset({"position_ids", "cache_position"})
 _READ = frozenset({"attention_mask", "position_embeddings"})
 _PLAIN = (Tensor, nn.Parameter)
 # Whose results o and down read: the heads of q, and the unit's.
 _READS = {3: 0, 6: 5}
+# The backend that draws the masks of dropout.
+_ADAPTERS = "cpu"
 
 
 class Members(NamedTuple):
@@ -59,20 +59,20 @@ class Members(NamedTuple):
 def members_of(layer: nn.Module) -> Members | None:
     """The parts of a layer that has these and no others, each of a fused class."""
     children = layer._modules
-    if layer._parameters or layer._buffers or children.keys() != set(_CHILDREN):
+    if layer._parameters or layer._buffers or children.keys() != set(CHILDREN):
         return None
-    norm, attention, norm_2, mlp = (children[name] for name in _CHILDREN)
+    norm, attention, norm_2, mlp = (children[name] for name in CHILDREN)
     rotary = isinstance(attention, FusedRope) and isinstance(attention, FusedAttention)
     if not (isinstance(norm, FusedRMSNorm) and isinstance(norm_2, FusedRMSNorm) and rotary):
         return None
     if not isinstance(mlp, FusedGatedMLP) or attention._parameters or attention._buffers:
         return None
     layout = mlp.fastft_layout
-    if layout.up is None or layout.dropout or attention._modules.keys() != set(_PROJECTIONS):
+    if layout.up is None or layout.dropout or attention._modules.keys() != set(ATTENTION_CHILDREN):
         return None
     if norm.fastft_centred or norm_2.fastft_centred:
         return None
-    projections = [attention._modules[name] for name in _PROJECTIONS]
+    projections = [attention._modules[name] for name in ATTENTION_CHILDREN]
     projections += [mlp._modules[name] for name in (layout.gate, layout.up, layout.down)]
     if not all(isinstance(projection, FusedLoraLinear) for projection in projections):
         return None
@@ -89,24 +89,24 @@ class FusedDecoderLayer(Swapped):
 
 
 def run(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, learnt: bool = True
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, trial: bool = False
 ) -> Tensor | None:
     """The layer's result in one operation; None where this call needs its own code.
 
-    learnt: only once the layers that share an input run together, so that one forward and its
-    recompute are of one kind.
+    trial: whether layers that share an input run together yet, or not, and however few the rows;
+    else only from then on, so that one forward and its recompute are of one kind.
     """
     call = _call_of(args, kwargs)
     if call is None:
         return None
     x, tables, mask = call
     members = members_of(layer)
-    if members is None or (learnt and not _learnt(members)) or _looked_at(members):
+    if members is None or not (trial or _learnt(members)) or _looked_at(members):
         return None
-    facts = _facts(members, x, tables, mask)
-    if facts is None:
+    found = _facts(members, x, tables, mask, trial)
+    if found is None:
         return None
-    y = decoder_layer(*facts)
+    y = decoder_layer(*found)
     _count(members)
     return y
 
@@ -190,44 +190,63 @@ def _looked_at(members: Members) -> bool:
 
 
 def _facts(
-    members: Members, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None
+    members: Members,
+    x: Tensor,
+    tables: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    small: bool,
 ) -> tuple[Any, ...] | None:
     """The arguments of the operation, held against the rules of its parts; None where one of them
-    applies."""
-    attention, mlp = members.attention, members.mlp
-    width, own = attention.__dict__.get("head_dim"), attention.__dict__
-    scale, causal = own.get("scaling"), own.get("is_causal", True)
+    applies. small: whatever the number of rows."""
+    turn = current_facts(type(members.attention))
+    if turn is None or not (turn.narrow or tables[0].dtype == x.dtype):
+        return None
+    if turn.tables == "first half":
+        tables = tuple(t[..., : t.shape[-1] // 2] for t in tables)  # type: ignore[assignment]
+    attention = _attention(members.attention, turn, tables[0])
+    activation = activation_of(members.mlp, members.mlp.fastft_layout)
+    norms = _norms(members, x)
+    if attention is None or activation is None or norms is None:
+        return None
+    width, scale, causal = attention
+    operands = _operands(members.projections, x, width)
+    if operands is None:
+        return None
+    parts, biases = operands
+    weights, lora_as, lora_bs = zip(*[p.tensors() for p in parts], strict=True)
+    launcher = launcher_of(x, lora_as[0].dtype)
+    if launcher is None:
+        return None
+    q, k, inner = (weights[i].shape[0] for i in (0, 1, 4))
+    sizes = (*x.shape, q // width, k // width, width, inner)
+    ps = tuple([p.dropout_p() for p in parts])
+    ranks = [a.shape[0] for a in lora_as]
+    groups, drops = [ranks[of] for of in GROUPS], [[p > 0 for p in ps[of]] for of in GROUPS]
+    if not launcher.takes(sizes, groups, drops, small):
+        return None
+    facts = Facts(
+        sizes, norms[0], scale, causal and mask is None, turn.interleaved, turn.tables != "whole",
+        activation, tuple([float(p.scaling) for p in parts]), ps, launcher, _ADAPTERS,
+    )  # fmt: skip
+    return facts, x, *tables, mask, norms[1], weights, biases, lora_as, lora_bs
+
+
+def _attention(
+    attention: Any, turn: RopeFacts, table: Tensor
+) -> tuple[int, float, bool] | None:
+    """The width of its heads, the scale of its scores, and whether it is causal without a mask."""
+    own = attention.__dict__
+    width, scale, causal = own.get("head_dim"), own.get("scaling"), own.get("is_causal", True)
     if type(width) is not int or type(scale) is not float or type(causal) is not bool:
         return None
     if own["config"]._attn_implementation != "sdpa" or "attention_dropout" not in own:
         return None
     if attention.training and own["attention_dropout"]:
         return None
-    turn = current_facts(type(attention))
-    if turn is None or not (turn.narrow or tables[0].dtype == x.dtype):
-        return None
-    if turn.tables == "first half":
-        tables = tuple(t[..., : t.shape[-1] // 2] for t in tables)  # type: ignore[assignment]
-    half = turn.tables != "whole"
-    rotary = tables[0].shape[-1] * (2 if half else 1)
+    rotary = table.shape[-1] * (1 if turn.tables == "whole" else 2)
     if rotary > width or rotary % 2 or (rotary < width and not turn.partial):
         return None
-    activation = activation_of(mlp, mlp.fastft_layout)
-    norms = _norms(members, x)
-    operands = _operands(members.projections, x, width)
-    if activation is None or norms is None or operands is None:
-        return None
-    parts, biases = operands
-    products, launchers = _calls(parts, x)
-    if launchers is None:
-        return None
-    facts = Facts(
-        norms[0], products, width, scale, causal and mask is None, turn.interleaved, half,
-        activation, launchers,
-    )  # fmt: skip
-    tensors = [p.tensors() for p in parts]
-    weights, lora_as, lora_bs = zip(*tensors, strict=True)
-    return facts, x, *tables, mask, norms[1], weights, biases, lora_as, lora_bs
+    return width, scale, causal
 
 
 def _norms(members: Members, x: Tensor) -> tuple[tuple[Norm, Norm], list[Tensor]] | None:
@@ -275,35 +294,18 @@ def _operands(
     return found, biases
 
 
-def _calls(
-    parts: Sequence[Parts], x: Tensor
-) -> tuple[tuple[Constants, ...], Launchers | None]:
-    rows = x.shape[0] * x.shape[1]
-    dtype = parts[0].adapter()[0].dtype
-    calls = []
-    for of in GROUPS:
-        some = parts[of]
-        ranks = max(p.adapter()[0].shape[0] for p in some)
-        name, launcher = backends.select(
-            "lora_linear", device_type=x.device.type, dtype=x.dtype, adapter_dtype=dtype, r=ranks
-        )
-        calls.append(
-            Constants(
-                len(some), [float(p.scaling) for p in some], [p.dropout_p() for p in some],
-                list(range(len(some))), [0, rows] * len(some), name, launcher=launcher,
-            )  # fmt: skip
-        )
-    return tuple(calls), _launchers(x.device.type, x.dtype)
+def launcher_of(x: Tensor, adapter_dtype: torch.dtype) -> Any:
+    """Who runs layers of such tensors; None where nobody does."""
+    return _launcher(x.device.type, x.dtype, adapter_dtype)
 
 
 @functools.cache
-def _launchers(device_type: str, dtype: torch.dtype) -> Launchers | None:
-    """Of the operations between the projections, none of which is the reference's."""
-    ops = ("rms_norm", "rope", "attention", "glu")
-    chosen = [backends.select(op, device_type=device_type, dtype=dtype) for op in ops]
-    if any(name == "reference" for name, _ in chosen):
-        return None
-    return Launchers(*(launcher for _, launcher in chosen))
+def _launcher(device_type: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Any:
+    facts = {"device_type": device_type, "dtype": dtype, "adapter_dtype": adapter_dtype}
+    for name, reason in backends.explain_op("decoder_layer", **facts):
+        if reason is None:
+            return backends.launcher("decoder_layer", name)
+    return None
 
 
 def _count(members: Members) -> None:

@@ -1,11 +1,14 @@
-"""Decoder layers that run as one operation: found by their parts, proved by trying each.
+"""Decoder layers that run as one operation: found by their parts and the names in their code, and
+proved by trying.
 
-What a layer computes is its code's matter (a scale of the residual, a norm after the attention), so
-every layer is tried: once through its own code, whose parts are fused, and once as one operation.
+What a layer does with its parts is its code's matter: a scale of the residual, a clamp, a scale of
+queries far along. Code that says more than Llama's is left alone, by the names it uses. The rest is
+tried: once through its own code, whose parts are fused, and once as one operation.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,29 +17,83 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastft.nn import decoder
-from fastft.nn.attention import librarys
 from fastft.nn.calls import uncounted
-from fastft.nn.decoder import FusedDecoderLayer, Members, members_of
+from fastft.nn.decoder import (
+    ATTENTION_CHILDREN,
+    CHILDREN,
+    FusedDecoderLayer,
+    Members,
+    launcher_of,
+    members_of,
+)
 from fastft.nn.rules import unhooked
 from fastft.nn.swap import become, original_of, swapped_class
-from fastft.patch.proofs import tolerance, verifiable
+from fastft.patch.proofs import site_key, tolerance, verifiable
 
 __all__ = ["fuse_layers"]
 
 _BATCH, _TOKENS = 2, 12
+# What each side rounds on its way, beside what one operation of ``tolerance`` does: four products,
+# one after another, and attention between them.
+_OPERATIONS = 5
+
+_OF_LAYERS = frozenset(CHILDREN)
+_OF_ATTENTION = frozenset({
+    *ATTENTION_CHILDREN, "ALL_ATTENTION_FUNCTIONS", "_attn_implementation", "attention_dropout",
+    "config", "contiguous", "eager_attention_forward", "get_interface", "getattr", "head_dim",
+    "layer_idx", "reshape", "scaling", "shape", "size", "sliding_window", "training", "transpose",
+    "update", "view",
+})  # fmt: skip
 
 
 def fuse_layers(model: nn.Module) -> None:
     """Gives the decoder layers in ``model``, whose parts are fused, their forward in one."""
+    proofs: dict[tuple[Any, ...], bool] = {}
     for module in list(model.modules()):
         members = members_of(module)
         if members is None or "forward" in vars(module) or original_of(module) is not type(module):
             continue
-        weight = members.projections[0].base_layer.weight
-        if not verifiable(module) or librarys(weight.device):
+        if not verifiable(module) or not _served(members) or not _says_no_more(module, members):
             continue
-        if _proved(module, members):
+        key = _key(module, members)
+        if key not in proofs:
+            proofs[key] = _proved(module, members)
+        if proofs[key]:
             become(module, swapped_class(FusedDecoderLayer, type(module)))
+
+
+def _says_no_more(layer: nn.Module, members: Members) -> bool:
+    """Whether the code of the layer and its attention uses the names of Llama's alone."""
+    attention = type(members.attention)
+    own = _names(original_of(layer))
+    return own <= _OF_LAYERS and _names(original_of(members.attention)) <= (
+        _OF_ATTENTION | {attention.fastft_rope.name}
+    )
+
+
+def _names(cls: Any) -> set[str]:
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+    return {"?"} if code is None else set(code.co_names)
+
+
+def _key(layer: nn.Module, members: Members) -> tuple[Any, ...]:
+    """Layers of equal keys run the same code on the same shapes."""
+    kinds = tuple(type(m) for m in layer.modules())
+    values = tuple(
+        (name, value)
+        for m in (layer, *members[:4])
+        for name, value in vars(m).items()
+        if name != "layer_idx" and isinstance(value, (int, float, str))
+    )
+    return (*kinds, *values, *site_key(layer))
+
+
+def _served(members: Members) -> bool:
+    """Whether anybody runs layers of these dtypes here."""
+    projection = members.projections[0]
+    adapters = [p for p in projection.lora_A.parameters() if p is not None]
+    weight = projection.base_layer.weight
+    return bool(adapters) and launcher_of(weight, adapters[0].dtype) is not None
 
 
 def _proved(layer: nn.Module, members: Members) -> bool:
@@ -47,9 +104,8 @@ def _proved(layer: nn.Module, members: Members) -> bool:
             layer.train()
             for mask in _masks(members):
                 own, fused = (_results(layer, members, mask, way) for way in (False, True))
-                if any(
-                    _relative(a, b) > tolerance(layer) for a, b in zip(fused, own, strict=True)
-                ):
+                bound = _OPERATIONS * tolerance(layer)
+                if not all(_relative(a, b) <= bound for a, b in zip(fused, own, strict=True)):
                     return False
     except Exception:  # a layer that is called in another way
         return False
@@ -109,7 +165,7 @@ class _Whole(nn.Module):
         self.layer = layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        y = decoder.run(self.layer, args, kwargs, learnt=False)
+        y = decoder.run(self.layer, args, kwargs, trial=True)
         if y is None:
             raise TypeError("a part of the layer cannot run in one operation")
         return y
