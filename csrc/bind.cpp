@@ -11,7 +11,6 @@
 #endif
 
 #include <cstdint>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>

@@ -37,8 +37,7 @@ struct Sizes {
     const int64_t q = layer.heads * layer.width, kv = layer.kv_heads * layer.width;
     const int64_t of_in[] = {layer.features, layer.features, layer.features, q,
                              layer.features, layer.features, layer.inner};
-    const int64_t of_out[] = {q,           kv,          kv, layer.features,
-                              layer.inner, layer.inner, layer.features};
+    const int64_t of_out[] = {q, kv, kv, layer.features, layer.inner, layer.inner, layer.features};
     for (int i = 0; i < kProjections; ++i) {
       in[i] = of_in[i];
       out[i] = of_out[i];

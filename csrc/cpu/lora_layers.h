@@ -35,8 +35,8 @@ struct LoraAdapter {
   float kept, scaling;
 };
 
-// A gated unit whose product activation(gate) * up is a backward's x: all (rows, depth), contiguous;
-// act: an Activation code of glu.h. d_up may be dx.
+// A gated unit whose product activation(gate) * up is a backward's x: all (rows, depth),
+// contiguous; act: an Activation code of glu.h. d_up may be dx.
 struct LoraUnit {
   const void *gate, *up;
   void *d_gate, *d_up;

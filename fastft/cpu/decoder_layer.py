@@ -1,7 +1,8 @@
 """CPU launcher of the decoder layer: csrc/cpu/decoder_layer.cpp.
 
-It serves bfloat16 where vectors multiply it (AVX512-BF16 without AMX), for its parts are the kernels
-that do there: attention with its products inside, and LoRA's terms in the frozen products' sums.
+It serves bfloat16 where vectors multiply it (AVX512-BF16 without AMX), for its parts are the
+kernels that do there: attention with its products inside, and LoRA's terms in the frozen products'
+sums.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from fastft.cpu.product import MIN_ROWS, vectors_multiply
 
 __all__ = ["backward", "forward", "room", "supports", "takes"]
 
-_FLOATS = (torch.bfloat16, torch.float32)
+_DTYPE = torch.bfloat16
+_ADAPTERS = (torch.bfloat16, torch.float32)
 
 
 def supports(*, device_type: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> str | None:
     """bfloat16, adapters in it or float32, where vectors multiply bfloat16."""
     if not native.available():
         return f"the compiled module is missing ({native.load_error()})"
-    if dtype != torch.bfloat16 or adapter_dtype not in _FLOATS:
-        return f"{dtype} and adapters in {adapter_dtype}: it takes bfloat16, and either for adapters"
+    if dtype != _DTYPE or adapter_dtype not in _ADAPTERS:
+        return f"{dtype} and {adapter_dtype} adapters: it takes bfloat16, and either for adapters"
     return None if vectors_multiply() else "this processor's vectors do not multiply bfloat16"
 
 
@@ -48,7 +50,7 @@ def takes(
     for ranks, drops in zip(groups, dropped, strict=True):
         together = sum(r for r, drop in zip(ranks, drops, strict=True) if not drop)
         alone = max((r for r, drop in zip(ranks, drops, strict=True) if drop), default=0)
-        if not thin.serves(torch.bfloat16, together) or not thin.serves(torch.bfloat16, alone, True):
+        if not thin.serves(_DTYPE, together) or not thin.serves(_DTYPE, alone, True):
             return False
     return True
 

@@ -7,7 +7,6 @@ and back, a fifth of a small layer's extra time in Python.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,27 +14,15 @@ from torch import Tensor
 from fastft import native
 from fastft.cpu import thin
 from fastft.cpu._lora_buffers import keep
-from fastft.cpu.glu import CODES
 from fastft.cpu.product import serves
 
-__all__ = ["Scaled", "Unit", "backward", "forward", "takes_scales"]
+__all__ = ["Scaled", "backward", "forward", "takes_scales"]
 
 
 # What the backward of scaled results (DoRA) takes besides, one a layer or None: the scales, the
 # results where they are still what they were, and room for those gradients of the scales that are
 # wanted.
 Scaled = tuple[Sequence[Tensor | None], Sequence[Tensor | None], Sequence[Tensor | None]]
-
-
-class Unit(NamedTuple):
-    """A gated unit, whose product is a layer's input, and room for its gradients; d_up may be the
-    layer's dx."""
-
-    gate: Tensor
-    up: Tensor
-    d_gate: Tensor
-    d_up: Tensor
-    activation: str
 
 
 def _takes(
@@ -139,10 +126,8 @@ def backward(
     owners: list[int],
     spans: list[tuple[int, int]],
     scaled: Scaled | None = None,
-    unit: Unit | None = None,
 ) -> bool:
-    """``lora_linear.bwd``; False: nothing done, the call is not such a one. unit: what gives x,
-    written here, and takes dx."""
+    """``lora_linear.bwd``; False: nothing done, the call is not such a one."""
     if not weights or not serves(x.shape[0], dys, weights):
         return False
     if not _takes(x, lora_as, lora_bs, masks, spans):
@@ -162,14 +147,9 @@ def backward(
         for dy, w, scale, y, d in zip(dys, weights, scales, results, d_scales, strict=True)
     ]
     adapters = _adapters(ss, lora_as, lora_bs, das, dbs, scalings, masks, dropout_ps, owners)
-    sizes, threads = (*x.shape, x.data_ptr(), native.address(dx)), torch.get_num_threads()
-    if unit is None:
-        native.module().lora_layers_backward(*sizes, layers, adapters, threads)
-    else:
-        if dx is None or not _dense(unit[:4]):
-            return False
-        behind = (*[t.data_ptr() for t in unit[:4]], CODES[unit.activation])
-        native.module().lora_layers_backward(*sizes, layers, adapters, threads, behind)
+    native.module().lora_layers_backward(
+        *x.shape, x.data_ptr(), native.address(dx), layers, adapters, torch.get_num_threads()
+    )
     for i, (scale, y, d_scale) in enumerate(zip(scales, results, d_scales, strict=True)):
         if scale is None or d_scale is None:
             continue

@@ -155,13 +155,6 @@ def bwd(*call: Any, scaled: lora_layers.Scaled | None = None) -> None:
         _bwd_apart(*call)
 
 
-def bwd_behind_unit(*call: Any, unit: tuple[Tensor, Tensor, Tensor, Tensor, str]) -> bool:
-    """``bwd`` of one layer whose x is a gated unit's product, written here, and the unit's own
-    behind it: gate, up, room for their gradients (that of up may be dx), and the activation.
-    False: nothing done."""
-    return lora_layers.backward(*call, unit=lora_layers.Unit(*unit))
-
-
 def _refuse(scales: object) -> None:
     if scales is not None:
         raise RuntimeError("lora_linear: scales in a call that does not take them along")

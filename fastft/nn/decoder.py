@@ -32,7 +32,15 @@ from fastft.ops._decoder_layer import GROUPS, Facts, Norm, decoder_layer
 from fastft.ops._differentiable import transform
 from fastft.ops._saving import noted, registered, saves_first
 
-__all__ = ["ATTENTION_CHILDREN", "CHILDREN", "FusedDecoderLayer", "Members", "launcher_of", "members_of", "run"]
+__all__ = [
+    "ATTENTION_CHILDREN",
+    "CHILDREN",
+    "FusedDecoderLayer",
+    "Members",
+    "launcher_of",
+    "members_of",
+    "run",
+]
 
 CHILDREN = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 ATTENTION_CHILDREN = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -231,9 +239,7 @@ def _facts(
     return facts, x, *tables, mask, norms[1], weights, biases, lora_as, lora_bs
 
 
-def _attention(
-    attention: Any, turn: RopeFacts, table: Tensor
-) -> tuple[int, float, bool] | None:
+def _attention(attention: Any, turn: RopeFacts, table: Tensor) -> tuple[int, float, bool] | None:
     """The width of its heads, the scale of its scores, and whether it is causal without a mask."""
     own = attention.__dict__
     width, scale, causal = own.get("head_dim"), own.get("scaling"), own.get("is_causal", True)

@@ -115,7 +115,10 @@ def current_facts(cls: Any) -> RopeFacts | None:
 
 def _unpatched(forward: Any, facts: RopeFacts) -> _Fused | None:
     found = _rebound(forward, facts)
-    return found if found and found.own.__globals__.get(facts.name) is found.original else None
+    if found is None:
+        return None
+    _, _, own, original = found
+    return found if own.__globals__.get(facts.name) is original else None
 
 
 @functools.cache

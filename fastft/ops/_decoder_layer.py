@@ -105,7 +105,8 @@ def decoder_layer(
 
 def _kinds(tensors: Sequence[Any]) -> list[Sequence[Any]]:
     """weights, biases, lora_as, lora_bs and masks."""
-    return [tensors[start : start + PROJECTIONS] for start in range(0, 5 * PROJECTIONS, PROJECTIONS)]
+    n = PROJECTIONS
+    return [tensors[start : start + n] for start in range(0, 5 * n, n)]
 
 
 class DecoderLayer(torch.autograd.Function):

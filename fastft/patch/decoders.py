@@ -59,16 +59,14 @@ def fuse_layers(model: nn.Module) -> None:
         if key not in proofs:
             proofs[key] = _proved(module, members)
         if proofs[key]:
-            become(module, swapped_class(FusedDecoderLayer, type(module)))
+            original: Any = type(module)
+            become(module, swapped_class(FusedDecoderLayer, original))
 
 
 def _says_no_more(layer: nn.Module, members: Members) -> bool:
     """Whether the code of the layer and its attention uses the names of Llama's alone."""
-    attention = type(members.attention)
-    own = _names(original_of(layer))
-    return own <= _OF_LAYERS and _names(original_of(members.attention)) <= (
-        _OF_ATTENTION | {attention.fastft_rope.name}
-    )
+    own, turns = _names(original_of(layer)), members.attention.fastft_rope.name
+    return own <= _OF_LAYERS and _names(original_of(members.attention)) <= _OF_ATTENTION | {turns}
 
 
 def _names(cls: Any) -> set[str]:
@@ -123,9 +121,7 @@ def _masks(members: Members) -> Iterator[Tensor | None]:
     yield mask.to(members.norm.weight.device)
 
 
-def _results(
-    layer: Any, members: Members, mask: Tensor | None, fused: bool
-) -> list[Tensor]:
+def _results(layer: Any, members: Members, mask: Tensor | None, fused: bool) -> list[Tensor]:
     """Result and gradients, of x and the adapters, with random adapters."""
     torch.manual_seed(0)
     weight = members.projections[0].base_layer.weight
