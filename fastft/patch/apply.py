@@ -83,6 +83,9 @@ def accelerate(
             convention is found by running it.
         embedding: fuse LoRA layers over embeddings, and embeddings that are trained themselves
             (:func:`fastft.ops.embedding`).
+        layer: on CPUs that multiply bfloat16 in vectors, run a decoder layer whose parts are all
+            fused as one operation, with the bits of its parts, from the second step on. Each kind
+            of layer is tried first, whatever ``verify``.
         pack_weights: on GPUs, before the second step, copy the frozen weights of layers that share
             an input (q/k/v, gate/up) into one buffer with room for their adapters, so that a layer
             and its adapter can be one library product. The parameters become views of it, its rows

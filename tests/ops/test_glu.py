@@ -68,9 +68,11 @@ def test_every_instruction_set_everywhere_on_the_line(isa: str, activation: str)
     rows = (1, 4005, 4005, 4005, code, 0)
     c = native.module()
     c.glu_forward(out.data_ptr(), gate.data_ptr(), up.data_ptr(), *rows, isa=isa)
+    again = torch.empty(4005)
     c.glu_backward(
-        *(t.data_ptr() for t in (d_gate, d_up, dy, gate, up)), *rows, isa=isa
+        *(t.data_ptr() for t in (d_gate, d_up, dy, gate, up)), *rows, again.data_ptr(), isa=isa
     )  # fmt: skip
+    assert torch.equal(again, out)
     wide = gate.double().requires_grad_()
     value = wide * _SHARES[activation](wide)
     (slope,) = torch.autograd.grad(value.sum(), wide)
