@@ -45,10 +45,11 @@ struct Sizes {
   }
 };
 
-// What a forward leaves.
+// What a forward leaves. heads: q and k as attention reads them, in their own place where no norm
+// is between.
 struct Kept {
-  void *n, *q, *k, *v, *attended, *h, *m, *gate, *up, *s[kProjections];
-  float *rstd, *rstd_2, *lse;
+  void *n, *q, *k, *v, *heads[2], *attended, *h, *m, *gate, *up, *s[kProjections];
+  float *rstd, *rstd_2, *of_heads[2], *lse;
   int64_t bytes;
 
   Kept(const DecoderLayer& layer, void* block) {
@@ -59,6 +60,12 @@ struct Kept {
     q = room.rows(rows, sizes.out[0]);
     k = room.rows(rows, sizes.out[1]);
     v = room.rows(rows, sizes.out[2]);
+    const int64_t counts[] = {layer.heads, layer.kv_heads};
+    for (int i = 0; i < 2; ++i) {
+      heads[i] = layer.head_norms ? room.rows(rows, sizes.out[i]) : i == 0 ? q : k;
+      const int64_t values = layer.head_norms ? rows * counts[i] : 0;
+      of_heads[i] = static_cast<float*>(room.bytes(values * 4));
+    }
     attended = room.rows(rows, sizes.in[3]);
     h = room.rows(rows, features);
     m = room.rows(rows, features);
@@ -120,6 +127,23 @@ NormRows norm_rows(const DecoderLayer& layer, const DecoderNorm& norm) {
   return {rows_of(layer), layer.features, norm.eps, norm.offset, norm.round_first};
 }
 
+// The norm of each head of q or k, or in the backward its gradient, in place.
+void norm_heads(const DecoderLayer& layer, const Kept& kept, int index, void* gradient,
+                const Kernels& kernels) {
+  if (!layer.head_norms) return;
+  const DecoderNorm& norm = layer.of_heads[index];
+  const int64_t count = index == 0 ? layer.heads : layer.kv_heads;
+  const NormRows rows = {rows_of(layer) * count, layer.width, norm.eps, norm.offset,
+                         norm.round_first};
+  const void* own = index == 0 ? kept.q : kept.k;
+  if (gradient == nullptr)
+    kernels.rms_norm_forward(rows, kept.heads[index], kept.of_heads[index], own, norm.weight,
+                             nullptr, nullptr, kBFloat16);
+  else
+    kernels.rms_norm_backward(rows, gradient, nullptr, gradient, own, norm.weight,
+                              kept.of_heads[index], nullptr, kBFloat16);
+}
+
 // Heads of q or k, or of their gradients, turned in place.
 void turn(const DecoderLayer& layer, void* heads, int64_t count, bool backward,
           const Kernels& kernels) {
@@ -146,8 +170,8 @@ AttentionCall attention_of(const DecoderLayer& layer, const Kept& kept) {
     return AttentionTensor{data, layer.tokens * pitch, layer.width, pitch};
   };
   AttentionCall call = {};
-  call.q = heads(kept.q, layer.heads);
-  call.k = heads(kept.k, layer.kv_heads);
+  call.q = heads(kept.heads[0], layer.heads);
+  call.k = heads(kept.heads[1], layer.kv_heads);
   call.v = heads(kept.v, layer.kv_heads);
   call.out = heads(kept.attended, layer.heads);
   call.lse = kept.lse;
@@ -192,8 +216,10 @@ void decoder_layer_forward(const DecoderLayer& layer, void* y, void* product,
   kernels.rms_norm_forward(norm_rows(layer, norm), kept.n, kept.rstd, layer.x, norm.weight, nullptr,
                            nullptr, kBFloat16);
   project(kQkv, kept.n, {kept.q, kept.k, kept.v}, nullptr);
-  turn(layer, kept.q, layer.heads, false, kernels);
-  turn(layer, kept.k, layer.kv_heads, false, kernels);
+  for (int i = 0; i < 2; ++i) {
+    norm_heads(layer, kept, i, nullptr, kernels);
+    turn(layer, kept.heads[i], i == 0 ? layer.heads : layer.kv_heads, false, kernels);
+  }
   attend(attention_of(layer, kept), kernels);
   project(kO, kept.attended, {kept.h}, layer.x);
   kernels.rms_norm_forward(norm_rows(layer, norm_2), kept.m, kept.rstd_2, kept.h, norm_2.weight,
@@ -239,8 +265,11 @@ void decoder_layer_backward(const DecoderLayer& layer, const void* dy, void* dx,
   attention.dk = like(attention.k, made.dk);
   attention.dv = like(attention.v, made.dv);
   attend(attention, kernels);
-  turn(layer, made.dq, layer.heads, true, kernels);
-  turn(layer, made.dk, layer.kv_heads, true, kernels);
+  for (int i = 0; i < 2; ++i) {
+    void* gradient = i == 0 ? made.dq : made.dk;
+    turn(layer, gradient, i == 0 ? layer.heads : layer.kv_heads, true, kernels);
+    norm_heads(layer, kept, i, gradient, kernels);
+  }
   back(kQkv, kept.n, dx == nullptr ? nullptr : made.dn, {made.dq, made.dk, made.dv}, nullptr);
   if (dx != nullptr) norm_back(0, dx, made.dn, layer.x, kept.rstd, made.dh);
 }

@@ -2,6 +2,9 @@
 // kernels of kernels.h in the order of the operations one by one, and with their bits.
 //
 //   h = x + o(attention(rope(q(n)), rope(k(n)), v(n))),   n = norm(x)
+//
+// or rope(norm(q(n))) and rope(norm(k(n))), head by head, and then
+//
 //   y = h + down(act(gate(m)) * up(m)),                   m = norm(h)
 #pragma once
 
@@ -38,6 +41,8 @@ struct DecoderTables {
 struct DecoderLayer {
   int64_t batch, tokens, features, heads, kv_heads, width, inner, threads;
   DecoderNorm norms[2];
+  bool head_norms;  // whether there are these, of q and k
+  DecoderNorm of_heads[2];
   DecoderTables tables;
   DecoderProjection projections[kProjections];
   bool wide;  // a, b and their gradients in float32

@@ -55,9 +55,9 @@ def takes(
     return True
 
 
-def room(sizes: Sequence[int], ranks: Sequence[int]) -> tuple[int, int, int]:
+def room(sizes: Sequence[int], ranks: Sequence[int], head_norms: bool) -> tuple[int, int, int]:
     """Bytes that a forward leaves for its backward, and of the scratch of the two."""
-    found: tuple[int, int, int] = native.module().decoder_room(sizes, ranks)
+    found: tuple[int, int, int] = native.module().decoder_room(sizes, ranks, head_norms)
     return found
 
 

@@ -23,13 +23,15 @@ from fastft.nn.calls import count
 from fastft.nn.swap import Swapped, call_refusal
 from fastft.ops._checks import autocast_dtype
 
-__all__ = ["NAME", "FusedAttention", "asks_for_sdpa", "attention_forward", "librarys"]
+__all__ = ["NAME", "OPTIONS", "FusedAttention", "asks_for_sdpa", "attention_forward", "librarys"]
 
 NAME = "fastft"
 
 
 # Arguments of the interface that fastft's attention has no part in.
 _UNSUPPORTED = ("position_bias", "softcap", "s_aux", "cache")
+# All that it looks at beside the heads, the mask and what the module itself passes.
+OPTIONS = (*_UNSUPPORTED, "cu_seq_lens_q", "is_causal", "output_attentions", "sliding_window")
 
 
 class _ConfigView:

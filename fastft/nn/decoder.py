@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastft import backends
 from fastft.nn import siblings
-from fastft.nn.attention import FusedAttention
+from fastft.nn.attention import OPTIONS, FusedAttention
 from fastft.nn.calls import count
 from fastft.nn.lora import FusedLoraLinear
 from fastft.nn.mixed import adapter_names_of
@@ -36,6 +36,7 @@ from fastft.ops._saving import noted, registered, saves_first
 __all__ = [
     "ATTENTION_CHILDREN",
     "CHILDREN",
+    "HEAD_NORMS",
     "FusedDecoderLayer",
     "Members",
     "launcher_of",
@@ -45,9 +46,11 @@ __all__ = [
 
 CHILDREN = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 ATTENTION_CHILDREN = ("q_proj", "k_proj", "v_proj", "o_proj")
-# Arguments that the layer only passes on, to an attention that reads tables of positions.
-_PASSED_ON = frozenset({"position_ids", "cache_position"})
-_READ = frozenset({"attention_mask", "position_embeddings"})
+_ATTENTION = set(ATTENTION_CHILDREN)
+HEAD_NORMS = ("q_norm", "k_norm")
+# Arguments that make a call another one. What else there is, the layer's code passes on to its
+# attention's, and that to fastft's, which does not look at it.
+_OPTIONS = (*OPTIONS, "past_key_values", "dropout", "scaling")
 _PLAIN = (Tensor, nn.Parameter)
 # Whose results o and down read: the heads of q, and the unit's.
 _READS = {3: 0, 6: 5}
@@ -56,11 +59,11 @@ _ADAPTERS = "cpu"
 
 
 class Members(NamedTuple):
-    """The parts of a decoder layer; projections: q, k, v, o, gate, up, down."""
+    """The parts of a decoder layer; norms: its two, and those of q's and k's heads where there are
+    any; projections: q, k, v, o, gate, up, down."""
 
-    norm: Any
+    norms: tuple[Any, ...]
     attention: Any
-    norm_2: Any
     mlp: Any
     projections: tuple[Any, ...]
 
@@ -72,20 +75,21 @@ def members_of(layer: nn.Module) -> Members | None:
         return None
     norm, attention, norm_2, mlp = (children[name] for name in CHILDREN)
     rotary = isinstance(attention, FusedRope) and isinstance(attention, FusedAttention)
-    if not (isinstance(norm, FusedRMSNorm) and isinstance(norm_2, FusedRMSNorm) and rotary):
+    if not rotary or not isinstance(mlp, FusedGatedMLP):
         return None
-    if not isinstance(mlp, FusedGatedMLP) or attention._parameters or attention._buffers:
+    own, layout = attention._modules, mlp.fastft_layout
+    if attention._parameters or attention._buffers or layout.up is None or layout.dropout:
         return None
-    layout = mlp.fastft_layout
-    if layout.up is None or layout.dropout or attention._modules.keys() != set(ATTENTION_CHILDREN):
+    if own.keys() not in (_ATTENTION, _ATTENTION | set(HEAD_NORMS)):
         return None
-    if norm.fastft_centred or norm_2.fastft_centred:
+    norms = (norm, norm_2, *[own[name] for name in HEAD_NORMS if name in own])
+    if not all(isinstance(m, FusedRMSNorm) and not m.fastft_centred for m in norms):
         return None
-    projections = [attention._modules[name] for name in ATTENTION_CHILDREN]
+    projections = [own[name] for name in ATTENTION_CHILDREN]
     projections += [mlp._modules[name] for name in (layout.gate, layout.up, layout.down)]
     if not all(isinstance(projection, FusedLoraLinear) for projection in projections):
         return None
-    return Members(norm, attention, norm_2, mlp, tuple(projections))
+    return Members(norms, attention, mlp, tuple(projections))
 
 
 class FusedDecoderLayer(Swapped):
@@ -130,9 +134,9 @@ def _call_of(
     x = args[0] if len(args) == 1 else None
     if type(x) is not Tensor or not torch.is_grad_enabled() or x.dim() != 3:
         return None
-    for name, value in kwargs.items():
-        if name not in _READ and name not in _PASSED_ON and value not in (None, False):
-            return None
+    options = [kwargs.get(name) for name in _OPTIONS]
+    if any(value is not None and value is not False for value in options):
+        return None
     if transform() is not None or autocast_dtype(x.device.type) is not None:
         return None
     # A policy of activations, or a checkpoint, keeps and makes again what the parts save.
@@ -203,10 +207,10 @@ def _as_tried(module: nn.Module) -> bool:
 
 def _looked_at(members: Members) -> bool:
     """Whether anything looks at a part that one operation does not call."""
-    norm, attention, norm_2, mlp, projections = members
-    if hooked_everywhere(norm) or TILE in mlp.__dict__:
+    norms, attention, mlp, projections = members
+    if hooked_everywhere(attention) or TILE in mlp.__dict__:
         return True
-    if any(hooked(m) for m in (norm, attention, norm_2, mlp, *projections)):
+    if any(hooked(m) for m in (*norms, attention, mlp, *projections)):
         return True
     return any(adapter_names_of(m, {}) is not None for m in projections)
 
@@ -227,12 +231,12 @@ def _facts(
         tables = tuple(t[..., : t.shape[-1] // 2] for t in tables)  # type: ignore[assignment]
     attention = _attention(members.attention, turn, tables[0])
     activation = activation_of(members.mlp, members.mlp.fastft_layout)
-    norms = _norms(members, x)
-    if attention is None or activation is None or norms is None:
+    if attention is None or activation is None:
         return None
     width, scale, causal = attention
+    norms = _norms(members, x, width)
     operands = _operands(members.projections, x, width)
-    if operands is None:
+    if norms is None or operands is None:
         return None
     parts, biases = operands
     weights, lora_as, lora_bs = zip(*[p.tensors() for p in parts], strict=True)
@@ -269,16 +273,18 @@ def _attention(attention: Any, turn: RopeFacts, table: Tensor) -> tuple[int, flo
     return width, scale, causal
 
 
-def _norms(members: Members, x: Tensor) -> tuple[tuple[Norm, Norm], list[Tensor]] | None:
+def _norms(members: Members, x: Tensor, width: int) -> tuple[tuple[Norm, ...], list[Tensor]] | None:
     constants, weights = [], []
-    for norm in (members.norm, members.norm_2):
+    for i, norm in enumerate(members.norms):
         weight = parameter(norm, "weight")
-        fits = type(weight) in _PLAIN and weight.dtype == x.dtype and weight.device == x.device
-        if not fits or weight.requires_grad or weight.shape != x.shape[2:]:
+        same = type(weight) in _PLAIN and weight.dtype == x.dtype and weight.device == x.device
+        if not same or weight.requires_grad or not weight.is_contiguous():
+            return None
+        if weight.shape != (x.shape[-1] if i < 2 else width,):
             return None
         weights.append(weight)
         constants.append(Norm(epsilon(norm) or 0.0, norm.fastft_offset, norm.fastft_round_first))
-    return (constants[0], constants[1]), weights
+    return tuple(constants), weights
 
 
 def _operands(
@@ -293,6 +299,8 @@ def _operands(
             return None
         parts = plain[1]
         weight = parts.tensors()[0]
+        if not all(t.is_contiguous() for t in parts.tensors()):
+            return None
         if type(parts.base) is not nn.Linear or not suits(x, parts, None):
             return None
         read = _READS.get(i)
@@ -330,7 +338,7 @@ def _launcher(device_type: str, dtype: torch.dtype, adapter_dtype: torch.dtype) 
 
 def _count(members: Members) -> None:
     """The calls of the parts, as if each had been made."""
-    for module in (members.norm, members.attention, members.norm_2, *members.projections):
+    for module in (*members.norms, members.attention, *members.projections):
         count(module, None)
     count(members.attention, None, "rope")
     count(members.mlp, None)

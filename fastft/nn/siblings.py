@@ -20,6 +20,7 @@ from fastft.nn import packing
 from fastft.nn.mixed import adapter_names_of
 from fastft.nn.plans import plain_facts
 from fastft.nn.quantized import unpack_all
+from fastft.ops import _room
 from fastft.ops._checks import autocast_dtype
 
 if TYPE_CHECKING:
@@ -224,6 +225,7 @@ def begin_forward(root: nn.Module, *_: Any) -> None:
                 for layer in layers:
                     _groups[layer] = group  # type: ignore[index]
         _seen.add(root)
+        _room.trim()  # from here on a step asks for other sizes
         if root in packing.wanted:
             _pack(watch.called(), packing.shared_storages(root))
         return

@@ -3,6 +3,8 @@
     h = x + o(attention(rope(q(n)), rope(k(n)), v(n))),   n = norm(x)
     y = h + down(act(gate(m)) * up(m)),                   m = norm(h)
 
+and where q and k have norms of their own, rope(norm(q(n))) and rope(norm(k(n))), head by head.
+
 The kernels are those of the operations one by one, in the same order on the same values: the bits
 are the same, dropout's masks among them. What is spared is the way through Python and autograd
 between them, which on two cores takes a twelfth of SmolLM2's step, and four passes of sums.
@@ -28,6 +30,7 @@ from fastft.reference.rope import rope
 __all__ = ["GROUPS", "PROJECTIONS", "Facts", "Norm", "decoder_layer"]
 
 PROJECTIONS = 7
+_NORMS = 2
 # The projections by what they read: q k v, o, gate up, down.
 GROUPS = (slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7))
 
@@ -44,12 +47,13 @@ class Facts(NamedTuple):
     """What a call holds beside tensors.
 
     sizes: batch, tokens, features, heads, kv_heads, width of a head, inner features of the MLP.
+    norms: of the layer, and those of q's and k's heads where there are any.
     scale, causal: attention's. interleaved, half_tables: rope's. scalings, dropout_ps: one a
     projection. launcher: of the whole. adapters: the backend that draws dropout's masks.
     """
 
     sizes: tuple[int, ...]
-    norms: tuple[Norm, Norm]
+    norms: tuple[Norm, ...]
     scale: float
     causal: bool
     interleaved: bool
@@ -62,7 +66,8 @@ class Facts(NamedTuple):
 
     def room(self, lora_as: Sequence[Tensor]) -> tuple[int, int, int]:
         """Elements of what is kept, and of the scratch of forward and backward."""
-        kept, forward, backward = self.launcher.room(self.sizes, [a.shape[0] for a in lora_as])
+        ranks, of_heads = [a.shape[0] for a in lora_as], len(self.norms) > _NORMS
+        kept, forward, backward = self.launcher.room(self.sizes, ranks, of_heads)
         return kept // 2, forward // 2, backward // 2
 
 
@@ -85,7 +90,7 @@ def decoder_layer(
         cos, sin: (batch or 1, tokens, entries), as ``fastft.ops.rope`` takes them, of the same
             strides, neighbouring entries.
         mask: as ``fastft.ops.scaled_dot_product_attention`` takes it, neighbouring keys.
-        norms: the weights of the two.
+        norms: their weights.
         weights, biases, lora_as, lora_bs: of q, k, v, o, gate, up and down, contiguous.
 
     Gradients flow to x, lora_as and lora_bs. The caller has held all else against the rules of the
@@ -120,41 +125,41 @@ class DecoderLayer(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         mask: Tensor | None,
-        norm: Tensor,
-        norm_2: Tensor,
         *tensors: Any,
     ) -> Tensor:
-        kinds = _kinds(tensors)
+        norms, kinds = tensors[: len(facts.norms)], _kinds(tensors[len(facts.norms) :])
         of_kept, of_scratch, _ = facts.room(kinds[2])
         kept, scratch = new_empty(x, (of_kept,)), new_empty(x, (of_scratch,))
         y = empty_like(x)
-        call = (kept, x, cos, sin, mask, (norm, norm_2), kinds, facts)
+        call = (kept, x, cos, sin, mask, norms, kinds, facts)
         facts.launcher.forward(y, scratch, *call)
         ctx.facts = facts
-        ctx.save_for_backward(kept, x, cos, sin, mask, norm, norm_2, *tensors)
+        ctx.save_for_backward(kept, x, cos, sin, mask, *tensors)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         facts: Facts = ctx.facts
-        kept, x, cos, sin, mask, norm, norm_2, *tensors = ctx.saved_tensors
-        need_x, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[7:]
+        kept, x, cos, sin, mask, *tensors = ctx.saved_tensors
+        n = len(facts.norms)
+        norms, tensors, before = tensors[:n], tensors[n:], [None] * (3 + n)
+        need_x, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[5 + n :]
         if wanted(dy):
 
             def again(x: Tensor, *tensors: Any) -> Tensor:
-                return _plain(facts, x, cos, sin, mask, (norm, norm_2), tensors)
+                return _plain(facts, x, cos, sin, mask, norms, tensors)
 
             dx, *others = plain_gradients(again, (x, *tensors), (need_x, *needs), [dy])
-            return (None, dx, *[None] * 5, *others)
+            return (None, dx, *before, *others)
         kinds = _kinds(tensors)
         adapters = range(2 * PROJECTIONS, 4 * PROJECTIONS)
         gradients = [torch.empty_like(tensors[i]) if needs[i] else None for i in adapters]
         scratch = new_empty(x, (facts.room(kinds[2])[2],))
         dx = empty_like(x) if need_x else None
-        call = (kept, x, cos, sin, mask, (norm, norm_2), kinds, facts)
+        call = (kept, x, cos, sin, mask, norms, kinds, facts)
         facts.launcher.backward(dx, gradients, dy.contiguous(), scratch, *call)
         none = [None] * PROJECTIONS
-        return (None, dx, *[None] * 5, *none, *none, *gradients, *none)
+        return (None, dx, *before, *none, *none, *gradients, *none)
 
 
 def _plain(
@@ -163,7 +168,7 @@ def _plain(
     cos: Tensor,
     sin: Tensor,
     mask: Tensor | None,
-    norms: tuple[Tensor, Tensor],
+    norms: Sequence[Tensor],
     tensors: Sequence[Any],
 ) -> Tensor:
     """The layer as torch operations."""
@@ -181,13 +186,18 @@ def _plain(
     def heads(rows: Tensor) -> Tensor:
         return rows.view(*x.shape[:2], -1, width).transpose(1, 2)
 
-    def turned(tensor: Tensor) -> Tensor:
+    def normed(x: Tensor, index: int) -> Tensor:
+        return rms_norm(x, norms[index], *facts.norms[index])[0]
+
+    def turned(tensor: Tensor, index: int) -> Tensor:
+        if len(norms) > _NORMS:
+            tensor = normed(tensor.view(-1, width), _NORMS + index).view(tensor.shape)
         facts_of = {"interleaved": facts.interleaved, "half_tables": facts.half_tables}
         return rope(heads(tensor), cos, sin, **facts_of).to(tensor.dtype)
 
-    q, k, v = project(GROUPS[0], rms_norm(rows, norms[0], *facts.norms[0])[0])
-    out, _ = attention(turned(q), turned(k), heads(v), mask, facts.scale, facts.causal)
+    q, k, v = project(GROUPS[0], normed(rows, 0))
+    out, _ = attention(turned(q, 0), turned(k, 1), heads(v), mask, facts.scale, facts.causal)
     h = rows + project(GROUPS[1], out.transpose(1, 2).reshape(q.shape))[0]
-    gate, up = project(GROUPS[2], rms_norm(h, norms[1], *facts.norms[1])[0])
+    gate, up = project(GROUPS[2], normed(h, 1))
     y = h + project(GROUPS[3], glu(gate, up, facts.activation))[0]
     return y.view(x.shape)

@@ -21,6 +21,7 @@ from fastft.nn.calls import uncounted
 from fastft.nn.decoder import (
     ATTENTION_CHILDREN,
     CHILDREN,
+    HEAD_NORMS,
     FusedDecoderLayer,
     Members,
     launcher_of,
@@ -39,10 +40,10 @@ _OPERATIONS = 5
 
 _OF_LAYERS = frozenset(CHILDREN)
 _OF_ATTENTION = frozenset({
-    *ATTENTION_CHILDREN, "ALL_ATTENTION_FUNCTIONS", "_attn_implementation", "attention_dropout",
-    "config", "contiguous", "eager_attention_forward", "get_interface", "getattr", "head_dim",
-    "layer_idx", "reshape", "scaling", "shape", "size", "sliding_window", "training", "transpose",
-    "update", "view",
+    *ATTENTION_CHILDREN, *HEAD_NORMS, "ALL_ATTENTION_FUNCTIONS", "_attn_implementation",
+    "attention_dropout", "config", "contiguous", "eager_attention_forward", "get_interface",
+    "getattr", "head_dim", "layer_idx", "reshape", "scaling", "shape", "size", "sliding_window",
+    "training", "transpose", "update", "view",
 })  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def _key(layer: nn.Module, members: Members) -> tuple[Any, ...]:
     kinds = tuple(type(m) for m in layer.modules())
     values = tuple(
         (name, value)
-        for m in (layer, *members[:4])
+        for m in (layer, members.attention, members.mlp, *members.norms)
         for name, value in vars(m).items()
         if name != "layer_idx" and isinstance(value, (int, float, str))
     )
@@ -118,11 +119,12 @@ def _masks(members: Members) -> Iterator[Tensor | None]:
     yield None
     mask = torch.ones(_TOKENS, _TOKENS, dtype=torch.bool).tril().repeat(_BATCH, 1, 1, 1)
     mask[0, :, :, :3] = False
-    yield mask.to(members.norm.weight.device)
+    yield mask.to(members.norms[0].weight.device)
 
 
 def _results(layer: Any, members: Members, mask: Tensor | None, fused: bool) -> list[Tensor]:
-    """Result and gradients, of x and the adapters, with random adapters."""
+    """Result and gradients, of x and the adapters, with random adapters and norms: with weights of
+    one, before a rotation or after it is the same for a norm."""
     torch.manual_seed(0)
     weight = members.projections[0].base_layer.weight
     device, dtype = weight.device, weight.dtype
@@ -146,7 +148,12 @@ def _results(layer: Any, members: Members, mask: Tensor | None, fused: bool) -> 
     }
     whole = _Whole(layer) if fused else layer
     prefix = "layer." if fused else ""
-    parameters = {prefix + name: p for name, p in adapters.items()}
+    norms = {
+        name: draw(*p.shape) * p.shape[0] ** 0.5
+        for name, p in layer.named_parameters()
+        if p.dim() == 1 and name.endswith("norm.weight")
+    }
+    parameters = {prefix + name: p for name, p in (adapters | norms).items()}
     y = functional_call(whole, parameters, (x,), given)
     leaves = [x, *adapters.values()]
     found = torch.autograd.grad(y, leaves, draw(*y.shape), allow_unused=True)

@@ -109,7 +109,7 @@ def padded(*starts: int, right: bool) -> Tensor:
 
 @pytest.mark.parametrize("masked", [None, "right", "left"])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-@pytest.mark.parametrize("family", ["Llama", "Qwen2"])  # the latter has biases
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])  # biases, norms of heads
 def test_the_bits_of_the_parts(
     family: str, dropout: float, masked: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,10 +177,11 @@ def test_any_number_of_threads_and_a_second_time() -> None:
         assert torch.equal(a, b)
 
 
-def test_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_second_derivatives(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for on in (False, True):
-        model = learnt(build(layer=on, lora={"lora_dropout": 0.25}))
+        model = learnt(build(family, layer=on, lora={"lora_dropout": 0.25}))
         leaves = [p for p in model.parameters() if p.requires_grad]
         torch.manual_seed(3)
         with watched(monkeypatch) as calls:
@@ -220,6 +221,12 @@ def _train_norms(model: Any) -> None:
         layer.input_layernorm.weight.requires_grad_()  # type: ignore[union-attr]
 
 
+def _turn_weights(model: Any) -> None:
+    for layer in layers_of(model):
+        weight = layer.mlp.up_proj.base_layer.weight  # type: ignore[union-attr]
+        weight.data = weight.data.t().contiguous().t()  # type: ignore[union-attr,operator]
+
+
 def _drop_attention(model: Any) -> None:
     for layer in layers_of(model):
         layer.self_attn.attention_dropout = 0.5  # type: ignore[union-attr]
@@ -247,6 +254,7 @@ OUT_OF_THE_ORDINARY: dict[str, tuple[Callable[[Any], Any], Callable[[], Any], di
     "adapters off": (lambda m: m.base_model.disable_adapter_layers(), nullcontext, {}),
     "merged": (lambda m: m.merge_adapter(), nullcontext, {}),
     "trained norms": (_train_norms, nullcontext, {}),
+    "a weight stored by columns": (_turn_weights, nullcontext, {}),
     "another rotary function": (_other_rotary, nullcontext, {}),
     "eager attention": (lambda m: m.set_attn_implementation("eager"), nullcontext, {}),
     "checkpointing": (lambda m: m.gradient_checkpointing_enable(), nullcontext, {}),
@@ -275,6 +283,18 @@ def test_other_calls_run_the_layers_own_code(case: str, monkeypatch: pytest.Monk
         if callable(undo):
             undo()
     assert_same(found[1], found[0])
+
+
+def test_arguments_that_are_only_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = learnt(build())
+    with watched(monkeypatch) as calls:  # as a Trainer gives it
+        trained(model, batch(1, num_items_in_batch=torch.tensor(7)))
+    assert len(calls) == 2
+    ends = torch.tensor([0, 100, 160], dtype=torch.int32)
+    with watched(monkeypatch) as calls:
+        ids = {name: ids[:1].repeat(1, 4) for name, ids in batch(1).items()}
+        trained(model, {**ids, "cu_seq_lens_q": ends * 4, "cu_seq_lens_k": ends * 4})
+    assert not calls
 
 
 def test_dropout_of_attention_runs_the_layers_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,18 +340,17 @@ def test_the_first_forward_learns_and_calls_are_counted_as_the_parts(
     assert counts[0] == counts[1]
 
 
-FUSED = ("Llama", "Mistral", "Qwen2", "Gemma", "Arcee", "Ernie4_5")
+FUSED = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Ernie4_5")
 # A norm after the attention, scales of residuals, of queries far along, layers without positions,
 # more norms, one weight for gate and up, no gate.
-APART = ("Olmo2", "Granite", "Ministral3", "SmolLM3", "Gemma2", "Qwen3", "Phi3", "Nemotron")
+APART = ("Olmo2", "Granite", "Ministral3", "SmolLM3", "Gemma2", "Phi3", "Arcee", "Nemotron")
 
 
 @pytest.mark.parametrize("family", FUSED + APART)
 def test_families(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(family)
     whole = [isinstance(layer, FusedDecoderLayer) for layer in layers_of(model)]
-    gated = family != "Arcee"  # whose MLP has no gate
-    assert whole == [family in FUSED and gated] * 2
+    assert whole == [family in FUSED] * 2
     if not any(whole):
         return
     learnt(model)
