@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastft import backends
 from fastft.nn.calls import uncounted
+from fastft.nn.deferred import DeferredLogits, only_shapes
 
 __all__ = ["Meter", "Work", "metered"]
 
@@ -107,6 +108,8 @@ class _Watch(TorchDispatchMode):
         if func.name() == "aten::_local_scalar_dense":
             return self._guess(args[0])
         result = func(*args, **(kwargs or {}))
+        if only_shapes() or isinstance(result, DeferredLogits):  # without storage
+            return result
         if func.name().startswith("aten::any"):
             self._any = result.untyped_storage()._cdata
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]

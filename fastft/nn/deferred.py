@@ -93,9 +93,11 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 class _Thread(threading.local):
-    """Whether this thread takes views of deferred logits, which are deferred."""
+    """Whether this thread takes views of deferred logits, which are deferred, and whether it makes
+    tensors for their shapes."""
 
     views = False
+    shapes = False
 
 
 _thread = _Thread()
@@ -110,6 +112,21 @@ def taking_views() -> Iterator[None]:
             yield
     finally:
         _thread.views = False
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside, tensors are made for their shapes alone: no memory that anybody should count."""
+    outer, _thread.shapes = _thread.shapes, True
+    try:
+        yield
+    finally:
+        _thread.shapes = outer
+
+
+def only_shapes() -> bool:
+    """Whether this thread is in :func:`shapes_only`."""
+    return _thread.shapes
 
 
 class DeferredLogits(Tensor):
@@ -132,7 +149,8 @@ class DeferredLogits(Tensor):
         """``like``: a tensor of the meta device, for what is not contiguous."""
         if like is None:
             hidden = source.hidden_states
-            like = torch.empty(*hidden.shape[:-1], source.weight.shape[0], device="meta")
+            with shapes_only():
+                like = torch.empty(*hidden.shape[:-1], source.weight.shape[0], device="meta")
         self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             like.shape,
@@ -263,7 +281,8 @@ def _of_values(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _view(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> DeferredLogits:
     """A view of deferred logits, not computed."""
-    shaped = func(like(logits), *args, **kwargs)
+    with shapes_only():
+        shaped = func(like(logits), *args, **kwargs)
     found: DeferredLogits = DeferredLogits(logits.source, logits.dtype, shaped)
     found.done = logits, lambda z: func(z, *args, **kwargs), True
     return found

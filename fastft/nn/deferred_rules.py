@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.nn.deferred import RULES, DeferredLogits, like
+from fastft.nn.deferred import RULES, DeferredLogits, like, shapes_only
 from fastft.nn.deferred_graph import done, made_of, viewed
 from fastft.nn.deferred_source import HeadAdapter, Uses
 
@@ -28,8 +28,10 @@ def _taken(
     shape_of: does to the logits what ``pick`` does to tensors with another last dimension.
     """
     change = logits.source.at(pick)
-    of = like(logits)
-    if shape_of(of).untyped_storage()._cdata == of.untyped_storage()._cdata:
+    with shapes_only():
+        of = like(logits)
+        is_view = shape_of(of).untyped_storage()._cdata == of.untyped_storage()._cdata
+    if is_view:
         return viewed(logits, shape_of, **change)
     shape = logits.shape
     return done(logits, shape_of, lambda d: d.reshape(shape), **change)

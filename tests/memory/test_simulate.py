@@ -15,6 +15,7 @@ import fastft
 from fastft import backends, memory
 from fastft.cpu import products
 from fastft.memory.simulate import Launchers, Meter, metered
+from fastft.nn.deferred import DeferredLogits, only_shapes
 from fastft.ops import _room
 from tests.memory.models import VOCABULARY, llama
 
@@ -31,8 +32,8 @@ class Alive(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+        for tensor in () if only_shapes() else tree_leaves(result):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, DeferredLogits):
                 self.track(tensor.untyped_storage())
         return result
 
@@ -93,6 +94,24 @@ def test_peak_and_kept_bytes_are_the_real_ones(
     slack = 64 * 1024 + 4 * 128 * VOCABULARY * 4
     assert abs(kept - real["kept"]) <= slack, (kept, real)
     assert abs(meter.peak - before - real["peak"]) <= slack + 0.02 * real["peak"]
+
+
+def test_logits_that_are_not_made_take_no_memory() -> None:
+    vocabulary, tokens = 50_000, 512
+    meter = Meter()
+    with torch.device("meta"):
+        model = llama(fused=False, vocab_size=vocabulary, num_hidden_layers=1)
+    with backends.planning(Launchers(meter, "cpu")):
+        fastft.accelerate(model)
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+    with metered(meter, "cpu"):
+        meter.ignore([*model.parameters(), *model.buffers(), ids])
+        for _ in range(2):
+            model.zero_grad(set_to_none=True)
+            meter.start()
+            model(input_ids=ids, labels=ids).loss.backward()
+    logits = 4 * tokens * vocabulary
+    assert meter.peak < logits / 2  # a slab of an eighth, and the layer
 
 
 def test_products_are_counted() -> None:
