@@ -31,7 +31,7 @@ NAME = "fastft"
 # Arguments of the interface that fastft's attention has no part in.
 _UNSUPPORTED = ("position_bias", "softcap", "s_aux", "cache")
 # All that it looks at beside the heads, the mask and what the module itself passes.
-OPTIONS = (*_UNSUPPORTED, "cu_seq_lens_q", "is_causal", "output_attentions", "sliding_window")
+OPTIONS = (*_UNSUPPORTED, "cu_seq_lens_q", "is_causal", "sliding_window")  # and output_attentions
 
 
 class _ConfigView:

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from fastft import backends
 from fastft.nn import siblings
-from fastft.nn.attention import OPTIONS, FusedAttention
+from fastft.nn.attention import NAME, OPTIONS, FusedAttention, attention_forward
 from fastft.nn.calls import count
 from fastft.nn.lora import FusedLoraLinear
 from fastft.nn.mixed import adapter_names_of
 from fastft.nn.mlp import TILE, FusedGatedMLP, activation_of
 from fastft.nn.norm import FusedRMSNorm, epsilon
 from fastft.nn.plans import Parts, fits, plain_parts, suits
-from fastft.nn.rope import FusedRope, RopeFacts, current_facts
+from fastft.nn.rope import FusedRope, RopeFacts, current_facts, names_of
 from fastft.nn.rules import hooked, hooked_everywhere, parameter
 from fastft.nn.swap import Swapped, original_of
 from fastft.ops._checks import autocast_dtype
@@ -51,6 +51,7 @@ HEAD_NORMS = ("q_norm", "k_norm")
 # Arguments that make a call another one. What else there is, the layer's code passes on to its
 # attention's, and that to fastft's, which does not look at it.
 _OPTIONS = (*OPTIONS, "past_key_values", "dropout", "scaling")
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _PLAIN = (Tensor, nn.Parameter)
 # Whose results o and down read: the heads of q, and the unit's.
 _READS = {3: 0, 6: 5}
@@ -134,8 +135,7 @@ def _call_of(
     x = args[0] if len(args) == 1 else None
     if type(x) is not Tensor or not torch.is_grad_enabled() or x.dim() != 3:
         return None
-    options = [kwargs.get(name) for name in _OPTIONS]
-    if any(value is not None and value is not False for value in options):
+    if any(kwargs.get(name) is not None for name in _OPTIONS) or kwargs.get("output_attentions"):
         return None
     if transform() is not None or autocast_dtype(x.device.type) is not None:
         return None
@@ -150,7 +150,8 @@ def _call_of(
     batch, tokens, _ = x.shape
     if batch == 0 or tokens < 2 or not all(_is_table(t, x) for t in tables):
         return None
-    if tables[0].shape != tables[1].shape or tables[0].stride() != tables[1].stride():
+    forms = [(t.shape, t.stride(), t.dtype) for t in tables]
+    if forms[0] != forms[1]:
         return None
     if mask is not None and not _is_mask(mask, x):
         return None
@@ -227,6 +228,8 @@ def _facts(
     turn = current_facts(type(members.attention))
     if turn is None or not (turn.narrow or tables[0].dtype == x.dtype):
         return None
+    if not _asks_fastft(type(members.attention)):
+        return None
     if turn.tables == "first half":
         tables = tuple(t[..., : t.shape[-1] // 2] for t in tables)  # type: ignore[assignment]
     attention = _attention(members.attention, turn, tables[0])
@@ -255,6 +258,13 @@ def _facts(
         activation, tuple([float(p.scaling) for p in parts]), ps, launcher, _ADAPTERS,
     )  # fmt: skip
     return facts, x, *tables, mask, norms[1], weights, biases, lora_as, lora_bs
+
+
+def _asks_fastft(cls: Any) -> bool:
+    """Whether the attention's code still gets fastft's from Transformers' interface."""
+    interface = names_of(cls).get(_INTERFACE)
+    found = getattr(interface, "get_interface", None)
+    return found is not None and found(NAME, None) is attention_forward
 
 
 def _attention(attention: Any, turn: RopeFacts, table: Tensor) -> tuple[int, float, bool] | None:

@@ -28,6 +28,7 @@ __all__ = [
     "current_facts",
     "facts_of",
     "fused_rope",
+    "names_of",
     "rope_facts",
     "rotary_function",
 ]
@@ -111,6 +112,15 @@ def current_facts(cls: Any) -> RopeFacts | None:
     """What the rotary function of a fused class does, while it is the one that was tried."""
     found = _unpatched(cls.fastft_original.forward, cls.fastft_rope)
     return None if found is None else cls.fastft_rope  # type: ignore[no-any-return]
+
+
+def names_of(cls: Any) -> dict[str, Any]:
+    """What the names in the code of a fused class's forward mean now."""
+    found = _rebound(cls.fastft_original.forward, cls.fastft_rope)
+    if found is None:
+        return {}
+    _, _, own, _ = found
+    return own.__globals__
 
 
 def _unpatched(forward: Any, facts: RopeFacts) -> _Fused | None:

@@ -114,8 +114,14 @@ def _kinds(tensors: Sequence[Any]) -> list[Sequence[Any]]:
     return [tensors[start : start + n] for start in range(0, 5 * n, n)]
 
 
+def _forms(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """How tensors are read by address."""
+    return [None if t is None else (t.dtype, t.shape, t.is_contiguous()) for t in tensors]
+
+
 class DecoderLayer(torch.autograd.Function):
-    """Eager autograd; a second derivative goes through the references."""
+    """Eager autograd; a second derivative, and that of parameters whose data has taken another form
+    since, goes through the references."""
 
     @staticmethod
     def forward(
@@ -133,7 +139,7 @@ class DecoderLayer(torch.autograd.Function):
         y = empty_like(x)
         call = (kept, x, cos, sin, mask, norms, kinds, facts)
         facts.launcher.forward(y, scratch, *call)
-        ctx.facts = facts
+        ctx.facts, ctx.forms = facts, _forms(tensors)
         ctx.save_for_backward(kept, x, cos, sin, mask, *tensors)
         return y
 
@@ -141,10 +147,12 @@ class DecoderLayer(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         facts: Facts = ctx.facts
         kept, x, cos, sin, mask, *tensors = ctx.saved_tensors
+        # Data put in another's place has no version: what is read by address has to be as it was.
+        changed = _forms(tensors) != ctx.forms
         n = len(facts.norms)
         norms, tensors, before = tensors[:n], tensors[n:], [None] * (3 + n)
         need_x, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[5 + n :]
-        if wanted(dy):
+        if changed or wanted(dy):
 
             def again(x: Tensor, *tensors: Any) -> Tensor:
                 return _plain(facts, x, cos, sin, mask, norms, tensors)

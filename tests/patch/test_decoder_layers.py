@@ -204,6 +204,47 @@ def test_weights_that_change_before_the_backward_are_refused() -> None:
         loss.backward()
 
 
+def _in_float32(p: nn.Parameter) -> Tensor:
+    return p.data.float()
+
+
+def _by_columns(p: nn.Parameter) -> Tensor:
+    return p.data.t().contiguous().t()
+
+
+@pytest.mark.parametrize("form", [_in_float32, _by_columns])
+@pytest.mark.parametrize("part", ["up_proj.base_layer", "k_proj.lora_A", "o_proj.lora_B"])
+def test_data_of_another_form_before_the_backward(part: str, form: Any) -> None:
+    model = build(lora={"r": 8})
+    for name, p in model.named_parameters():  # of which some become float32
+        if "lora_" in name:
+            p.data = p.data.bfloat16()
+    learnt(model)
+    expected = trained(model, batch(1))
+    model.zero_grad()
+    loss = model(**batch(1)).loss
+    for name, p in model.named_parameters():
+        if part in name:
+            p.data = form(p)
+    loss.backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            difference = (p.grad.float() - expected[name].float()).norm()
+            assert float(difference) <= 0.04 * float(expected[name].float().norm())
+
+
+def _interface(model: Any) -> Any:
+    module = transformers.models.llama.modeling_llama
+    own, patched = module.ALL_ATTENTION_FUNCTIONS, pytest.MonkeyPatch()
+
+    class Other:
+        def get_interface(self, *names: Any) -> Any:
+            return lambda *a, **k: (2 * own.get_interface(*names)(*a, **k)[0], None)
+
+    patched.setattr(module, "ALL_ATTENTION_FUNCTIONS", Other())
+    return patched.undo
+
+
 def _hook(model: Any) -> Any:
     seen: list[Any] = []
     layer = model.get_base_model().model.layers[1]
@@ -261,6 +302,8 @@ OUT_OF_THE_ORDINARY: dict[str, tuple[Callable[[Any], Any], Callable[[], Any], di
     "a policy": (_policy, nullcontext, {}),
     "saved tensors asked for": (lambda m: None, _offloaded, {}),
     "autocast": (lambda m: None, lambda: torch.autocast("cpu", torch.bfloat16), {}),
+    "another attention interface": (_interface, nullcontext, {}),
+    "not causal": (lambda m: None, nullcontext, {"is_causal": False}),
     "a cache": (lambda m: None, nullcontext, {"use_cache": True}),
 }
 
