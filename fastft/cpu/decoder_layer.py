@@ -47,12 +47,8 @@ def takes(
     batch, tokens, features, _, _, width, inner = sizes
     if (batch * tokens < MIN_ROWS and not small) or features % 2 or width % 2 or inner % 2:
         return False
-    for ranks, drops in zip(groups, dropped, strict=True):
-        together = sum(r for r, drop in zip(ranks, drops, strict=True) if not drop)
-        alone = max((r for r, drop in zip(ranks, drops, strict=True) if drop), default=0)
-        if not thin.serves(_DTYPE, together) or not thin.serves(_DTYPE, alone, True):
-            return False
-    return True
+    pairs = zip(groups, dropped, strict=True)
+    return all(thin.serves_all(_DTYPE, ranks, drops) for ranks, drops in pairs)
 
 
 def room(sizes: Sequence[int], ranks: Sequence[int], head_norms: bool) -> tuple[int, int, int]:
@@ -106,7 +102,7 @@ def _arguments(
         (
             a.shape[0],
             weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
+            address(bias),
             a.data_ptr(),
             b.data_ptr(),
             da,

@@ -41,10 +41,8 @@ def _takes(
         or any(span != rows for span in spans)
     ):
         return False
-    ranks = [a.shape[0] for a in lora_as]
-    together = sum(r for r, mask in zip(ranks, masks, strict=True) if mask is None)
-    alone = max((r for r, mask in zip(ranks, masks, strict=True) if mask is not None), default=0)
-    if not thin.serves(x.dtype, together) or not thin.serves(x.dtype, alone, True):
+    ranks, dropped = [a.shape[0] for a in lora_as], [mask is not None for mask in masks]
+    if not thin.serves_all(x.dtype, ranks, dropped):
         return False
     return _dense((x, *lora_as, *lora_bs))
 

@@ -7,6 +7,7 @@ the library's products, whose inner sums are then long enough, are as fast.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from fastft import native
 from fastft.cpu.products import scratch
 
-__all__ = ["back", "expand", "pair", "serves", "shrink"]
+__all__ = ["back", "expand", "pair", "serves", "serves_all", "shrink"]
 
 # Up to this sum of ranks one pass of ours is faster than two of the library's (measured at 16, 32
 # and 64 on Zen 4); and up to the other under dropout, for which the library wants x dropped first.
@@ -25,6 +26,15 @@ def serves(dtype: torch.dtype, r: int, dropped: bool = False) -> bool:
     """Whether these products take activations of ``dtype`` and ``r`` ranks, and pay."""
     most = _MAX_DROPPED_RANK if dropped else _MAX_RANK
     return dtype == torch.bfloat16 and r <= most and _has_bfloat16_products()
+
+
+def serves_all(dtype: torch.dtype, ranks: Sequence[int], dropped: Sequence[bool]) -> bool:
+    """The same of adapters that share an input: those without dropout are read together, each other
+    one alone."""
+    pairs = list(zip(ranks, dropped, strict=True))
+    together = sum(r for r, drops in pairs if not drops)
+    alone = max((r for r, drops in pairs if drops), default=0)
+    return serves(dtype, together) and serves(dtype, alone, True)
 
 
 @functools.cache

@@ -55,8 +55,6 @@ _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _PLAIN = (Tensor, nn.Parameter)
 # Whose results o and down read: the heads of q, and the unit's.
 _READS = {3: 0, 6: 5}
-# The backend that draws the masks of dropout.
-_ADAPTERS = "cpu"
 
 
 class Members(NamedTuple):
@@ -255,7 +253,7 @@ def _facts(
         return None
     facts = Facts(
         sizes, norms[0], scale, causal and mask is None, turn.interleaved, turn.tables != "whole",
-        activation, tuple([float(p.scaling) for p in parts]), ps, launcher, _ADAPTERS,
+        activation, tuple([float(p.scaling) for p in parts]), ps, launcher,
     )  # fmt: skip
     return facts, x, *tables, mask, norms[1], weights, biases, lora_as, lora_bs
 

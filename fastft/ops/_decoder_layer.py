@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastft.ops._differentiable import plain_gradients, wanted
-from fastft.ops._lora_linear_call import Constants, draw_masks
+from fastft.ops._lora_linear_call import AUTO, Constants, draw_masks
 from fastft.ops._lora_linear_gradients import plain_products
 from fastft.ops._room import empty_like, new_empty
 from fastft.reference.attention import attention
@@ -49,7 +49,7 @@ class Facts(NamedTuple):
     sizes: batch, tokens, features, heads, kv_heads, width of a head, inner features of the MLP.
     norms: of the layer, and those of q's and k's heads where there are any.
     scale, causal: attention's. interleaved, half_tables: rope's. scalings, dropout_ps: one a
-    projection. launcher: of the whole. adapters: the backend that draws dropout's masks.
+    projection. launcher: of the whole.
     """
 
     sizes: tuple[int, ...]
@@ -62,7 +62,6 @@ class Facts(NamedTuple):
     scalings: tuple[float, ...]
     dropout_ps: tuple[float, ...]
     launcher: Any
-    adapters: str
 
     def room(self, lora_as: Sequence[Tensor]) -> tuple[int, int, int]:
         """Elements of what is kept, and of the scratch of forward and backward."""
@@ -102,7 +101,7 @@ def decoder_layer(
         for of in GROUPS:
             ps, a = facts.dropout_ps[of], lora_as[of][0]
             like = x.new_empty(1).expand(rows, a.shape[1])  # only its shape is looked at
-            masks += draw_masks(like, ps, [0, rows] * len(ps), a, facts.adapters, False)
+            masks += draw_masks(like, ps, [0, rows] * len(ps), a, AUTO, False)
     tensors = (*weights, *biases, *lora_as, *lora_bs, *masks)
     y: Tensor = DecoderLayer.apply(facts, x, cos, sin, mask, *norms, *tensors)
     return y
@@ -187,7 +186,7 @@ def _plain(
         n = of.stop - of.start
         constants = Constants(
             n, list(facts.scalings[of]), list(facts.dropout_ps[of]), list(range(n)),
-            [0, x.shape[0]] * n, facts.adapters,
+            [0, x.shape[0]] * n, AUTO,
         )  # fmt: skip
         return plain_products(constants, x, *[kind[of] for kind in kinds])
 

@@ -8,6 +8,7 @@ tried: once through its own code, whose parts are fused, and once as one operati
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastft.nn import decoder
-from fastft.nn.calls import uncounted
 from fastft.nn.decoder import (
     ATTENTION_CHILDREN,
     CHILDREN,
@@ -27,9 +27,8 @@ from fastft.nn.decoder import (
     launcher_of,
     members_of,
 )
-from fastft.nn.rules import unhooked
 from fastft.nn.swap import become, original_of, swapped_class
-from fastft.patch.proofs import site_key, tolerance, verifiable
+from fastft.patch.proofs import difference, site_key, tolerance, verifiable
 
 __all__ = ["fuse_layers"]
 
@@ -97,21 +96,12 @@ def _served(members: Members) -> bool:
 
 def _proved(layer: nn.Module, members: Members) -> bool:
     """Whether one operation gives what the layer's own code does, with a mask and without."""
-    training = {m: m.training for m in layer.modules()}
+    bound = _OPERATIONS * tolerance(layer)
+    runs = [functools.partial(_results, members, mask) for mask in _masks(members)]
     try:
-        with uncounted(), unhooked(layer), torch.random.fork_rng([]), torch.enable_grad():
-            layer.train()
-            for mask in _masks(members):
-                own, fused = (_results(layer, members, mask, way) for way in (False, True))
-                bound = _OPERATIONS * tolerance(layer)
-                if not all(_relative(a, b) <= bound for a, b in zip(fused, own, strict=True)):
-                    return False
+        return all(difference(layer, run, _Whole, trained=True) <= bound for run in runs)
     except Exception:  # a layer that is called in another way
         return False
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    return True
 
 
 def _masks(members: Members) -> Iterator[Tensor | None]:
@@ -122,10 +112,12 @@ def _masks(members: Members) -> Iterator[Tensor | None]:
     yield mask.to(members.norms[0].weight.device)
 
 
-def _results(layer: Any, members: Members, mask: Tensor | None, fused: bool) -> list[Tensor]:
-    """Result and gradients, of x and the adapters, with random adapters and norms: with weights of
-    one, before a rotation or after it is the same for a norm."""
-    torch.manual_seed(0)
+def _results(
+    members: Members, mask: Tensor | None, layer: Any, kind: type[nn.Module]
+) -> list[Tensor]:
+    """Result and gradients, of x and the adapters, of the layer or, as a ``_Whole``, of it in one
+    operation; with random adapters and norms: with weights of one, before a rotation or after it is
+    the same for a norm."""
     weight = members.projections[0].base_layer.weight
     device, dtype = weight.device, weight.dtype
 
@@ -146,8 +138,7 @@ def _results(layer: Any, members: Members, mask: Tensor | None, fused: bool) -> 
         "past_key_values": None,
         "use_cache": False,
     }
-    whole = _Whole(layer) if fused else layer
-    prefix = "layer." if fused else ""
+    whole, prefix = (_Whole(layer), "layer.") if kind is _Whole else (layer, "")
     norms = {
         name: draw(*p.shape) * p.shape[0] ** 0.5
         for name, p in layer.named_parameters()
@@ -172,8 +163,3 @@ class _Whole(nn.Module):
         if y is None:
             raise TypeError("a part of the layer cannot run in one operation")
         return y
-
-
-def _relative(got: Tensor, expected: Tensor) -> float:
-    scale = expected.double().norm().item()
-    return (got.double() - expected.double()).norm().item() / max(scale, 1e-30)

@@ -76,7 +76,7 @@ def difference(
     trained: bool,
 ) -> float:
     """Largest relative difference between the module as ``fused`` and as what it was, over the
-    output and every gradient; inf when the fused one gives NaN or Inf."""
+    output and every gradient; inf when one of them gives NaN or Inf."""
     was_training = {m: m.training for m in module.modules()}
     # The first input of such a layer may choose its dtype, and this is none.
     chosen = {m: (m.compute_dtype, m.compute_type_is_set) for m in _of_4_bits(module)}
@@ -102,7 +102,7 @@ def _of_4_bits(module: nn.Module) -> list[Any]:
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:
-    if not bool(torch.isfinite(got).all()):
+    if not bool(torch.isfinite(got).all() & torch.isfinite(expected).all()):
         return float("inf")
     scale = expected.double().norm().item()
     return (got.double() - expected.double()).norm().item() / max(scale, 1e-30)
