@@ -266,6 +266,7 @@ def run(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
         detail = {
             "fused_modules": sum(bool(m["fused"]) for m in found["modules"]),
             "fallback_modules": sum(not m["fused"] for m in found["modules"]),
+            "fused_layers": sum(bool(m["fused"]) for m in found["layers"]),
             "fused_calls": found["calls"]["fused"],
             "fallback_calls": found["calls"]["fallback"],
         }

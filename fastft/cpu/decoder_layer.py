@@ -39,13 +39,11 @@ def takes(
     sizes: Sequence[int],
     groups: Sequence[Sequence[int]],
     dropped: Sequence[Sequence[bool]],
-    small: bool = False,
 ) -> bool:
     """Whether these sizes (batch, tokens, features, heads, kv_heads, width, inner) and ranks, those
-    of each product beside whether their inputs drop, are such as the parts take. small: though so
-    few rows would not pay."""
+    of each product beside whether their inputs drop, are such as the parts take."""
     batch, tokens, features, _, _, width, inner = sizes
-    if (batch * tokens < MIN_ROWS and not small) or features % 2 or width % 2 or inner % 2:
+    if batch * tokens < MIN_ROWS or features % 2 or width % 2 or inner % 2:
         return False
     pairs = zip(groups, dropped, strict=True)
     return all(thin.serves_all(_DTYPE, ranks, drops) for ranks, drops in pairs)

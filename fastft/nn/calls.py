@@ -46,8 +46,9 @@ _BY_MODULE: weakref.WeakKeyDictionary[nn.Module, dict[str, CallCounts]] = (
 strict_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def count(module: nn.Module, reason: str | None, part: str = "") -> None:
-    """Counts one call of ``module``, or of a part of it that is fused apart.
+def count(module: nn.Module, reason: str | None, part: str = "", *, total: bool = True) -> None:
+    """Counts one call of ``module``, or of a part of it that is fused apart; in the total, too,
+    unless its parts are.
 
     Raises:
         BackendError: the call cannot be fused and the module is strict.
@@ -62,7 +63,8 @@ def count(module: nn.Module, reason: str | None, part: str = "") -> None:
         )
     if getattr(_thread, "paused", False):
         return
-    _TOTAL.add(reason)
+    if total:
+        _TOTAL.add(reason)
     parts = _BY_MODULE.get(module)
     if parts is None:
         parts = _BY_MODULE[module] = {}

@@ -39,8 +39,9 @@ __all__ = [
     "HEAD_NORMS",
     "FusedDecoderLayer",
     "Members",
-    "launcher_of",
+    "backend_of",
     "members_of",
+    "note_tried",
     "run",
 ]
 
@@ -105,8 +106,8 @@ def run(
 ) -> Tensor | None:
     """The layer's result in one operation; None where this call needs its own code.
 
-    trial: whether layers that share an input run together yet, or not, and however few the rows;
-    else only from then on, so that one forward and its recompute are of one kind.
+    trial: whether layers that share an input run together yet, or not; else only from then on, so
+    that one forward and its recompute are of one kind.
     """
     call = _call_of(args, kwargs)
     if call is None:
@@ -115,13 +116,13 @@ def run(
     members = members_of(layer)
     if members is None or not (trial or _learnt(members)) or _looked_at(members):
         return None
-    if not (_as_tried(layer) and _as_tried(members.attention)):
+    if not trial and not (_as_tried(layer) and _as_tried(members.attention)):
         return None
-    found = _facts(members, x, tables, mask, trial)
+    found = _facts(members, x, tables, mask)
     if found is None:
         return None
     y = decoder_layer(*found)
-    _count(members)
+    _count(layer, members)
     return y
 
 
@@ -193,15 +194,22 @@ def _learnt(members: Members) -> bool:
     return True
 
 
-# The forwards of the classes that were tried.
+# The forwards of the classes that were tried, or for copies from elsewhere, first called.
 _tried: weakref.WeakKeyDictionary[type, Any] = weakref.WeakKeyDictionary()
 
 
 def _as_tried(module: nn.Module) -> bool:
-    """Whether the forward of the module's own class is what it was at the first call: others may
-    have replaced it since."""
+    """Whether the forward of the module's own class is the one that was tried: others may have
+    replaced it since."""
     own: Any = original_of(module)
     return _tried.setdefault(own, own.forward) is own.forward
+
+
+def note_tried(layer: Any) -> None:
+    """The forwards that a trial of ``layer`` ran gave what one operation gives."""
+    for module in (layer, layer.self_attn):
+        own: Any = original_of(module)
+        _tried[own] = own.forward
 
 
 def _looked_at(members: Members) -> bool:
@@ -219,10 +227,9 @@ def _facts(
     x: Tensor,
     tables: tuple[Tensor, Tensor],
     mask: Tensor | None,
-    small: bool,
 ) -> tuple[Any, ...] | None:
     """The arguments of the operation, held against the rules of its parts; None where one of them
-    applies. small: whatever the number of rows."""
+    applies."""
     turn = current_facts(type(members.attention))
     if turn is None or not (turn.narrow or tables[0].dtype == x.dtype):
         return None
@@ -241,15 +248,16 @@ def _facts(
         return None
     parts, biases = operands
     weights, lora_as, lora_bs = zip(*[p.tensors() for p in parts], strict=True)
-    launcher = launcher_of(x, lora_as[0].dtype)
-    if launcher is None:
+    backend = backend_of(x, lora_as[0].dtype)
+    if backend is None:
         return None
+    launcher: Any = backends.launcher("decoder_layer", backend)
     q, k, inner = (weights[i].shape[0] for i in (0, 1, 4))
     sizes = (*x.shape, q // width, k // width, width, inner)
     ps = tuple([p.dropout_p() for p in parts])
     ranks = [a.shape[0] for a in lora_as]
     groups, drops = [ranks[of] for of in GROUPS], [[p > 0 for p in ps[of]] for of in GROUPS]
-    if not launcher.takes(sizes, groups, drops, small):
+    if not launcher.takes(sizes, groups, drops):
         return None
     facts = Facts(
         sizes, norms[0], scale, causal and mask is None, turn.interleaved, turn.tables != "whole",
@@ -330,22 +338,26 @@ def _operands(
     return found, biases
 
 
-def launcher_of(x: Tensor, adapter_dtype: torch.dtype) -> Any:
+def backend_of(x: Tensor, adapter_dtype: torch.dtype) -> str | None:
     """Who runs layers of such tensors; None where nobody does."""
-    return _launcher(x.device.type, x.dtype, adapter_dtype)
+    return _backend(x.device.type, x.dtype, adapter_dtype)
 
 
 @functools.cache
-def _launcher(device_type: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Any:
+def _backend(device_type: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> str | None:
     facts = {"device_type": device_type, "dtype": dtype, "adapter_dtype": adapter_dtype}
-    for name, reason in backends.explain_op("decoder_layer", **facts):
-        if reason is None:
-            return backends.launcher("decoder_layer", name)
+    reasons = dict(backends.explain_op("decoder_layer", **facts))
+    # Whoever comes first on the device runs the parts: where that is Triton, interpreted, it is not
+    # for another to run the whole.
+    for name, backend in backends.BACKENDS.items():
+        if backend.refuses_device(device_type) is None:
+            return None if reasons[name] else name
     return None
 
 
-def _count(members: Members) -> None:
-    """The calls of the parts, as if each had been made."""
+def _count(layer: nn.Module, members: Members) -> None:
+    """The calls of the parts, as if each had been made, and beside them the layer's."""
+    count(layer, None, total=False)
     for module in (*members.norms, members.attention, *members.projections):
         count(module, None)
     count(members.attention, None, "rope")

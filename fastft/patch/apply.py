@@ -175,7 +175,8 @@ def accelerate(
         if issubclass(site.fused, (FusedHead, FusedLoraHead)):
             _attach_head(language_model_of(model))
     if layer:
-        fuse_layers(model)
+        for module, reason in fuse_layers(model).items():
+            refusals.setdefault(module, {})["layer"] = reason
     if pack_weights:
         packing.wanted.add(model)
     model.register_forward_pre_hook(siblings.begin_forward, prepend=True)

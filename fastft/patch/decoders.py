@@ -24,18 +24,20 @@ from fastft.nn.decoder import (
     HEAD_NORMS,
     FusedDecoderLayer,
     Members,
-    launcher_of,
+    backend_of,
     members_of,
+    note_tried,
 )
 from fastft.nn.swap import become, original_of, swapped_class
 from fastft.patch.proofs import difference, site_key, tolerance, verifiable
 
 __all__ = ["fuse_layers"]
 
-_BATCH, _TOKENS = 2, 12
-# What each side rounds on its way, beside what one operation of ``tolerance`` does: four products,
-# one after another, and attention between them.
-_OPERATIONS = 5
+# As many rows as a layer in one operation has at least: its parts run their own kernels from there
+# on as well, and the two differ by sums of siblings alone. Of other kernels a trained model's
+# scores, far apart, would make a fifth.
+_BATCH, _TOKENS = 2, 256
+_HIDDEN = 70  # padding of the first sample
 
 _OF_LAYERS = frozenset(CHILDREN)
 _OF_ATTENTION = frozenset({
@@ -46,27 +48,42 @@ _OF_ATTENTION = frozenset({
 })  # fmt: skip
 
 
-def fuse_layers(model: nn.Module) -> None:
-    """Gives the decoder layers in ``model``, whose parts are fused, their forward in one."""
-    proofs: dict[tuple[Any, ...], bool] = {}
+def fuse_layers(model: nn.Module) -> dict[nn.Module, str]:
+    """Gives the decoder layers in ``model``, whose parts are fused, their forward in one; those
+    that do not get it, and why."""
+    refused: dict[nn.Module, str] = {}
+    proofs: dict[tuple[Any, ...], str | None] = {}
     for module in list(model.modules()):
         members = members_of(module)
-        if members is None or "forward" in vars(module) or original_of(module) is not type(module):
+        if members is None or original_of(module) is not type(module):
             continue
-        if not verifiable(module) or not _served(members) or not _says_no_more(module, members):
+        reason = _refusal(module, members)
+        if reason is None:
+            key = _key(module, members)
+            if key not in proofs:
+                proofs[key] = _disproof(module, members)
+            reason = proofs[key]
+        if reason is not None:
+            refused[module] = reason
             continue
-        key = _key(module, members)
-        if key not in proofs:
-            proofs[key] = _proved(module, members)
-        if proofs[key]:
-            original: Any = type(module)
-            become(module, swapped_class(FusedDecoderLayer, original))
+        note_tried(module)
+        original: Any = type(module)
+        become(module, swapped_class(FusedDecoderLayer, original))
+    return refused
 
 
-def _says_no_more(layer: nn.Module, members: Members) -> bool:
-    """Whether the code of the layer and its attention uses the names of Llama's alone."""
-    own, turns = _names(original_of(layer)), members.attention.fastft_rope.name
-    return own <= _OF_LAYERS and _names(original_of(members.attention)) <= _OF_ATTENTION | {turns}
+def _refusal(layer: nn.Module, members: Members) -> str | None:
+    """Why the layer is not even tried."""
+    weight = members.projections[0].base_layer.weight
+    adapters = list(members.projections[0].lora_A.parameters())
+    if not adapters or backend_of(weight, adapters[0].dtype) is None:
+        return f"no backend runs layers of {weight.dtype} on {weight.device.type} in one operation"
+    if "forward" in vars(layer) or not verifiable(layer):
+        return "its parameters are not all in memory, or its forward is not its class's"
+    turns = members.attention.fastft_rope.name
+    more = _names(original_of(layer)) - _OF_LAYERS
+    more |= _names(original_of(members.attention)) - _OF_ATTENTION - {turns}
+    return f"its code says more than Llama's: {', '.join(sorted(more))}" if more else None
 
 
 def _names(cls: Any) -> set[str]:
@@ -86,29 +103,26 @@ def _key(layer: nn.Module, members: Members) -> tuple[Any, ...]:
     return (*kinds, *values, *site_key(layer))
 
 
-def _served(members: Members) -> bool:
-    """Whether anybody runs layers of these dtypes here."""
-    projection = members.projections[0]
-    adapters = [p for p in projection.lora_A.parameters() if p is not None]
-    weight = projection.base_layer.weight
-    return bool(adapters) and launcher_of(weight, adapters[0].dtype) is not None
-
-
-def _proved(layer: nn.Module, members: Members) -> bool:
-    """Whether one operation gives what the layer's own code does, with a mask and without."""
-    bound = _OPERATIONS * tolerance(layer)
-    runs = [functools.partial(_results, members, mask) for mask in _masks(members)]
+def _disproof(layer: nn.Module, members: Members) -> str | None:
+    """Why one operation does not stand for the layer's own code; None where it gives what that
+    does, with a mask and without."""
+    bound = tolerance(layer)
     try:
-        return all(difference(layer, run, _Whole, trained=True) <= bound for run in runs)
-    except Exception:  # a layer that is called in another way
-        return False
+        for mask in _masks(members):
+            run = functools.partial(_results, members, mask)
+            found = difference(layer, run, _Whole, trained=True)
+            if not found <= bound:
+                return f"verification: relative difference {found:.2e} above {bound:.2e}"
+    except Exception as error:  # a layer that is called in another way
+        return f"verification failed: {type(error).__name__}: {error}"
+    return None
 
 
 def _masks(members: Members) -> Iterator[Tensor | None]:
     """None, and one of a batch whose first sample is padded on the left."""
     yield None
     mask = torch.ones(_TOKENS, _TOKENS, dtype=torch.bool).tril().repeat(_BATCH, 1, 1, 1)
-    mask[0, :, :, :3] = False
+    mask[0, :, :, :_HIDDEN] = False
     yield mask.to(members.norms[0].weight.device)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from fastft.nn.calls import call_counts
+from fastft.nn.decoder import FusedDecoderLayer, backend_of, members_of
 from fastft.nn.siblings import group_of
 from fastft.patch.apply import refusals
 from fastft.patch.rules import RULES, Rule, Site
@@ -18,11 +20,11 @@ __all__ = ["Explanation", "ModuleReport", "explain"]
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One module a rule speaks of.
+    """One module a rule speaks of, or a decoder layer.
 
     Attributes:
-        kind: "lora", "conv", "embedding", "table", "experts", "loss", "norm", "glu", "attention" or
-            "rope".
+        kind: "lora", "conv", "embedding", "table", "experts", "loss", "norm", "glu", "attention",
+            "rope" or "layer".
         fused: whether it has a fused forward and nothing in its state keeps it from running.
         backend: who runs it, in the dtype of its weights; None when not fused.
         reason: why it is not fused; None when it is.
@@ -44,9 +46,15 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The result of :func:`explain`; prints as a table, ``to_dict`` for programs."""
+    """The result of :func:`explain`; prints as a table, ``to_dict`` for programs.
+
+    Attributes:
+        modules: what is fused by itself or could be.
+        layers: decoder layers of fused modules; one that is not fused runs them one by one.
+    """
 
     modules: tuple[ModuleReport, ...]
+    layers: tuple[ModuleReport, ...] = ()
 
     @property
     def fused(self) -> int:
@@ -59,12 +67,13 @@ class Explanation:
         return len(self.modules) - self.fused
 
     def to_dict(self) -> dict[str, Any]:
-        """{"modules": [...], "calls": {"fused": n, "fallback": {reason: n}}}"""
+        """{"modules": [...], "layers": [...], "calls": {"fused": n, "fallback": {reason: n}}}"""
         fallback: Counter[str] = Counter()
         for m in self.modules:
             fallback.update(m.fallback_calls)
         return {
             "modules": [vars(m) for m in self.modules],
+            "layers": [vars(m) for m in self.layers],
             "calls": {
                 "fused": sum(m.fused_calls for m in self.modules),
                 "fallback": dict(fallback),
@@ -74,8 +83,8 @@ class Explanation:
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Equal modules of different layers in one row: count, module, kind, state, calls."""
         rows: dict[tuple[str, str, str], list[ModuleReport]] = {}
-        for m in self.modules:
-            leaf = m.name.rsplit(".", 1)[-1]
+        for m in (*self.modules, *self.layers):
+            leaf = next((p for p in reversed(m.name.split(".")) if not p.isdigit()), m.name)
             state = f"fused ({m.backend})" if m.fused else f"not fused: {m.reason}"
             rows.setdefault((leaf, m.kind, state), []).append(m)
         table = []
@@ -114,7 +123,29 @@ def explain(model: nn.Module) -> Explanation:
         for rule in RULES.values()
         for site in rule.sites(model)
     ]
-    return Explanation(tuple(reports))
+    return Explanation(tuple(reports), tuple(_layers(model)))
+
+
+def _layers(model: nn.Module) -> Iterator[ModuleReport]:
+    for name, module in model.named_modules():
+        members = members_of(module)
+        if members is None:
+            continue
+        fused = isinstance(module, FusedDecoderLayer)
+        reason = refusals.get(module, {}).get("layer", "its parts run one by one")
+        adapters = list(members.projections[0].lora_A.parameters())
+        weight = members.projections[0].base_layer.weight
+        backend = backend_of(weight, adapters[0].dtype) if fused and adapters else None
+        yield ModuleReport(
+            name=name,
+            kind="layer",
+            fused=fused,
+            backend=backend,
+            reason=None if fused else reason,
+            siblings=1,
+            fused_calls=call_counts(module).fused,
+            fallback_calls={},
+        )
 
 
 def _report(rule: Rule, site: Site, refused: str | None) -> ModuleReport:

@@ -21,7 +21,7 @@ from fastft.nn.decoder import FusedDecoderLayer
 
 LIKE = torch.empty(0, dtype=torch.bfloat16)
 pytestmark = pytest.mark.skipif(
-    decoder.launcher_of(LIKE, torch.float32) is None,
+    decoder.backend_of(LIKE, torch.float32) is None,
     reason="needs a processor whose vectors multiply bfloat16",
 )
 
@@ -403,6 +403,33 @@ def test_families(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(got, trained(learnt(build(family, layer=False)), batch(1)))
 
 
+def test_scores_far_apart_as_in_trained_models() -> None:
+    torch.manual_seed(0)
+    model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).bfloat16()
+    for layer in model.model.layers:
+        for part in ("q_proj", "k_proj"):
+            getattr(layer.self_attn, part).weight.data.mul_(40)
+    model = get_peft_model(model.train(), LoraConfig(r=4, target_modules="all-linear"))
+    explained = fastft.explain(fastft.accelerate(model))
+    assert [m.reason for m in explained.layers] == [None, None]
+
+
+def test_explain_says_which_layers_run_so_and_why_not() -> None:
+    model = learnt(build())
+    found = fastft.explain(model).layers
+    assert [(m.name.rsplit(".", 2)[1:], m.kind, m.backend, m.fused_calls) for m in found] == [
+        (["layers", "0"], "layer", "cpu", 1),
+        (["layers", "1"], "layer", "cpu", 1),
+    ]
+    assert "2      layers  " in str(fastft.explain(model))
+    for family, layer, reason in (
+        ("Llama", False, "its parts run one by one"),
+        ("Granite", True, "its code says more than Llama's: residual_multiplier"),
+    ):
+        (row,) = {m.reason for m in fastft.explain(build(family, layer=layer)).layers}
+        assert row == reason
+
+
 def test_code_that_does_something_else_with_the_parts_is_found_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -419,7 +446,11 @@ def test_code_that_does_something_else_with_the_parts_is_found_out(
     for forward in (twice, named):
         with monkeypatch.context() as m:
             m.setattr(cls, "forward", forward)
-            assert not any(isinstance(layer, FusedDecoderLayer) for layer in layers_of(build()))
+            model = build()
+        assert not any(isinstance(layer, FusedDecoderLayer) for layer in layers_of(model))
+        (reason,) = {m.reason for m in fastft.explain(model).layers}
+        assert reason is not None
+        assert reason.startswith("verification: relative" if forward is twice else "its code says")
 
 
 def test_a_forward_that_is_replaced_later_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
