@@ -15,6 +15,10 @@
 #include <map>
 #include <mutex>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 namespace fastft {
 namespace {
 
@@ -163,6 +167,11 @@ dlpack::ManagedTensor* pool_tensor(const int64_t* shape, const int64_t* strides,
 
 PoolStats pool_stats() { return pool().stats(); }
 
-void pool_trim() { pool().trim(); }
+void pool_trim() {
+  pool().trim();
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
+}
 
 }  // namespace fastft

@@ -17,6 +17,7 @@ struct PoolStats {
 dlpack::ManagedTensor* pool_tensor(const int64_t* shape, const int64_t* strides, int ndim,
                                    dlpack::DataType dtype);
 PoolStats pool_stats();
-void pool_trim();  // returns idle blocks to the system, and forgets the peak
+// Returns idle blocks, and what the C library holds, to the system, and forgets the peak.
+void pool_trim();
 
 }  // namespace fastft

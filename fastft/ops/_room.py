@@ -45,7 +45,7 @@ def pooled() -> Iterator[None]:
 
 
 def trim() -> None:
-    """Returns what the pool holds for later to the system."""
+    """Returns what the pool and, with glibc, the heap hold for later to the system."""
     if native.available():
         native.module().pool_trim()
 
