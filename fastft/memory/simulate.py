@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from fastft import backends
 from fastft.nn.calls import uncounted
 from fastft.nn.deferred import DeferredLogits, only_shapes
+from fastft.ops._room import looked_at
 
 __all__ = ["Meter", "Work", "metered"]
 
@@ -40,13 +41,22 @@ class Work:
 
 
 @dataclass
+class _Held:
+    """A storage; place: 0 the heap, 1 the pool."""
+
+    storage: weakref.ref[Any]
+    size: int
+    place: int = 0
+
+
+@dataclass
 class Meter:
     """What a simulated stretch of work allocated and did.
 
     Attributes:
         live, peak: bytes above what was there before, now and at most.
-        taken: bytes of all allocations but room for results of fused operations, which on a CPU is
-            the pool's, mapped once (``fastft.ops._room``).
+        taken: bytes of all allocations but those of a CPU's pool, which is mapped once
+            (``fastft.ops._room``).
         work: its operations, in order.
     """
 
@@ -54,37 +64,69 @@ class Meter:
     peak: int = 0
     taken: int = 0
     work: list[Work] = field(default_factory=list)
-    _known: dict[int, Any] = field(default_factory=dict)
+    _known: dict[int, _Held] = field(default_factory=dict)
+    # Of each place.
+    _now: list[int] = field(default_factory=lambda: [0, 0])
+    _most: list[int] = field(default_factory=lambda: [0, 0])
+    _follows: bool = False
 
     def start(self) -> None:
         """Peak and work from here on."""
         self.peak, self.taken = self.live, 0
+        self._most = list(self._now)
         self.work.clear()
+
+    @property
+    def resident(self) -> int:
+        """The most that a process on a CPU holds: heap and pool do not give to each other."""
+        return sum(self._highest())
+
+    def _highest(self) -> list[int]:
+        return [max(pair) for pair in zip(self._most, self._now, strict=True)]
 
     def ignore(self, tensors: Any) -> None:
         """These were there before."""
         for tensor in tensors:
             self._track(tensor, counts=False)
 
-    def allocated(self, tensor: Tensor, pooled: bool = False) -> None:
-        """Counts the tensor's storage until it is freed; once."""
-        self._track(tensor, counts=True, pooled=pooled)
+    def allocated(self, tensor: Tensor, *, follows: bool = False) -> None:
+        """Counts the tensor's storage until it is freed; once. follows: into the place of another,
+        which is freed now if ever; if not, the next allocation finds both."""
+        self._track(tensor, counts=True)
+        self._follows = follows
+        if not follows:
+            self.peak = max(self.peak, self.live)
 
-    def _track(self, tensor: Tensor, counts: bool, pooled: bool = False) -> None:
+    def pooled(self, tensor: Tensor) -> None:
+        """What was made last is the pool's."""
+        held = self._track(tensor, counts=True)
+        self._now[held.place] -= held.size
+        self.taken -= held.size
+        held.place = 1
+        self._now[1] += held.size
+
+    def _track(self, tensor: Tensor, counts: bool) -> _Held:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
-            return
+            return self._known[key]
+        # Of those before: by now it is known whose they are, and what they follow is freed.
+        self._most, self._follows = self._highest(), False
         size = storage.nbytes() if counts else 0
 
         def freed(_: Any) -> None:
-            self._known.pop(key, None)
+            held = self._known.pop(key)
+            if not self._follows:
+                self._most = self._highest()
+            self._follows = False
             self.live -= size
+            self._now[held.place] -= size
 
-        self._known[key] = weakref.ref(storage, freed)
+        held = self._known[key] = _Held(weakref.ref(storage, freed), size)
         self.live += size
-        self.taken += 0 if pooled else size
-        self.peak = max(self.peak, self.live)
+        self.taken += size
+        self._now[0] += size
+        return held
 
 
 class _Watch(TorchDispatchMode):
@@ -113,8 +155,10 @@ class _Watch(TorchDispatchMode):
         if func.name().startswith("aten::any"):
             self._any = result.untyped_storage()._cdata
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        # Autograd adds up gradients of one tensor in place, but not before a mode's eyes.
+        follows = func.name() == "aten::add.Tensor" and torch._C._current_graph_task_id() != -1
         for tensor in outputs:
-            self._meter.allocated(tensor, pooled=func.name() in _ROOM)
+            self._meter.allocated(tensor, follows=follows)
         if outputs and not _is_view(func):
             inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             work = _work_of(func, inputs, outputs)
@@ -133,8 +177,6 @@ _NO_WORK = frozenset(
     ("aten::empty.memory_format", "aten::empty_like", "aten::new_empty", "aten::empty_strided",
      "aten::detach", "aten::_unsafe_view", "aten::new_empty_strided", "aten::lift_fresh")
 )  # fmt: skip
-# By which operations of ours make room.
-_ROOM = frozenset(("aten::new_empty", "aten::empty_like"))
 _PRODUCTS = frozenset(("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"))
 
 
@@ -315,5 +357,6 @@ _REGISTERED: dict[str, tuple[str, Callable[..., float]]] = {
 def metered(meter: Meter, device_type: str) -> Iterator[None]:
     """Inside, work on meta tensors is counted as on a device of this type."""
     launchers = Launchers(meter, device_type)
-    with backends.planning(launchers), uncounted(), _Watch(meter):
+    pool = looked_at(meter.pooled) if device_type == "cpu" else nullcontext()
+    with backends.planning(launchers), uncounted(), pool, _Watch(meter):
         yield

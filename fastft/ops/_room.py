@@ -8,7 +8,7 @@ cannot be resized.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils.dlpack import from_dlpack
 
 from fastft import native
 
-__all__ = ["empty_like", "new_empty", "pooled", "trim", "use_pool"]
+__all__ = ["empty_like", "looked_at", "new_empty", "pooled", "trim", "use_pool"]
 
 # Smaller results come from the C library's heap, which is quick and tight there.
 _LEAST = 1 << 18
@@ -26,6 +26,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 class _Pool:
     used = False
+    looked_at: Callable[[Tensor], None] | None = None
 
 
 def use_pool(used: bool) -> None:
@@ -44,6 +45,16 @@ def pooled() -> Iterator[None]:
         _Pool.used = before
 
 
+@contextmanager
+def looked_at(see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within, ``see`` is given the results on meta that stand for the pool's."""
+    before, _Pool.looked_at = _Pool.looked_at, see
+    try:
+        yield
+    finally:
+        _Pool.looked_at = before
+
+
 def trim() -> None:
     """Returns what the pool and, with glibc, the heap hold for later to the system."""
     if native.available():
@@ -60,7 +71,7 @@ def new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = No
         found = _from_pool(shape, strides[::-1], step, dtype or like.dtype)
         if found is not None:
             return found
-    return like.new_empty(shape, dtype=dtype)
+    return _shown(like.new_empty(shape, dtype=dtype))
 
 
 def empty_like(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -69,7 +80,14 @@ def empty_like(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         found = _from_pool(like.shape, like.stride(), like.numel(), dtype or like.dtype)
         if found is not None:
             return found
-    return torch.empty_like(like, dtype=dtype)
+    return _shown(torch.empty_like(like, dtype=dtype))
+
+
+def _shown(result: Tensor) -> Tensor:
+    see = _Pool.looked_at
+    if see is not None and result.is_meta and result.nbytes >= _LEAST:
+        see(result)
+    return result
 
 
 def _served(like: Tensor) -> bool:

@@ -289,4 +289,5 @@ def _simulate(
     finally:
         model.zero_grad(set_to_none=True)
         memory.restore(model)
-    return _Step(kept, parked, meter.peak, meter.taken, list(meter.work))
+    peak = meter.resident if device_type == "cpu" else meter.peak
+    return _Step(kept, parked, peak, meter.taken, list(meter.work))

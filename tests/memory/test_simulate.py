@@ -114,6 +114,33 @@ def test_logits_that_are_not_made_take_no_memory() -> None:
     assert meter.peak < logits / 2  # a slab of an eighth, and the layer
 
 
+def test_gradients_of_one_tensor_are_summed_in_place() -> None:
+    meter, n = Meter(), 1 << 20
+    w = torch.empty(n, device="meta", requires_grad=True)
+    with metered(meter, "cpu"):
+        meter.ignore([w])
+        loss = (w * 2).sum() + (w * 3).sum()
+        meter.start()
+        loss.backward()
+    assert meter.peak == meter.resident
+    assert 2 * 4 * n <= meter.peak < 2 * 4 * n + 4096
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_heap_and_pool_do_not_give_to_each_other(device_type: str) -> None:
+    meter, n = Meter(), 1 << 20
+    like = torch.empty(1, device="meta")
+    with metered(meter, device_type):
+        meter.ignore([like])
+        for make in (lambda: _room.new_empty(like, (n,)), lambda: like.new_empty(n)):
+            made = [make() for _ in range(2)]
+            del made
+    assert meter.peak == 2 * 4 * n
+    assert meter.resident == (2 if device_type == "cpu" else 1) * meter.peak
+    assert meter.taken == (1 if device_type == "cpu" else 2) * meter.peak
+    assert meter.live == 0
+
+
 def test_products_are_counted() -> None:
     meter = Meter()
     x, w = torch.empty(8, 16, device="meta"), torch.empty(4, 16, device="meta")
