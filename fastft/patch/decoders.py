@@ -33,10 +33,12 @@ from fastft.patch.proofs import difference, site_key, tolerance, verifiable
 
 __all__ = ["fuse_layers"]
 
-# As many rows as a layer in one operation has at least: its parts run their own kernels from there
-# on as well, and the two differ by sums of siblings alone. Of other kernels a trained model's
+# As many rows as a layer in one operation has at least: its parts run the same kernels from there
+# on, and the two differ by sums of siblings alone. Of other kernels' rounding a trained model's
 # scores, far apart, would make a fifth.
 _BATCH, _TOKENS = 2, 256
+# Such sums: of gate and up, which attention's backward reads, and of q, k and v.
+_SUMS = 2
 _HIDDEN = 70  # padding of the first sample
 
 _OF_LAYERS = frozenset(CHILDREN)
@@ -106,7 +108,7 @@ def _key(layer: nn.Module, members: Members) -> tuple[Any, ...]:
 def _disproof(layer: nn.Module, members: Members) -> str | None:
     """Why one operation does not stand for the layer's own code; None where it gives what that
     does, with a mask and without."""
-    bound = tolerance(layer)
+    bound = _SUMS * tolerance(layer)
     try:
         for mask in _masks(members):
             run = functools.partial(_results, members, mask)
