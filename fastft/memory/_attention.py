@@ -6,8 +6,8 @@ result is no larger than a hidden state.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from fastft.ops._saving import saving_first
+from fastft.ops._saving import attending, saving_first
 
-__all__ = ["ATTENTION_OPS", "Store", "full_contexts", "keep_attention"]
+__all__ = ["ATTENTION_OPS", "Site", "Store", "full_contexts", "keep_attention"]
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
@@ -63,6 +63,15 @@ def _set_random_state(device: torch.device, state: Any) -> None:
         torch.set_rng_state(state)
 
 
+@dataclass
+class Site:
+    """What is known of a layer: whether all its attention is fastft's (None: not yet), which says
+    when it begins. A mode then looks at that alone, not at each of a layer's hundreds of
+    operations, which takes longer on the host than many of them on a GPU."""
+
+    apart: bool | None = None
+
+
 @dataclass(frozen=True)
 class _Held:
     payload: Any
@@ -72,9 +81,26 @@ class _Held:
 class _Keep(TorchDispatchMode):
     """Of the forward: notes what attention returned."""
 
-    def __init__(self, store: Store, results: list[Any]) -> None:
+    def __init__(self, store: Store, results: list[Any], site: Site) -> None:
         super().__init__()
-        self._store, self._results = store, results
+        self._store, self._results, self._site = store, results, site
+        self._apart = bool(site.apart)
+        self.inside = self._apart
+
+    def around(self) -> Iterator[AbstractContextManager[Any]]:
+        """What the layer runs within."""
+        if self._apart:
+            yield self._expecting()
+            yield attending(self)
+        else:
+            yield attending(_Inside(self))
+            yield self
+
+    @contextmanager
+    def _expecting(self) -> Iterator[None]:
+        yield
+        if not self._results:  # it is somebody else's by now
+            self._site.apart = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -83,6 +109,10 @@ class _Keep(TorchDispatchMode):
         if _is_attention(func):
             items = found if isinstance(found, (tuple, list)) else (found,)
             device = next(item.device for item in items if isinstance(item, Tensor))
+            if not self.inside:
+                self._site.apart = False
+            elif self._site.apart is None:
+                self._site.apart = True
             held = [self._held(item) for item in items]
             self._results.append((held, device, _random_state(device)))
         return found
@@ -93,23 +123,32 @@ class _Keep(TorchDispatchMode):
         return _Held(self._store.put(item), item._version)
 
 
-class _Replay(TorchDispatchMode):
-    """Of the recompute: returns what was noted, in order, each time it is entered."""
+class _Inside:
+    """Around attention in a layer that is watched as a whole: it says when it begins."""
 
-    def __init__(self, store: Store, results: list[Any]) -> None:
-        super().__init__()
-        self._store, self._results, self._next = store, results, 0
-        self._first = _SavingFirst()
+    def __init__(self, mode: _Keep) -> None:
+        self._mode = mode
 
-    def __enter__(self) -> _Replay:
-        self._next = 0
-        self._first.__enter__()
-        super().__enter__()
-        return self
+    def __enter__(self) -> None:
+        self._mode.inside = True
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._first.__exit__(*error)
+        self._mode.inside = False
+
+
+class _Replay(TorchDispatchMode):
+    """Of the recompute: returns what was noted, in order."""
+
+    def __init__(self, store: Store, results: list[Any], site: Site) -> None:
+        super().__init__()
+        self._store, self._results, self._next = store, results, 0
+        self._apart = bool(site.apart)
+
+    def around(self) -> Iterator[AbstractContextManager[Any]]:
+        """What the layer runs within, from the first result on."""
+        self._next = 0
+        yield saving_first()
+        yield attending(self) if self._apart else self
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -138,34 +177,39 @@ class _Replay(TorchDispatchMode):
         return tensor.detach()
 
 
-class _SavingFirst:
-    """``saving_first``, entered as often as there are backward passes."""
+class _Within:
+    """Contexts one in another, made anew as often as there are forward or backward passes."""
+
+    def __init__(self, around: Callable[[], Iterable[AbstractContextManager[Any]]]) -> None:
+        self._around = around
 
     def __enter__(self) -> None:
-        self._context = saving_first()
-        self._context.__enter__()
+        self._open = ExitStack()
+        for context in self._around():
+            self._open.enter_context(context)
 
     def __exit__(self, *error: Any) -> None:
-        self._context.__exit__(*error)
+        self._open.__exit__(*error)
 
 
 def full_contexts() -> Contexts:
     """``context_fn`` of a checkpoint that keeps nothing: the last product of a recompute, whose
     value nobody needs, is left out."""
-    return nullcontext(), _SavingFirst()
+    return nullcontext(), _Within(lambda: [saving_first()])
 
 
-def keep_attention(store: Store | None = None) -> Contexts:
+def keep_attention(store: Store | None = None, site: Site | None = None) -> Contexts:
     """``context_fn`` of ``torch.utils.checkpoint.checkpoint(use_reentrant=False)`` that recomputes
-    all but attention.
+    all but attention. site: of a layer whose forwards come through here one after another.
 
     Through a Trainer: see :func:`fastft.memory.context_fn`.
     """
     if torch.compiler.is_compiling():
         return create_selective_checkpoint_contexts(_selective_policy)
-    store = store or Store()
+    store, site = store or Store(), site or Site()
     results: list[Any] = []
-    return _Keep(store, results), _Replay(store, results)
+    replay = _Replay(store, results, site)
+    return _Within(_Keep(store, results, site).around), _Within(replay.around)
 
 
 def _selective_policy(context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

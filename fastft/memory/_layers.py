@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from fastft import backends
 from fastft.memory._activations import Narrowing
-from fastft.memory._attention import Store, full_contexts, keep_attention
+from fastft.memory._attention import Site, Store, full_contexts, keep_attention
 from fastft.memory._host import HostRing, MetaRing, Parked
 from fastft.memory._saved import saving
 from fastft.nn.swap import Swapped, combined_class, original_of, swapped_class
@@ -56,6 +56,7 @@ class LayerState:
         on_device: offload leaves its tensors where they are.
         plan: what chooses the policy, under "auto".
         compressed: forwards so far whose activations were compressed.
+        attention: what is known of the layer's.
     """
 
     index: int
@@ -64,6 +65,7 @@ class LayerState:
     compression: str | None = None
     plan: Any = None
     compressed: int = 0
+    attention: Site = field(default_factory=Site)
 
     def seed(self) -> int:
         """Of the rounding in the next forward: by torch's seed, the layer, and the forwards so far,
@@ -185,11 +187,13 @@ def _recomputed(state: LayerState, forward: Callable[..., Any], args: Any, kwarg
     first = hidden_of(args, {})  # torch saves what is passed by position
     parks = state.policy == "offload" and not state.on_device and not compiling
     if not parks or first is None or backends.device_type_of(first) != "cuda":
-        return run(context_fn=keep_attention)
+        if compiling:
+            return run(context_fn=keep_attention)
+        return run(context_fn=lambda: keep_attention(site=state.attention))
     ring = ring_of(first.device)
     store = Store(functools.partial(_park, ring), functools.partial(_fetch, ring))
     with saved_tensors_hooks(store.put, store.get):  # for the layer's inputs
-        return run(context_fn=lambda: keep_attention(store))
+        return run(context_fn=lambda: keep_attention(store, state.attention))
 
 
 # Below this many bytes a copy to the host costs more than it frees.

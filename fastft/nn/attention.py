@@ -22,6 +22,7 @@ from fastft import ops
 from fastft.nn.calls import count
 from fastft.nn.swap import Swapped, call_refusal
 from fastft.ops._checks import autocast_dtype
+from fastft.ops._saving import attended
 
 __all__ = ["NAME", "OPTIONS", "FusedAttention", "asks_for_sdpa", "attention_forward", "librarys"]
 
@@ -88,15 +89,32 @@ def attention_forward(
     """Transformers' attention interface: (batch, heads, tokens, width) in, (batch, tokens, heads,
     width) out. What :func:`fastft.ops.scaled_dot_product_attention` does not do runs as sdpa and
     is counted."""
+    call = (module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+    watch = None if torch.compiler.is_compiling() else attended()
+    if watch is None:
+        return _attend(*call)
+    with watch:
+        return _attend(*call)
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     ends = _sequences(query, key, attention_mask, bool(causal), dropout, kwargs)
     if ends is not None:
         if librarys(query.device):
             count(module, None)
         parts = zip(query.split(ends, 2), key.split(ends, 2), value.split(ends, 2), strict=True)
-        found = [
-            attention_forward(module, q, k, v, None, 0.0, scaling, True)[0] for q, k, v in parts
-        ]
+        found = [_attend(module, q, k, v, None, 0.0, scaling, True, {})[0] for q, k, v in parts]
         return torch.cat(found, 1), None
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     # One query is a product of a vector: there is nothing to fuse.

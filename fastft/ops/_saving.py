@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ Inputs = tuple[Tensor | None, ...]
 __all__ = [
     "Late",
     "Notebook",
+    "attended",
+    "attending",
     "note",
     "noted",
     "noting",
@@ -44,6 +46,7 @@ class _Thread(threading.local):
         self.notebook: Notebook | None = None
         self.saves_first = False
         self.values = True
+        self.attending: AbstractContextManager[Any] | None = None
 
 
 _thread = _Thread()
@@ -111,6 +114,21 @@ def without_values() -> Iterator[None]:
             yield
     finally:
         _thread.values = outer
+
+
+def attended() -> AbstractContextManager[Any] | None:
+    """What attention of this thread runs within, where anybody asks for it."""
+    return _thread.attending
+
+
+@contextmanager
+def attending(watch: AbstractContextManager[Any]) -> Iterator[None]:
+    """Inside, attention of this thread runs within ``watch``."""
+    outer, _thread.attending = _thread.attending, watch
+    try:
+        yield
+    finally:
+        _thread.attending = outer
 
 
 def registered() -> bool:
