@@ -43,6 +43,7 @@ __all__ = [
     "members_of",
     "note_tried",
     "run",
+    "state_refusal",
 ]
 
 CHILDREN = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -114,7 +115,7 @@ def run(
         return None
     x, tables, mask = call
     members = members_of(layer)
-    if members is None or not (trial or _learnt(members)) or _looked_at(members):
+    if members is None or not (trial or _learnt(members)) or state_refusal(members) is not None:
         return None
     if not trial and not (_as_tried(layer) and _as_tried(members.attention)):
         return None
@@ -212,14 +213,21 @@ def note_tried(layer: Any) -> None:
         _tried[own] = own.forward
 
 
-def _looked_at(members: Members) -> bool:
-    """Whether anything looks at a part that one operation does not call."""
+def state_refusal(members: Members) -> str | None:
+    """What in the state of the parts keeps one operation from standing for them, by now; None:
+    nothing that is known before a call."""
     norms, attention, mlp, projections = members
-    if hooked_everywhere(attention) or TILE in mlp.__dict__:
-        return True
-    if any(hooked(m) for m in (*norms, attention, mlp, *projections)):
-        return True
-    return any(adapter_names_of(m, {}) is not None for m in projections)
+    if not attention.training:  # a trial is of a layer in training
+        return "it is not in training"
+    if TILE in mlp.__dict__:
+        return "its MLP runs in tiles"
+    if hooked_everywhere(attention) or any(
+        hooked(m) for m in (*norms, attention, mlp, *projections)
+    ):
+        return "a part has a hook"
+    if any(adapter_names_of(m, {}) is not None for m in projections):
+        return "adapters differ by sample"
+    return None
 
 
 def _facts(

@@ -8,6 +8,7 @@ cannot be resized.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -26,7 +27,13 @@ _PLAIN = (Tensor, nn.Parameter)
 
 class _Pool:
     used = False
-    looked_at: Callable[[Tensor], None] | None = None
+
+
+class _Thread(threading.local):
+    see: Callable[[Tensor], None] | None = None
+
+
+_thread = _Thread()
 
 
 def use_pool(used: bool) -> None:
@@ -47,12 +54,12 @@ def pooled() -> Iterator[None]:
 
 @contextmanager
 def looked_at(see: Callable[[Tensor], None]) -> Iterator[None]:
-    """Within, ``see`` is given the results on meta that stand for the pool's."""
-    before, _Pool.looked_at = _Pool.looked_at, see
+    """Within, ``see`` is given the results on meta of this thread that stand for the pool's."""
+    before, _thread.see = _thread.see, see
     try:
         yield
     finally:
-        _Pool.looked_at = before
+        _thread.see = before
 
 
 def trim() -> None:
@@ -84,7 +91,7 @@ def empty_like(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _shown(result: Tensor) -> Tensor:
-    see = _Pool.looked_at
+    see = _thread.see
     if see is not None and result.is_meta and result.nbytes >= _LEAST:
         see(result)
     return result

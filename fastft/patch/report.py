@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fastft.nn.calls import call_counts
-from fastft.nn.decoder import FusedDecoderLayer, backend_of, members_of
+from fastft.nn.decoder import FusedDecoderLayer, backend_of, members_of, state_refusal
 from fastft.nn.siblings import group_of
 from fastft.patch.apply import refusals
 from fastft.patch.rules import RULES, Rule, Site
@@ -123,25 +123,32 @@ def explain(model: nn.Module) -> Explanation:
         for rule in RULES.values()
         for site in rule.sites(model)
     ]
-    return Explanation(tuple(reports), tuple(_layers(model)))
+    return Explanation(tuple(reports), tuple(_layers(model, reports)))
 
 
-def _layers(model: nn.Module) -> Iterator[ModuleReport]:
+def _layers(model: nn.Module, reports: list[ModuleReport]) -> Iterator[ModuleReport]:
     for name, module in model.named_modules():
         members = members_of(module)
         if members is None:
             continue
-        fused = isinstance(module, FusedDecoderLayer)
-        reason = refusals.get(module, {}).get("layer", "its parts run one by one")
-        adapters = list(members.projections[0].lora_A.parameters())
-        weight = members.projections[0].base_layer.weight
-        backend = backend_of(weight, adapters[0].dtype) if fused and adapters else None
+        reason = state_refusal(members)
+        apart = [m for m in reports if m.reason and m.name.startswith(f"{name}.")]
+        backend, weight = None, members.projections[0].base_layer.weight
+        if not isinstance(module, FusedDecoderLayer):
+            reason = refusals.get(module, {}).get("layer", "its parts run one by one")
+        elif apart:
+            reason = f"{apart[0].name.removeprefix(name)[1:]}: {apart[0].reason}"
+        elif reason is None:
+            adapters = list(members.projections[0].lora_A.parameters())
+            backend = backend_of(weight, adapters[0].dtype) if adapters else None
+            if backend is None:
+                reason = f"no backend runs {weight.dtype} on {weight.device.type} in one operation"
         yield ModuleReport(
             name=name,
             kind="layer",
-            fused=fused,
+            fused=reason is None,
             backend=backend,
-            reason=None if fused else reason,
+            reason=reason,
             siblings=1,
             fused_calls=call_counts(module).fused,
             fallback_calls={},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
@@ -139,6 +140,23 @@ def test_heap_and_pool_do_not_give_to_each_other(device_type: str) -> None:
     assert meter.resident == (2 if device_type == "cpu" else 1) * meter.peak
     assert meter.taken == (1 if device_type == "cpu" else 2) * meter.peak
     assert meter.live == 0
+
+
+def test_another_threads_results_are_not_looked_at() -> None:
+    seen: list[int] = []
+    like = torch.empty(1, device="meta")
+
+    def make() -> None:
+        _room.new_empty(like, (1 << 20,))
+
+    with _room.looked_at(lambda tensor: seen.append(tensor.numel())):
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
+        assert not seen
+        make()
+    make()
+    assert seen == [1 << 20]
 
 
 def test_products_are_counted() -> None:

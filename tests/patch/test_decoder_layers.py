@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -345,9 +346,15 @@ def test_dropout_of_attention_runs_the_layers_own_code(monkeypatch: pytest.Monke
     _drop_attention(model)
     with watched(monkeypatch) as calls:
         trained(model, batch(1))
-        assert not calls
-        model.eval()
+    assert not calls
+
+
+def test_evaluation_runs_the_layers_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = learnt(build()).eval()  # code may do something else then, and was tried in training
+    with watched(monkeypatch) as calls:
         trained(model, batch(1))
+        assert not calls
+        trained(model.train(), batch(1))
     assert len(calls) == 2
 
 
@@ -428,6 +435,78 @@ def test_explain_says_which_layers_run_so_and_why_not() -> None:
     ):
         (row,) = {m.reason for m in fastft.explain(build(family, layer=layer)).layers}
         assert row == reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.merge_adapter(), "adapter merged into the base"),
+        (lambda m: m.base_model.disable_adapter_layers(), "adapters disabled"),
+        (lambda m: m.set_attn_implementation("eager"), "self_attn: "),
+        (_hook, "a part has a hook"),
+        (lambda m: m.float(), "no backend runs torch.float32 on cpu"),
+        (lambda m: m.eval(), "it is not in training"),
+    ],
+)
+def test_explain_says_what_keeps_a_layer_from_it_by_now(change: Any, reason: str) -> None:
+    model = learnt(build())
+    change(model)
+    row = fastft.explain(model).layers[1]
+    assert (row.fused, row.backend) == (False, None)
+    assert reason in str(row.reason)
+
+
+def test_a_module_in_two_places_stays_what_it_is() -> None:
+    model = build()
+    fastft.restore(model)
+    for layer in layers_of(model):
+        layer.self_attn.k_proj.lora_A = layer.self_attn.q_proj.lora_A  # type: ignore[union-attr]
+    before = dict(model.named_parameters())
+    values = {name: p.detach().clone() for name, p in before.items()}
+    fastft.accelerate(model)
+    assert {m.reason for m in fastft.explain(model).layers} == {"a module stands in two places"}
+    for name, p in model.named_parameters():
+        assert p is before[name]
+        assert torch.equal(p, values[name])
+
+
+def test_checkpointing_that_is_on_is_no_reason() -> None:
+    model = build()
+    fastft.restore(model)
+    model.gradient_checkpointing_enable()
+    fastft.accelerate(model)
+    assert all(isinstance(layer, FusedDecoderLayer) for layer in layers_of(model))
+    assert all(vars(layer)["gradient_checkpointing"] for layer in layers_of(model))
+    assert [layer.self_attn.layer_idx for layer in layers_of(model)] == [0, 1]  # type: ignore[union-attr]
+
+
+def _by_index(self: Any, hidden_states: Any, position_embeddings: Any, attention_mask: Any,
+              past_key_values: Any = None, **kwargs: Any) -> Any:  # fmt: skip
+    """Llama's, whose layers with an even index have no positions; in names of its module."""
+    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    q = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+    k = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+    v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+    if self.layer_idx % 2:
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)  # type: ignore[name-defined]  # noqa: F821
+    interface: Any = ALL_ATTENTION_FUNCTIONS.get_interface(  # type: ignore[name-defined]  # noqa: F821
+        self.config._attn_implementation,
+        eager_attention_forward,  # type: ignore[name-defined]  # noqa: F821
+    )
+    given = {"dropout": 0.0, "scaling": self.scaling, **kwargs}
+    out, weights = interface(self, q, k, v, attention_mask, **given)
+    out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
+    return self.o_proj(out), weights
+
+
+def test_code_that_looks_at_the_layers_index_is_found_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = transformers.models.llama.modeling_llama
+    forward = types.FunctionType(_by_index.__code__, vars(module), argdefs=_by_index.__defaults__)
+    monkeypatch.setattr(module.LlamaAttention, "forward", forward)
+    (reason,) = {m.reason for m in fastft.explain(build()).layers}
+    assert "'_Index'" in str(reason)  # which is nothing to count with
 
 
 def test_code_that_does_something_else_with_the_parts_is_found_out(
