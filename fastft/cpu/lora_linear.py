@@ -127,17 +127,18 @@ def fwd_values(
         own = [j for j, owner in enumerate(owners) if owner == i and ss[j].shape[0]]
         if weights:
             weight, bias = weights[i], biases[i]
-            whole = all(spans[j] == (0, x.shape[0]) for j in own)
-            if whole and serves(x.shape[0], [x], [weight], bias):
+            if serves(x.shape[0], [x], [weight], bias):
                 terms: list[Term] = [
                     (ss[j], lora_bs[j].contiguous(), True, None, scalings[j]) for j in own
                 ]
-                if takes(terms):
-                    product(y, [(x, weight, True)], terms, bias)
+                whole = all(spans[j] == (0, x.shape[0]) for j in own) and takes(terms)
+                product(y, [(x, weight, True)], terms if whole else [], bias)
+                if whole:
                     continue
-            mm_nt(y, x, weight)
-            if bias is not None:
-                y.add_(bias)
+            else:
+                mm_nt(y, x, weight)
+                if bias is not None:
+                    y.add_(bias)
         for j in own:
             if thin.serves(x.dtype, ss[j].shape[1]):
                 thin.expand(y[slice(*spans[j])], ss[j], lora_bs[j].contiguous(), scalings[j])
@@ -192,11 +193,8 @@ def _bwd_apart(
     if dx is not None:
         if not weights:
             dx.zero_()
-        elif _dx_at_once(dx, dys, weights, groups, d_ss, lora_as, masks, dropout_ps, spans):
+        elif _frozen_dx(dx, dys, weights, groups, d_ss, lora_as, masks, dropout_ps, spans):
             dx = None  # the terms are in it
-        else:
-            for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
-                mm_nn(dx, dy, weight, accumulate=i > 0)
     for group, ds_all in zip(groups, d_ss, strict=True):
         rows = slice(*spans[group[0]])
         dx_rows = None if dx is None else dx[rows]
@@ -210,7 +208,7 @@ def _bwd_apart(
             _bwd_dropped(dx_rows, group_das[0], ds_all, x[rows], group_as[0], mask, p)
 
 
-def _dx_at_once(
+def _frozen_dx(
     dx: Tensor,
     dys: list[Tensor],
     weights: list[Tensor],
@@ -221,21 +219,22 @@ def _dx_at_once(
     dropout_ps: list[float],
     spans: list[tuple[int, int]],
 ) -> bool:
-    """dx of all siblings, the terms of their adapters along with it; False: not taken."""
+    """dx of all siblings' frozen products; whether the terms of their adapters are in it."""
     if not serves(dx.shape[0], dys, weights):
-        return False
-    if any(spans[group[0]] != (0, dx.shape[0]) for group in groups):
-        return False
-    terms: list[Term] = []
-    for group, ds_all in zip(groups, d_ss, strict=True):
-        mask, p = masks[group[0]], dropout_ps[group[0]]
-        all_as = stacked([lora_as[j] for j in group], lora_as[group[0]].dtype, f"a_{len(terms)}")
-        terms.append((ds_all, all_as, False, mask, keep(mask, p)))
-    if not takes(terms):
+        for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
+            mm_nn(dx, dy, weight, accumulate=i > 0)
         return False
     parts: list[Part] = [(dy, weight, False) for dy, weight in zip(dys, weights, strict=True)]
-    product(dx, parts, terms)
-    return True
+    terms: list[Term] = []
+    if all(spans[group[0]] == (0, dx.shape[0]) for group in groups):
+        for group, ds_all in zip(groups, d_ss, strict=True):
+            mask, p = masks[group[0]], dropout_ps[group[0]]
+            own = [lora_as[j] for j in group]
+            all_as = stacked(own, own[0].dtype, f"a_{len(terms)}")
+            terms.append((ds_all, all_as, False, mask, keep(mask, p)))
+    taken = takes(terms)
+    product(dx, parts, terms if taken else [])
+    return taken and len(terms) == len(groups)
 
 
 def _columns(whole: Tensor, sizes: list[int]) -> Sequence[Tensor]:

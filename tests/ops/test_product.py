@@ -223,6 +223,51 @@ def test_one_native_call_is_the_passes_whoever_wants_what(
         assert (one is None and other is None) or torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dropped", [False, True])
+def test_of_adapters_with_rows_of_their_own_it_makes_the_frozen_products(
+    dropped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mixed batch: some rows have an adapter, some none, and one layer has none at all."""
+    from fastft.cpu import lora_linear
+
+    monkeypatch.setattr(launcher, "vectors_multiply", lambda: True)
+    terms: list[int] = []
+
+    def seen(*call: Any) -> None:
+        terms.append(len(call[2]))
+        launcher.product(*call)
+
+    monkeypatch.setattr(lora_linear, "product", seen)
+    rows, depth, widths, ranks, owners = 600, 64, (48, 32, 16), (8, 4, 3), [0, 0, 1]
+    spans = [(0, 200), (200, 590), (0, 200)]
+    x, weights = _draw(rows, depth), [_draw(n, depth) for n in widths]
+    lora_as = [torch.randn(r, depth) for r in ranks]
+    lora_bs = [torch.randn(widths[i], r) for i, r in zip(owners, ranks, strict=True)]
+    sizes = [stop - start for start, stop in spans]
+    masks: list[Tensor | None] = [None] * 3
+    if dropped:
+        for j, n in enumerate(sizes):
+            masks[j] = torch.empty(n, depth // 8, dtype=torch.uint8)
+            lora_linear.dropout_mask(masks[j], torch.tensor([j]), 0.25)  # type: ignore[arg-type]
+    rest = (lora_as, lora_bs, [0.5, 2.0, 1.0], masks, [0.25 * dropped] * 3, owners, spans)
+    dys, biases = [_draw(rows, n) for n in widths], [_draw(48), None, None]
+    found = []
+    for serves in (launcher.serves, _never):
+        monkeypatch.setattr(lora_linear, "serves", serves)
+        ys, ss = (
+            [torch.empty_like(dy) for dy in dys],
+            [x.new_empty(n, r) for n, r in zip(sizes, ranks, strict=True)],
+        )
+        lora_linear.fwd(ys, ss, x, weights, biases, *rest)
+        dx = torch.empty_like(x)
+        das, dbs = ([torch.empty_like(t) for t in of] for of in (lora_as, lora_bs))
+        lora_linear.bwd(dx, das, dbs, dys, x, ss, weights, *rest)
+        found.append([*ys, *ss, dx, *das, *dbs])
+    assert terms == [0, 0, 0, 0]
+    for one, other in zip(*found, strict=True):
+        assert relative_error(one, other.double()) <= 2 * torch.finfo(BF16).eps
+
+
 def test_one_native_call_refuses_what_it_cannot_hold() -> None:
     c = native.module()
     layer = (0, 4, 4, 0, 0, 0, 0, 0)
