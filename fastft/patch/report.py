@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from fastft.memory._layers import state_of
 from fastft.nn.calls import call_counts
-from fastft.nn.decoder import FusedDecoderLayer, backend_of, members_of, state_refusal
+from fastft.nn.decoder import FusedDecoderLayer, Members, backend_of, members_of, state_refusal
+from fastft.nn.plans import plain_parts
 from fastft.nn.siblings import group_of
 from fastft.patch.apply import refusals
 from fastft.patch.rules import RULES, Rule, Site
@@ -131,14 +133,13 @@ def _layers(model: nn.Module, reports: list[ModuleReport]) -> Iterator[ModuleRep
         members = members_of(module)
         if members is None:
             continue
-        reason = state_refusal(members)
         apart = [m for m in reports if m.reason and m.name.startswith(f"{name}.")]
-        backend, weight = None, members.projections[0].base_layer.weight
+        reason, backend, weight = None, None, members.projections[0].base_layer.weight
         if not isinstance(module, FusedDecoderLayer):
             reason = refusals.get(module, {}).get("layer", "its parts run one by one")
         elif apart:
             reason = f"{apart[0].name.removeprefix(name)[1:]}: {apart[0].reason}"
-        elif reason is None:
+        elif (reason := _by_now(module, members)) is None:
             adapters = list(members.projections[0].lora_A.parameters())
             backend = backend_of(weight, adapters[0].dtype) if adapters else None
             if backend is None:
@@ -153,6 +154,26 @@ def _layers(model: nn.Module, reports: list[ModuleReport]) -> Iterator[ModuleRep
             fused_calls=call_counts(module).fused,
             fallback_calls={},
         )
+
+
+def _by_now(layer: Any, members: Members) -> str | None:
+    """What in its state keeps a layer from running in one operation."""
+    norms, attention, _, projections = members
+    policy = state_of(layer)
+    own = [p for m in (*norms, *[p.base_layer for p in projections]) for p in m.parameters()]
+    plain = [plain_parts(p) for p in projections]
+    dtypes = {found[1].adapter()[0].dtype for found in plain if found is not None}
+    reasons = {
+        state_refusal(members): True,
+        "activations are under a policy": policy is not None and policy.policy != "none",
+        "Transformers' checkpointing is on": vars(layer).get("gradient_checkpointing", False),
+        "a projection has more than one plain adapter, or another": None in plain,
+        "adapters are of several dtypes": len(dtypes) > 1,
+        "a norm or a frozen weight is trained": any(p.requires_grad for p in own),
+        "a weight is not stored by rows": not all(p.is_contiguous() for p in own),
+        "attention has dropout": vars(attention).get("attention_dropout", 0.0) != 0.0,
+    }
+    return next((reason for reason, holds in reasons.items() if holds and reason), None)
 
 
 def _report(rule: Rule, site: Site, refused: str | None) -> ModuleReport:

@@ -446,6 +446,12 @@ def test_explain_says_which_layers_run_so_and_why_not() -> None:
         (_hook, "a part has a hook"),
         (lambda m: m.float(), "no backend runs torch.float32 on cpu"),
         (lambda m: m.eval(), "it is not in training"),
+        (_policy, "under a policy"),
+        (lambda m: m.gradient_checkpointing_enable(), "checkpointing is on"),
+        (_second, "more than one plain adapter"),
+        (_train_norms, "is trained"),
+        (_turn_weights, "stored by rows"),
+        (_drop_attention, "attention has dropout"),
     ],
 )
 def test_explain_says_what_keeps_a_layer_from_it_by_now(change: Any, reason: str) -> None:
