@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from fastft.ops._saving import attending, saving_first
 
-__all__ = ["ATTENTION_OPS", "Site", "Store", "full_contexts", "keep_attention"]
+__all__ = ["ATTENTION_OPS", "Site", "Store", "compiling", "full_contexts", "keep_attention"]
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
@@ -192,6 +192,11 @@ class _Within:
         self._open.__exit__(*error)
 
 
+def compiling() -> bool:
+    """torch 2.11 asks for contexts while it compiles, and says that it does not."""
+    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+
+
 def full_contexts() -> Contexts:
     """``context_fn`` of a checkpoint that keeps nothing: the last product of a recompute, whose
     value nobody needs, is left out."""
@@ -204,7 +209,7 @@ def keep_attention(store: Store | None = None, site: Site | None = None) -> Cont
 
     Through a Trainer: see :func:`fastft.memory.context_fn`.
     """
-    if torch.compiler.is_compiling():
+    if compiling():
         return create_selective_checkpoint_contexts(_selective_policy)
     store, site = store or Store(), site or Site()
     results: list[Any] = []

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from fastft.errors import ArgumentError, nearest
-from fastft.memory._attention import Contexts, full_contexts, keep_attention
+from fastft.memory._attention import Contexts, compiling, full_contexts, keep_attention
 from fastft.memory._layers import POLICIES
 from fastft.memory._saved import saving
 
@@ -51,21 +50,16 @@ def context_fn(policy: str) -> Callable[[], Contexts]:
 def keep_products() -> Contexts:
     """Of "lora". These hooks are within the checkpoint's own, which therefore see nothing, and
     nothing is recomputed but what is made again from saved tensors."""
-    if _compiling():
+    if compiling():
         return create_selective_checkpoint_contexts(_save)
     return saving(recipes=True), nullcontext()
 
 
 def keep_input() -> Contexts:
     """Of "full": all is recomputed but the last product."""
-    if _compiling():
+    if compiling():
         return create_selective_checkpoint_contexts(_recompute)
     return full_contexts()
-
-
-def _compiling() -> bool:
-    """torch 2.11 asks for contexts while it compiles, and says that it does not."""
-    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
 
 
 def _save(context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
