@@ -226,15 +226,16 @@ def _frozen_dx(
         return False
     parts: list[Part] = [(dy, weight, False) for dy, weight in zip(dys, weights, strict=True)]
     terms: list[Term] = []
-    if all(spans[group[0]] == (0, dx.shape[0]) for group in groups):
+    whole = all(spans[group[0]] == (0, dx.shape[0]) for group in groups)
+    if whole:
         for group, ds_all in zip(groups, d_ss, strict=True):
             mask, p = masks[group[0]], dropout_ps[group[0]]
             own = [lora_as[j] for j in group]
             all_as = stacked(own, own[0].dtype, f"a_{len(terms)}")
             terms.append((ds_all, all_as, False, mask, keep(mask, p)))
-    taken = takes(terms)
+    taken = whole and takes(terms)
     product(dx, parts, terms if taken else [])
-    return taken and len(terms) == len(groups)
+    return taken
 
 
 def _columns(whole: Tensor, sizes: list[int]) -> Sequence[Tensor]:

@@ -43,6 +43,7 @@ __all__ = [
     "members_of",
     "note_tried",
     "run",
+    "served",
     "state_refusal",
 ]
 
@@ -349,6 +350,16 @@ def _operands(
 def backend_of(x: Tensor, adapter_dtype: torch.dtype) -> str | None:
     """Who runs layers of such tensors; None where nobody does."""
     return _backend(x.device.type, x.dtype, adapter_dtype)
+
+
+def served(members: Members) -> tuple[str | None, str | None]:
+    """Who runs layers of such parts; and where nobody does, None and why."""
+    weight = members.projections[0].base_layer.weight
+    adapter = next(members.projections[0].lora_A.parameters(), None)
+    backend = None if adapter is None else backend_of(weight, adapter.dtype)
+    if backend is not None:
+        return backend, None
+    return None, f"no backend runs {weight.dtype} on {weight.device.type} in one operation"
 
 
 @functools.cache

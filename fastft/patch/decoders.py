@@ -25,9 +25,9 @@ from fastft.nn.decoder import (
     HEAD_NORMS,
     FusedDecoderLayer,
     Members,
-    backend_of,
     members_of,
     note_tried,
+    served,
 )
 from fastft.nn.swap import become, original_of, swapped_class
 from fastft.patch.proofs import difference, site_key, tolerance, verifiable
@@ -77,10 +77,9 @@ def fuse_layers(model: nn.Module) -> dict[nn.Module, str]:
 
 def _refusal(layer: nn.Module, members: Members) -> str | None:
     """Why the layer is not even tried."""
-    weight = members.projections[0].base_layer.weight
-    adapters = list(members.projections[0].lora_A.parameters())
-    if not adapters or backend_of(weight, adapters[0].dtype) is None:
-        return f"no backend runs layers of {weight.dtype} on {weight.device.type} in one operation"
+    backend, reason = served(members)
+    if backend is None:
+        return reason
     if "forward" in vars(layer) or not verifiable(layer):
         return "its parameters are not all in memory, or its forward is not its class's"
     modules = [m for _, m in layer.named_modules(remove_duplicate=False)]
@@ -114,12 +113,12 @@ def _disproof(layer: nn.Module, members: Members) -> str | None:
     does, with a mask and without."""
     bound = _SUMS * tolerance(layer)
     try:
-        for mask in _masks(members):
-            run = functools.partial(_results, members, mask)
-            with _as_any_layer(layer, members):
+        with _as_any_layer(layer, members):
+            for mask in _masks(members):
+                run = functools.partial(_results, members, mask)
                 found = difference(layer, run, _Whole, trained=True)
-            if not found <= bound:
-                return f"verification: relative difference {found:.2e} above {bound:.2e}"
+                if not found <= bound:
+                    return f"verification: relative difference {found:.2e} above {bound:.2e}"
     except Exception as error:  # a layer that is called in another way
         return f"verification failed: {type(error).__name__}: {error}"
     return None

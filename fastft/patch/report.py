@@ -11,7 +11,7 @@ from torch import nn
 
 from fastft.memory._layers import state_of
 from fastft.nn.calls import call_counts
-from fastft.nn.decoder import FusedDecoderLayer, Members, backend_of, members_of, state_refusal
+from fastft.nn.decoder import FusedDecoderLayer, Members, members_of, served, state_refusal
 from fastft.nn.plans import plain_parts
 from fastft.nn.siblings import group_of
 from fastft.patch.apply import refusals
@@ -134,16 +134,14 @@ def _layers(model: nn.Module, reports: list[ModuleReport]) -> Iterator[ModuleRep
         if members is None:
             continue
         apart = [m for m in reports if m.reason and m.name.startswith(f"{name}.")]
-        reason, backend, weight = None, None, members.projections[0].base_layer.weight
+        backend: str | None = None
+        reason: str | None
         if not isinstance(module, FusedDecoderLayer):
             reason = refusals.get(module, {}).get("layer", "its parts run one by one")
         elif apart:
             reason = f"{apart[0].name.removeprefix(name)[1:]}: {apart[0].reason}"
         elif (reason := _by_now(module, members)) is None:
-            adapters = list(members.projections[0].lora_A.parameters())
-            backend = backend_of(weight, adapters[0].dtype) if adapters else None
-            if backend is None:
-                reason = f"no backend runs {weight.dtype} on {weight.device.type} in one operation"
+            backend, reason = served(members)
         yield ModuleReport(
             name=name,
             kind="layer",
@@ -164,7 +162,6 @@ def _by_now(layer: Any, members: Members) -> str | None:
     plain = [plain_parts(p) for p in projections]
     dtypes = {found[1].adapter()[0].dtype for found in plain if found is not None}
     reasons = {
-        state_refusal(members): True,
         "activations are under a policy": policy is not None and policy.policy != "none",
         "Transformers' checkpointing is on": vars(layer).get("gradient_checkpointing", False),
         "a projection has more than one plain adapter, or another": None in plain,
@@ -173,7 +170,8 @@ def _by_now(layer: Any, members: Members) -> str | None:
         "a weight is not stored by rows": not all(p.is_contiguous() for p in own),
         "attention has dropout": vars(attention).get("attention_dropout", 0.0) != 0.0,
     }
-    return next((reason for reason, holds in reasons.items() if holds and reason), None)
+    held = (reason for reason, holds in reasons.items() if holds)
+    return state_refusal(members) or next(held, None)
 
 
 def _report(rule: Rule, site: Site, refused: str | None) -> ModuleReport:

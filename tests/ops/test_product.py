@@ -155,6 +155,20 @@ def _never(*_: Any) -> bool:
     return False
 
 
+def _terms_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many terms each product of ``lora_linear`` takes along, from here on."""
+    from fastft.cpu import lora_linear
+
+    terms: list[int] = []
+
+    def seen(*call: Any) -> None:
+        terms.append(len(call[2]))
+        launcher.product(*call)
+
+    monkeypatch.setattr(lora_linear, "product", seen)
+    return terms
+
+
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_lora_linear_takes_it(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward, siblings with masks of their own: in one native call, in products that
@@ -163,13 +177,7 @@ def test_lora_linear_takes_it(p: float, monkeypatch: pytest.MonkeyPatch) -> None
 
     # The kernel runs on every instruction set; where it does not pay it is made to.
     monkeypatch.setattr(launcher, "vectors_multiply", lambda: True)
-    terms: list[int] = []
-
-    def seen(*call: Any) -> None:
-        terms.append(len(call[2]))
-        launcher.product(*call)
-
-    monkeypatch.setattr(lora_linear, "product", seen)
+    terms = _terms_taken(monkeypatch)
     call = Call(Shape(520, 64, (48, 32, 16), (8, 4, 16)), BF16, F32, True)
     outs = []
     ways = ((launcher.serves, launcher.serves), (_never, launcher.serves), (_never, _never))
@@ -191,6 +199,20 @@ def _draw(*shape: int) -> Tensor:
     return torch.randn(shape).to(BF16)
 
 
+def _adapted(
+    rows: int, depth: int, widths: tuple[int, ...], ranks: tuple[int, ...], owners: list[int]
+) -> tuple[Any, ...]:
+    """x, weights, As, Bs of the layers ``owners``, and gradients of the results."""
+    lora_bs = [torch.randn(widths[i], r) for i, r in zip(owners, ranks, strict=True)]
+    return (
+        _draw(rows, depth),
+        [_draw(n, depth) for n in widths],
+        [torch.randn(r, depth) for r in ranks],
+        lora_bs,
+        [_draw(rows, n) for n in widths],
+    )
+
+
 @pytest.mark.parametrize("need_dx", [True, False])
 @pytest.mark.parametrize("adapters", [(0, 1, 2), (1,), ()])
 def test_one_native_call_is_the_passes_whoever_wants_what(
@@ -201,14 +223,11 @@ def test_one_native_call_is_the_passes_whoever_wants_what(
 
     monkeypatch.setattr(launcher, "vectors_multiply", lambda: True)
     rows, depth, widths, ranks, owners = 520, 64, (48, 32), (8, 4, 3), [0, 0, 1]
-    x, weights = _draw(rows, depth), [_draw(n, depth) for n in widths]
-    lora_as = [torch.randn(r, depth) for r in ranks]
-    lora_bs = [torch.randn(widths[i], r) for i, r in zip(owners, ranks, strict=True)]
+    x, weights, lora_as, lora_bs, dys = _adapted(rows, depth, widths, ranks, owners)
     mask = torch.empty(rows, depth // 8, dtype=torch.uint8)
     lora_linear.dropout_mask(mask, torch.tensor([5]), 0.25)
     rest = (lora_as, lora_bs, [0.5, 2.0, 1.0], [None, mask, None], [0.0, 0.25, 0.0], owners)
     spans = [(0, rows)] * 3
-    dys = [_draw(rows, n) for n in widths]
     found = []
     for serves in (launcher.serves, _never):
         monkeypatch.setattr(lora_layers, "serves", serves)
@@ -231,18 +250,10 @@ def test_of_adapters_with_rows_of_their_own_it_makes_the_frozen_products(
     from fastft.cpu import lora_linear
 
     monkeypatch.setattr(launcher, "vectors_multiply", lambda: True)
-    terms: list[int] = []
-
-    def seen(*call: Any) -> None:
-        terms.append(len(call[2]))
-        launcher.product(*call)
-
-    monkeypatch.setattr(lora_linear, "product", seen)
+    terms = _terms_taken(monkeypatch)
     rows, depth, widths, ranks, owners = 600, 64, (48, 32, 16), (8, 4, 3), [0, 0, 1]
     spans = [(0, 200), (200, 590), (0, 200)]
-    x, weights = _draw(rows, depth), [_draw(n, depth) for n in widths]
-    lora_as = [torch.randn(r, depth) for r in ranks]
-    lora_bs = [torch.randn(widths[i], r) for i, r in zip(owners, ranks, strict=True)]
+    x, weights, lora_as, lora_bs, dys = _adapted(rows, depth, widths, ranks, owners)
     sizes = [stop - start for start, stop in spans]
     masks: list[Tensor | None] = [None] * 3
     if dropped:
@@ -250,14 +261,12 @@ def test_of_adapters_with_rows_of_their_own_it_makes_the_frozen_products(
             masks[j] = torch.empty(n, depth // 8, dtype=torch.uint8)
             lora_linear.dropout_mask(masks[j], torch.tensor([j]), 0.25)  # type: ignore[arg-type]
     rest = (lora_as, lora_bs, [0.5, 2.0, 1.0], masks, [0.25 * dropped] * 3, owners, spans)
-    dys, biases = [_draw(rows, n) for n in widths], [_draw(48), None, None]
+    biases = [_draw(48), None, None]
     found = []
     for serves in (launcher.serves, _never):
         monkeypatch.setattr(lora_linear, "serves", serves)
-        ys, ss = (
-            [torch.empty_like(dy) for dy in dys],
-            [x.new_empty(n, r) for n, r in zip(sizes, ranks, strict=True)],
-        )
+        ys = [torch.empty_like(dy) for dy in dys]
+        ss = [x.new_empty(n, r) for n, r in zip(sizes, ranks, strict=True)]
         lora_linear.fwd(ys, ss, x, weights, biases, *rest)
         dx = torch.empty_like(x)
         das, dbs = ([torch.empty_like(t) for t in of] for of in (lora_as, lora_bs))
